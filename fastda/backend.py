@@ -1,0 +1,151 @@
+"""Which kernels serve a call, and why not the others."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastda import compat
+
+BACKENDS = ("reference", "cpp", "cuda", "triton")
+CPU_ISAS = ("base", "avx2", "avx512")
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def _load_native() -> tuple[Any, str | None]:
+    wanted = os.environ.get("FASTDA_CPU_ISA", "")
+    if wanted and wanted not in CPU_ISAS:
+        raise ValueError(f"FASTDA_CPU_ISA: must be one of {', '.join(CPU_ISAS)}, got {wanted!r}")
+    try:
+        return importlib.import_module("fastda._C"), None
+    except ImportError as error:
+        if importlib.util.find_spec("fastda._C") is None:
+            reason = "the native extension was not built"
+        else:
+            reason = f"the native extension failed to load: {error}"
+    warnings.warn(
+        f"fastda: {reason}; running the PyTorch reference instead. Reinstall with a C++20 compiler at hand: "
+        "pip install --force-reinstall --no-deps fastda-kernels (or make build in a checkout).",
+        stacklevel=3,
+    )
+    return None, reason
+
+
+def _has_op(dispatch_key: str) -> bool:
+    return native is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "fastda::grad_reverse_backward", dispatch_key
+    )
+
+
+native, native_error = _load_native()
+_forced: str | None = None
+_defaults: dict[str, str] = {}
+
+
+def why_not(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`; None if it can."""
+    if backend == "reference":
+        return None
+    if backend == "cpp":
+        if device_type != "cpu":
+            return f"the C++ kernels serve the CPU, not {device_type}"
+        return native_error
+    if backend == "cuda":
+        if device_type != "cuda" or torch.version.hip is not None:
+            return f"the CUDA kernels serve NVIDIA devices, not {device_type}"
+        return None if _has_op("CUDA") else (native_error or "the extension was built without CUDA")
+    if importlib.util.find_spec("fastda.triton") is None:
+        return "this version has no Triton kernels"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fastda-kernels[triton]')"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton runs CPU tensors only in its interpreter (set TRITON_INTERPRET=1)"
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"Triton has no target for {device_type}"
+    return None
+
+
+def _default_for(device_type: str) -> str:
+    order = {"cpu": ("cpp",), "cuda": ("cuda", "triton"), "xpu": ("triton",)}.get(device_type, ())
+    return next((b for b in order if why_not(b, device_type) is None), "reference")
+
+
+def _refresh() -> None:
+    _defaults.clear()
+    _defaults.update({d: _default_for(d) for d in ("cpu", "cuda", "xpu")})
+
+
+def select(x: torch.Tensor) -> str:
+    """The backend that serves `x` now: `reference`, `cpp`, `cuda` or `triton`.
+
+    `cpp` and `cuda` are the two dispatch keys of `torch.ops.fastda`.
+    """
+    if compat.transforms_active():
+        return "reference"
+    device_type = x.device.type
+    if _forced is None:
+        return _defaults.get(device_type, "reference")
+    if _forced != "reference":
+        reason = why_not(_forced, device_type)
+        if reason is not None:
+            raise RuntimeError(f"fastda backend {_forced!r} cannot serve this call: {reason}")
+    return _forced
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force one backend (`reference`, `cpp`, `cuda`, `triton`) for the calls inside, in every thread.
+
+    Raises ValueError for an unknown name; a call that the backend cannot serve raises RuntimeError with the reason.
+    The backward of a call uses the backend of its forward.
+    """
+    global _forced
+    previous = _forced
+    _forced = _check_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def info() -> dict[str, Any]:
+    """What is built and what serves each device: versions, instruction set, and a reason for every absence."""
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+    if hasattr(torch, "xpu") and torch.xpu.is_available():
+        devices.append("xpu")
+    return {
+        "fastda": importlib.import_module("fastda").__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_isa": native.cpu_isa() if native is not None else None,
+        "threads": torch.get_num_threads(),
+        "forced_backend": _forced,
+        "devices": {
+            d: {
+                "serving": _forced or _defaults.get(d, "reference"),
+                "backends": {b: why_not(b, d) or "available" for b in BACKENDS},
+            }
+            for d in devices
+        },
+    }
+
+
+_refresh()
+if os.environ.get("FASTDA_BACKEND"):
+    _forced = _check_name(os.environ["FASTDA_BACKEND"], "FASTDA_BACKEND")

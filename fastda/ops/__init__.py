@@ -1,0 +1,1 @@
+"""The public functions: argument checks, autograd, and the choice of kernels."""
