@@ -149,3 +149,8 @@ def info() -> dict[str, Any]:
 _refresh()
 if os.environ.get("FASTDA_BACKEND"):
     _forced = _check_name(os.environ["FASTDA_BACKEND"], "FASTDA_BACKEND")
+
+
+def register_fake(op: str):  # noqa: ANN201
+    """Decorator: the shape function of the raw operator `fastda::op`; does nothing where the extension is absent."""
+    return torch.library.register_fake(f"fastda::{op}") if native is not None else lambda function: function
