@@ -8,7 +8,7 @@ import importlib.util
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -109,8 +109,8 @@ def select(x: torch.Tensor) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend (`reference`, `cpp`, `cuda`, `triton`) for the calls inside, in every thread.
 
-    Raises ValueError for an unknown name; a call that the backend cannot serve raises RuntimeError with the reason.
-    The backward of a call uses the backend of its forward.
+    Raises ValueError for an unknown name; a call that the backend cannot serve raises RuntimeError with the
+    reason. The backward of a call uses the backend of its forward.
     """
     global _forced
     previous = _forced
@@ -122,7 +122,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def info() -> dict[str, Any]:
-    """What is built and what serves each device: versions, instruction set, and a reason for every absence."""
+    """What is built and what serves each device: versions, instruction set, a reason for every absence."""
     devices = ["cpu"]
     if torch.cuda.is_available():
         devices.append("cuda")
@@ -151,6 +151,6 @@ if os.environ.get("FASTDA_BACKEND"):
     _forced = _check_name(os.environ["FASTDA_BACKEND"], "FASTDA_BACKEND")
 
 
-def register_fake(op: str):  # noqa: ANN201
-    """Decorator: the shape function of the raw operator `fastda::op`; does nothing where the extension is absent."""
+def register_fake(op: str) -> Callable[[Any], Any]:
+    """Decorator: the shape function of the operator `fastda::op`; nothing where the extension is absent."""
     return torch.library.register_fake(f"fastda::{op}") if native is not None else lambda function: function

@@ -1,4 +1,4 @@
-"""Interleaved timing: a time is not a result on a shared machine, the ratio of two contenders taken in turn is."""
+"""Interleaved timing: on a shared machine no time is a result; the ratio of contenders taken in turn is."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ class Timing(NamedTuple):
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]], *, rounds: int = 20, min_seconds: float = 0.005, seed: int = 0
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 20,
+    min_seconds: float = 0.005,
+    seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Time the contenders in turn, in an order shuffled every round; return the seconds per call of each round.
+    """Time the contenders in turn, in an order shuffled every round; return each round's seconds per call.
 
     A sample repeats its call until it lasts at least `min_seconds`. Warm-up runs come first and are dropped.
     """

@@ -12,8 +12,8 @@ _interpreter_stack = torch._C._functorch.peek_interpreter_stack
 def transforms_active() -> bool:
     """True inside a torch.func transform or a forward-mode level.
 
-    There the operators run their reference: on torch 2.11 to 2.15 `torch.compile(torch.func.grad(f))` drops a custom
-    Function's backward without a word, and `torch.func.jvp` gives zeros for it.
+    There the operators run their reference: on torch 2.11 to 2.15 `torch.compile(torch.func.grad(f))` drops a
+    custom Function's backward without a word, and `torch.func.jvp` gives zeros for it.
     """
     return _interpreter_stack() is not None or forward_ad._current_level >= 0
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ class Tolerance(NamedTuple):
 
 
 class Error(NamedTuple):
-    """The measured counterpart of Tolerance; `nonfinite` says whether NaN and Inf stand at the same places."""
+    """The measured counterpart of Tolerance; `nonfinite_equal`: NaN and Inf stand at the same places."""
 
     relative_l2: float
     max_over_rms: float
@@ -35,11 +35,12 @@ class Error(NamedTuple):
         )
 
 
+_deterministic: Any = torch.utils.deterministic
 _F32, _F64, _BF16, _F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
-# By operator, what is compared ("value", or the gradient's name; "grad" stands for every gradient not named), and dtype.
-# Each bound is a small multiple (at most 4) of the error that PyTorch's own operator shows against float64 on unit-normal
-# input, or the figure that docs/performance.md derives where the algorithm is another one (Winograd).
+# By operator, what is compared ("value", or the gradient's name; "grad" stands for every gradient not named),
+# and dtype. Each bound is a small multiple (at most 4) of the error that PyTorch's own operator shows against
+# float64 on unit-normal input, or what docs/performance.md derives where the algorithm is another (Winograd).
 TOLERANCES: dict[str, dict[str, dict[torch.dtype, Tolerance]]] = {
     "grad_reverse": {
         "value": {d: Tolerance(0.0, 0.0) for d in (_F32, _F64, _BF16, _F16)},
@@ -54,7 +55,7 @@ TOLERANCES: dict[str, dict[str, dict[torch.dtype, Tolerance]]] = {
 
 
 def tolerance(op: str, what: str, dtype: torch.dtype) -> Tolerance:
-    """The bound for `op` (its public name), `what` ("value" or a gradient's name) and the dtype computed in."""
+    """The bound for `op` (its public name), `what` ("value" or a gradient's name), the dtype computed in."""
     table = TOLERANCES[op]
     return table.get(what, table["grad" if what != "value" else "value"])[dtype]
 
@@ -62,7 +63,9 @@ def tolerance(op: str, what: str, dtype: torch.dtype) -> Tolerance:
 def error(actual: Tensor, expected: Tensor) -> Error:
     """The error of `actual` against `expected` (any dtypes, equal shapes), computed in float64."""
     if actual.shape != expected.shape:
-        raise ValueError(f"error: actual has shape {tuple(actual.shape)}, expected has {tuple(expected.shape)}")
+        raise ValueError(
+            f"error: actual has shape {tuple(actual.shape)}, expected has {tuple(expected.shape)}"
+        )
     a = actual.detach().to("cpu", torch.float64)
     e = expected.detach().to("cpu", torch.float64)
     finite = a.isfinite() & e.isfinite()
@@ -80,7 +83,9 @@ def error(actual: Tensor, expected: Tensor) -> Error:
     )
 
 
-def assert_matches(op: str, what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+def assert_matches(
+    op: str, what: str, actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None
+) -> None:
     """Raise AssertionError unless `actual` is within `tolerance(op, what, dtype)` of `expected`.
 
     `dtype` is the dtype computed in, `actual.dtype` if not given.
@@ -93,16 +98,16 @@ def assert_matches(op: str, what: str, actual: Tensor, expected: Tensor, dtype: 
 
 @contextlib.contextmanager
 def poisoned_allocations() -> Iterator[None]:
-    """Inside, every uninitialised allocation of torch is filled with NaN, so that an output left unwritten shows."""
+    """Inside, torch fills every uninitialised allocation with NaN, so that an output left unwritten shows."""
     before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        _deterministic.fill_uninitialized_memory,
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    _deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]
+        _deterministic.fill_uninitialized_memory = before[2]

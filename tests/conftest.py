@@ -18,6 +18,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poisoned_and_seeded(request):
     """Unwritten outputs show as NaN; random inputs are fresh for each test and reproducible by its name."""
-    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) if "FASTDA_TEST_SEED" not in os.environ else int(os.environ["FASTDA_TEST_SEED"]))
+    seed = os.environ.get("FASTDA_TEST_SEED")
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed))
     with poisoned_allocations():
         yield

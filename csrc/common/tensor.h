@@ -1,5 +1,5 @@
-// Host-side helpers over the stable tensor: checks and raw pointers. Only csrc/cpu/*.cpp and csrc/ops.cpp include it;
-// kernels never see torch.
+// Host-side helpers over the stable tensor: checks and raw pointers. Only csrc/cpu/*.cpp and csrc/ops.cpp
+// include it; kernels never see torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

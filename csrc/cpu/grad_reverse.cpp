@@ -27,7 +27,8 @@ Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
     });
   } else {
     torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-      grad_reverse_kernels().negate_scale(dtype, in + begin * size, result + begin * size, end - begin, *factor);
+      grad_reverse_kernels().negate_scale(dtype, in + begin * size, result + begin * size, end - begin,
+                                          *factor);
     });
   }
   return out;
@@ -35,6 +36,8 @@ Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastda, CPU, m) { m.impl("grad_reverse_backward", TORCH_BOX(&grad_reverse_backward)); }
+STABLE_TORCH_LIBRARY_IMPL(fastda, CPU, m) {
+  m.impl("grad_reverse_backward", TORCH_BOX(&grad_reverse_backward));
+}
 
 }  // namespace fastda::cpu

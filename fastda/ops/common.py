@@ -13,12 +13,14 @@ def composite_backward(
 ) -> list[Tensor | None]:
     """Gradients of `function(*inputs)` for the inputs in `needs`, themselves differentiable.
 
-    The backward of a Function runs this where grad mode is on (create_graph=True), with its reference as `function`,
-    so that second derivatives are those of plain PyTorch.
+    The backward of a Function runs this where grad mode is on (create_graph=True), with its reference as
+    `function`, so that second derivatives are those of plain PyTorch.
     """
     with torch.enable_grad():
         # A tensor may be passed twice; each argument gets an identity of its own.
         leaves = [None if t is None else t.view_as(t) for t in inputs]
         wanted = [t for t, need in zip(leaves, needs, strict=True) if need and t is not None]
-        grads = iter(torch.autograd.grad(function(*leaves), wanted, grad, create_graph=True, materialize_grads=True))
+        grads = iter(
+            torch.autograd.grad(function(*leaves), wanted, grad, create_graph=True, materialize_grads=True)
+        )
     return [next(grads) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)]

@@ -1,5 +1,5 @@
 """Every operator as a few lines of plain PyTorch that read like the formula.
 
-This package is the specification (run in float64 it is the judge of the kernels), the fallback where no kernels serve,
-and what torch.func transforms go through. It imports nothing else of fastda.
+This package is the specification (run in float64 it is the judge of the kernels), the fallback where no
+kernels serve, and what torch.func transforms go through. It imports nothing else of fastda.
 """
