@@ -1,7 +1,845 @@
 // Compiled once per instruction set, with FASTDA_ISA naming it.
+//
+// A block of groups (six tiles each) goes through three stages, all within the second-level cache:
+//
+//   input  --B' d B-->  V[group][36][6 tiles][C]  --36 matrix products-->  M[group][36][6][K]  --A' m A-->
+//   output
+//
+// Vectors run over channels throughout: channels_last is read and written as it lies, contiguous tensors are
+// turned in registers, VL x VL at a time, on their way in and out. The products keep one 6-tile x (4 or 2
+// vectors of output channels) accumulator in registers; point t of every group of the block uses the same C x
+// K matrix, which stays in the first-level cache meanwhile. M of point t is written where V of point t - 1
+// lay.
 #include "cpu/kernels/winograd.h"
 
+#include "cpu/kernels/simd.h"
+
+#if FASTDA_SIMD
+#include <unistd.h>
+#endif
+
 namespace fastda::cpu::FASTDA_ISA {
+#if FASTDA_SIMD
+namespace {
+
+constexpr int TILES = 6;                         // per group: rows of the micro-kernel
+constexpr int NV = VL == 16 ? 4 : 2;             // vectors of output channels in a micro-kernel
+constexpr int RUN = 15;                          // tiles transformed together, neighbours in a row
+constexpr int COLUMNS = 4 * RUN + 2 + (VL - 2);  // input columns of a run, room for the last vector's rest
+
+// Interpolation at 0, +-A, +-B, infinity; A B = 1 makes most constants 1, and the error is half that of 0,
+// +-1, +-2.
+constexpr float A = 0.70710678118654752440f, B = 1.41421356237309504880f;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+struct Grid {
+  int64_t height, width, rows, cols, tiles, groups;
+  Grid(int64_t n, int64_t h, int64_t w)
+      : height(h),
+        width(w),
+        rows(ceil_div(h, 4)),
+        cols(ceil_div(w, 4)),
+        tiles(n * rows * cols),
+        groups(ceil_div(tiles, TILES)) {}
+};
+
+// [group][slot][tile][channel], one slot per interpolation point. `slot` is an odd number of cache lines, so
+// that the 36 lines of one tile fall into different sets.
+struct Workspace {
+  float* data;
+  int64_t channels, slot, group;
+  Workspace(float* p, int64_t c, int64_t slots)
+      : data(p), channels(c), slot(TILES * c + 16), group(slots * slot) {}
+  float* at(int64_t tile, int64_t point) const {
+    return data + tile / TILES * group + point * slot + tile % TILES * channels;
+  }
+};
+
+FASTDA_INLINE void input_1d(const Vec* d, Vec* v) {
+  const Vec e1 = fnma(splat(2.0f), d[2], d[4]), o1 = fnma(splat(2.0f), d[1], d[3]);
+  const Vec e2 = fnma(splat(0.5f), d[2], d[4]), o2 = fnma(splat(0.5f), d[1], d[3]);
+  v[0] = fnma(splat(2.5f), d[2], d[0] + d[4]);
+  v[1] = fma(splat(A), o1, e1);
+  v[2] = fnma(splat(A), o1, e1);
+  v[3] = fma(splat(B), o2, e2);
+  v[4] = fnma(splat(B), o2, e2);
+  v[5] = fnma(splat(2.5f), d[3], d[1] + d[5]);
+}
+
+FASTDA_INLINE void output_1d(const Vec* m, Vec* y) {
+  const Vec s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
+  y[0] = m[0] + s1 + s2;
+  y[1] = splat(A) * fma(splat(2.0f), d2, d1);
+  y[2] = fma(splat(0.5f), s1, splat(2.0f) * s2);
+  y[3] = fma(splat(A), fma(splat(0.5f), d1, splat(4.0f) * d2), m[5]);
+}
+
+// Transpose of output_1d: 4 -> 6.
+FASTDA_INLINE void gradient_1d(const Vec* g, Vec* z) {
+  const Vec e1 = fma(splat(0.5f), g[2], g[0]), o1 = fma(splat(0.5f), g[3], g[1]);
+  const Vec e2 = fma(splat(2.0f), g[2], g[0]), o2 = fma(splat(2.0f), g[3], g[1]);
+  z[0] = g[0];
+  z[1] = fma(splat(A), o1, e1);
+  z[2] = fnma(splat(A), o1, e1);
+  z[3] = fma(splat(B), o2, e2);
+  z[4] = fnma(splat(B), o2, e2);
+  z[5] = g[3];
+}
+
+// Filter, 3 -> 6.
+FASTDA_INLINE void weight_1d(const Vec* w, Vec* u) {
+  const Vec ea = splat(-2.0f / 3) * fma(splat(0.5f), w[2], w[0]), oa = splat(-2.0f / 3 * A) * w[1];
+  const Vec eb = splat(1.0f / 6) * fma(splat(2.0f), w[2], w[0]), ob = splat(1.0f / 6 * B) * w[1];
+  u[0] = w[0];
+  u[1] = ea + oa;
+  u[2] = ea - oa;
+  u[3] = eb + ob;
+  u[4] = eb - ob;
+  u[5] = w[2];
+}
+
+// Transpose of weight_1d: 6 -> 3.
+FASTDA_INLINE void weight_gradient_1d(const Vec* u, Vec* w) {
+  const Vec sa = splat(-2.0f / 3) * (u[1] + u[2]), da = splat(-2.0f / 3 * A) * (u[1] - u[2]);
+  const Vec sb = splat(1.0f / 6) * (u[3] + u[4]), db = splat(1.0f / 6 * B) * (u[3] - u[4]);
+  w[0] = u[0] + sa + sb;
+  w[1] = da + db;
+  w[2] = u[5] + fma(splat(0.5f), sa, splat(2.0f) * sb);
+}
+
+// --- tiles of the input (6 x 6 pixels, overlapping) or of the output's gradient (4 x 4) into the workspace
+// ---------
+
+struct Source {
+  WinogradView x, gate;
+  int64_t channels;
+};
+
+// Loads `R` rows from y0 and `columns` columns from x0 of channels [c, c + VL) and hands each column's R
+// vectors to `f`. Outside of the image, and past the last channel, zeros. strip: [R][VL][VL] floats.
+template <typename T, int R, typename F>
+FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image, int64_t c, int64_t y0,
+                               int64_t x0, int64_t columns, float* strip, F&& f) {
+  const bool gated = s.gate.data != nullptr;
+  const T* x = static_cast<const T*>(s.x.data) + image * s.x.stride_n + c * s.x.stride_c;
+  const T* g =
+      static_cast<const T*>(s.gate.data) + (gated ? image * s.gate.stride_n + c * s.gate.stride_c : 0);
+  const int64_t sx = s.x.stride_w, sg = s.gate.stride_w;
+  const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, grid.height - y0);
+  if (s.x.stride_c == 1 && (!gated || s.gate.stride_c == 1)) {
+    const int64_t first = max(x0, 0), last = min(x0 + columns, grid.width);
+    Vec d[R];
+    for (int r = 0; r < R; ++r) d[r] = splat(0.0f);
+    for (int64_t i = x0; i < first; ++i) f(i - x0, d);
+    for (int64_t i = last; i < x0 + columns; ++i) f(i - x0, d);
+    if (r0 == 0 && r1 == R && c + VL <= s.channels) {
+      if (!gated) {
+        for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r) d[r] = load_vec(x + (y0 + r) * s.x.stride_h + i * sx);
+          f(i - x0, d);
+        }
+      } else {
+        for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r)
+            d[r] = gate(load_vec(x + (y0 + r) * s.x.stride_h + i * sx),
+                        load_vec(g + (y0 + r) * s.gate.stride_h + i * sg));
+          f(i - x0, d);
+        }
+      }
+    } else {
+      const Mask m = lanes(0, s.channels - c);
+      for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          d[r] = splat(0.0f);
+          if (r < r0 || r >= r1) continue;
+          d[r] = load_vec(x + (y0 + r) * s.x.stride_h + i * sx, m);
+          if (gated) d[r] = gate(d[r], load_vec(g + (y0 + r) * s.gate.stride_h + i * sg, m));
+        }
+        f(i - x0, d);
+      }
+    }
+    return;
+  }
+  const bool planes = sx == 1 && (!gated || sg == 1);
+  const int64_t channels = min(VL, s.channels - c);
+  for (int64_t i = 0; i < columns; i += VL) {
+    const int64_t width = min(VL, columns - i);
+    const int64_t first = max(0, -(x0 + i)), last = min(width, grid.width - (x0 + i));
+    const Mask m = lanes(first, last);
+    for (int r = 0; r < R; ++r) {
+      Vec* line = reinterpret_cast<Vec*>(strip + r * VL * VL);
+      if (r < r0 || r >= r1) {
+        for (int k = 0; k < VL; ++k) line[k] = splat(0.0f);
+        continue;
+      }
+      const T* row = x + (y0 + r) * s.x.stride_h + (x0 + i) * sx;
+      const T* gate_row = gated ? g + (y0 + r) * s.gate.stride_h + (x0 + i) * sg : nullptr;
+      if (planes) {
+        Vec v[VL];
+        if (!gated) {
+#pragma GCC unroll 16
+          for (int k = 0; k < VL; ++k)
+            v[k] = k < channels ? load_vec(row + k * s.x.stride_c, m) : splat(0.0f);
+        } else {
+#pragma GCC unroll 16
+          for (int k = 0; k < VL; ++k)
+            v[k] = k < channels ? gate(load_vec(row + k * s.x.stride_c, m),
+                                       load_vec(gate_row + k * s.gate.stride_c, m))
+                                : splat(0.0f);
+        }
+        transpose(v);
+#pragma GCC unroll 16
+        for (int k = 0; k < VL; ++k) line[k] = v[k];
+      } else {
+        alignas(64) T a[VL * VL] = {}, b[VL * VL] = {};
+        for (int64_t j = max(first, 0); j < last; ++j) {
+          for (int64_t k = 0; k < channels; ++k) {
+            a[j * VL + k] = row[k * s.x.stride_c + j * sx];
+            if (gated) b[j * VL + k] = gate_row[k * s.gate.stride_c + j * sg];
+          }
+        }
+        for (int k = 0; k < VL; ++k) {
+          line[k] = load_vec(a + k * VL);
+          if (gated) line[k] = gate(line[k], load_vec(b + k * VL));
+        }
+      }
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      Vec d[R];
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) d[r] = load_vec(strip + (r * VL + j) * VL);
+      f(i + j, d);
+    }
+  }
+}
+
+// Calls f(image, tile row, first tile column, tiles, position in the block) for each run of neighbouring
+// tiles.
+template <typename F>
+FASTDA_INLINE void each_run(const Grid& grid, int64_t begin, int64_t end, F&& f) {
+  for (int64_t tile = begin; tile < end;) {
+    const int64_t row = tile / grid.cols, col = tile % grid.cols;
+    const int64_t left = min(end - tile, grid.cols - col);
+    const int64_t count = ceil_div(left, ceil_div(left, RUN));
+    f(row / grid.rows, row % grid.rows, col, count, tile - begin);
+    tile += count;
+  }
+}
+
+struct Scratch {
+  alignas(64) float strip[6 * VL * VL];
+  alignas(64) float columns[COLUMNS * 6 * VL];
+};
+
+template <typename T>
+void transform_input_run(const Source& s, const Grid& grid, int64_t image, int64_t row, int64_t col,
+                         int64_t count, int64_t position, int64_t c, const Workspace& v, int64_t first_slot,
+                         Scratch& scratch) {
+  each_column<T, 6>(s, grid, image, c, row * 4 - 1, col * 4 - 1, count * 4 + 2, scratch.strip,
+                    [&](int64_t i, const Vec* d) __attribute__((always_inline)) {
+                      Vec t[6];
+                      input_1d(d, t);
+#pragma GCC unroll 6
+                      for (int r = 0; r < 6; ++r) store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                    });
+  for (int64_t q = 0; q < count; ++q) {
+    float* out = v.at(position + q, first_slot) + c;
+    const float* in = scratch.columns + q * 4 * 6 * VL;
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      Vec d[6], t[6];
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
+      input_1d(d, t);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * v.slot, t[j]);
+    }
+  }
+}
+
+template <typename T>
+void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, int64_t row, int64_t col,
+                            int64_t count, int64_t position, int64_t c, const Workspace& v, double* sums,
+                            Scratch& scratch) {
+  Vec sum = splat(0.0f);
+  each_column<T, 4>(s, grid, image, c, row * 4, col * 4, count * 4, scratch.strip,
+                    [&](int64_t i, const Vec* d) __attribute__((always_inline)) {
+                      Vec t[6];
+                      sum += (d[0] + d[1]) + (d[2] + d[3]);
+                      gradient_1d(d, t);
+#pragma GCC unroll 6
+                      for (int r = 0; r < 6; ++r) store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                    });
+  alignas(64) float total[VL];
+  store_vec(total, sum);
+  for (int k = 0; k < VL; ++k) sums[c + k] += double(total[k]);
+  for (int64_t q = 0; q < count; ++q) {
+    float* out = v.at(position + q, 0) + c;
+    const float* in = scratch.columns + q * 4 * 6 * VL;
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      Vec d[4], t[6];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
+      gradient_1d(d, t);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * v.slot, t[j]);
+    }
+  }
+}
+
+// Visits all runs and channel vectors of a block, in the order in which the tensor's layout lies in memory.
+template <typename F>
+FASTDA_INLINE void each_run_and_vector(const WinogradView& x, const Grid& grid, int64_t begin, int64_t end,
+                                       int64_t channels, F&& f) {
+  if (x.stride_c == 1) {
+    each_run(grid, begin, end, [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position) {
+      for (int64_t c = 0; c < channels; c += VL) f(image, row, col, count, position, c);
+    });
+  } else {
+    for (int64_t c = 0; c < channels; c += VL)
+      each_run(grid, begin, end,
+               [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position) {
+                 f(image, row, col, count, position, c);
+               });
+  }
+}
+
+void transform_input(const Source& s, const Grid& grid, int64_t begin, int64_t end, const Workspace& v,
+                     int64_t first_slot, Scratch& scratch) {
+  each_run_and_vector(
+      s.x, grid, begin, end, s.channels,
+      [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t c) {
+        switch (s.x.dtype) {
+          case DType::bf16:
+            return transform_input_run<bf16>(s, grid, image, row, col, count, position, c, v, first_slot,
+                                             scratch);
+          case DType::f16:
+            return transform_input_run<f16>(s, grid, image, row, col, count, position, c, v, first_slot,
+                                            scratch);
+          default:
+            return transform_input_run<float>(s, grid, image, row, col, count, position, c, v, first_slot,
+                                              scratch);
+        }
+      });
+}
+
+void transform_gradient(const Source& s, const Grid& grid, int64_t begin, int64_t end, const Workspace& v,
+                        double* sums, Scratch& scratch) {
+  each_run_and_vector(
+      s.x, grid, begin, end, s.channels,
+      [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t c) {
+        switch (s.x.dtype) {
+          case DType::bf16:
+            return transform_gradient_run<bf16>(s, grid, image, row, col, count, position, c, v, sums,
+                                                scratch);
+          case DType::f16:
+            return transform_gradient_run<f16>(s, grid, image, row, col, count, position, c, v, sums,
+                                               scratch);
+          default:
+            return transform_gradient_run<float>(s, grid, image, row, col, count, position, c, v, sums,
+                                                 scratch);
+        }
+      });
+}
+
+// The last group of the last block has fewer than six tiles: the rest are zeros.
+void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
+  for (int64_t tile = tiles; tile < round_up(tiles, TILES); ++tile)
+    for (int t = 0; t < 36; ++t)
+      for (int64_t c = 0; c < v.channels; c += VL) store_vec(v.at(tile, first_slot + t) + c, splat(0.0f));
+}
+
+// --- 36 matrix products
+// ---------------------------------------------------------------------------------------------
+
+// m[6][N vectors] = v[6][C] u[C][N vectors]
+template <int N>
+void multiply(const float* v, int64_t v_stride, const float* u, int64_t C, float* m, int64_t m_stride) {
+  Vec acc[TILES][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < TILES; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
+  for (int64_t c = 0; c < C; ++c) {
+    Vec b[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) b[n] = load_vec(u + (c * N + n) * VL);
+#pragma GCC unroll 6
+    for (int r = 0; r < TILES; ++r) {
+      Vec a = splat(v[r * v_stride + c]);
+      asm("" : "+v"(a));  // one broadcast for N products, not N products that each load it
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) acc[r][n] = fma(a, b[n], acc[r][n]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < TILES; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store_vec(m + r * m_stride + n * VL, acc[r][n]);
+}
+
+// Calls f(integral constant N, first vector) for each panel of at most NV vectors.
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+template <typename F>
+FASTDA_INLINE void each_panel(int64_t vectors, F&& f) {
+  int64_t v = 0;
+  for (; v + NV <= vectors; v += NV) f(Width<NV>{}, v);
+  switch (vectors - v) {
+    case 1: f(Width<1>{}, v); break;
+    case 2: f(Width<(NV > 2 ? 2 : 1)>{}, v); break;
+    case 3: f(Width<(NV > 3 ? 3 : 1)>{}, v); break;
+    default: break;
+  }
+}
+
+void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const float* weights, int64_t C,
+                  int64_t K) {
+  const int64_t vectors = ceil_div(K, VL);
+  for (int t = 0; t < 36; ++t) {
+    const float* u = weights + t * C * vectors * VL;
+    each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
+      for (int64_t g = 0; g < groups; ++g)
+        multiply<N>(v.data + g * v.group + (t + 1) * v.slot, v.channels, u + first * VL * C, C,
+                    m.data + g * m.group + t * m.slot + first * VL, m.channels);
+    });
+  }
+}
+
+// --- output
+// ---------------------------------------------------------------------------------------------------------
+
+// The epilogue's operands at one pixel (channels_last) or one channel's row (contiguous): `in` elements from
+// p.
+template <typename T>
+struct Epilogue {
+  const T *residual, *residual_gate, *output_gate;
+  T* output;
+  Vec low;
+
+  template <typename... M>
+  FASTDA_INLINE Vec apply(const Epilogue& e, Vec x, int64_t residual, int64_t residual_gate,
+                          int64_t output_gate, M... m) {
+    if (e.residual) {
+      Vec r = load_vec(e.residual + residual, m...);
+      if (e.residual_gate) r = gate(r, load_vec(e.residual_gate + residual_gate, m...));
+      x = x + r;
+    }
+    x = clamp_min(x, e.low);
+    if (e.output_gate) x = gate(x, load_vec(e.output_gate + output_gate, m...));
+    return x;
+  }
+};
+
+// 36 points of one tile, VL channels -> 4 x 4 pixels.
+FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4]) {
+  Vec s[4][6];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    Vec d[6], t[4];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) d[i] = load_vec(m + (i * 6 + j) * slot);
+    output_1d(d, t);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) s[i][j] = t[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) output_1d(s[i], y[i]);
+}
+
+template <typename T>
+void output_run(const WinogradConv& p, const Grid& grid, int64_t image, int64_t row, int64_t col,
+                int64_t count, int64_t position, int64_t k, const Workspace& m, Scratch& scratch) {
+  const auto base = [&](const WinogradView& v) {
+    return v.data ? static_cast<T*>(v.data) + image * v.stride_n + k * v.stride_c + row * 4 * v.stride_h +
+                        col * 4 * v.stride_w
+                  : nullptr;
+  };
+  const WinogradView &vr = p.residual, &vq = p.residual_gate, &vg = p.output_gate, &vo = p.output;
+  const Epilogue<T> e{base(vr), base(vq), base(vg), base(vo), splat(p.relu ? 0.0f : -__builtin_inff())};
+  const int64_t channels = min(VL, p.channels_out - k), rows = min(4, grid.height - row * 4);
+  const int64_t width = min(count * 4, grid.width - col * 4);
+  const auto same = [&](const WinogradView& v, bool last) {
+    return !v.data || (last ? v.stride_c : v.stride_w) == 1;
+  };
+
+  if (vo.stride_c == 1 && same(vr, true) && same(vq, true) && same(vg, true)) {
+    const Mask mask = lanes(0, channels);
+    const Vec bias = p.bias ? load_vec(p.bias + k, mask) : splat(0.0f);
+    for (int64_t q = 0; q < count; ++q) {
+      Vec y[4][4];
+      output_tile(m.at(position + q, 0) + k, m.slot, y);
+      if (channels == VL && rows == 4 && width >= q * 4 + 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const int64_t x = q * 4 + j;
+            store_vec(
+                e.output + i * vo.stride_h + x * vo.stride_w,
+                Epilogue<T>::apply(e, y[i][j] + bias, i * vr.stride_h + x * vr.stride_w,
+                                   i * vq.stride_h + x * vq.stride_w, i * vg.stride_h + x * vg.stride_w));
+          }
+      } else {
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t j = 0; j < min(4, width - q * 4); ++j) {
+            const int64_t x = q * 4 + j;
+            store_vec(e.output + i * vo.stride_h + x * vo.stride_w,
+                      Epilogue<T>::apply(e, y[i][j] + bias, i * vr.stride_h + x * vr.stride_w,
+                                         i * vq.stride_h + x * vq.stride_w, i * vg.stride_h + x * vg.stride_w,
+                                         mask),
+                      mask);
+          }
+      }
+    }
+    return;
+  }
+
+  const bool planes = vo.stride_w == 1 && same(vr, false) && same(vq, false) && same(vg, false);
+  for (int64_t q = 0; q < count; q += VL / 4) {
+    float* pixels = scratch.columns;  // [4 rows][VL pixels][VL channels]
+    for (int64_t a = 0; a < min(VL / 4, count - q); ++a) {
+      Vec y[4][4];
+      output_tile(m.at(position + q + a, 0) + k, m.slot, y);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) store_vec(pixels + ((i * VL) + a * 4 + j) * VL, y[i][j]);
+    }
+    const int64_t columns = min(VL, width - q * 4);
+    const Mask mask = lanes(0, columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      Vec v[VL];
+#pragma GCC unroll 16
+      for (int j = 0; j < VL; ++j) v[j] = load_vec(pixels + (i * VL + j) * VL);
+      transpose(v);
+      const int64_t x = q * 4;
+      if (planes) {
+#pragma GCC unroll 16
+        for (int c = 0; c < VL; ++c) {
+          if (c >= channels) break;
+          const Vec b = p.bias ? splat(p.bias[k + c]) : splat(0.0f);
+          store_vec(e.output + i * vo.stride_h + x + c * vo.stride_c,
+                    Epilogue<T>::apply(e, v[c] + b, i * vr.stride_h + x + c * vr.stride_c,
+                                       i * vq.stride_h + x + c * vq.stride_c,
+                                       i * vg.stride_h + x + c * vg.stride_c, mask),
+                    mask);
+        }
+      } else {
+        // Strides of neither layout: lane by lane through small buffers.
+        for (int64_t c = 0; c < channels; ++c) {
+          const auto gather = [&](const T* base, const WinogradView& view, T* to) {
+            for (int64_t j = 0; j < columns; ++j)
+              to[j] = base[i * view.stride_h + c * view.stride_c + (x + j) * view.stride_w];
+            return to;
+          };
+          alignas(64) T br[VL] = {}, bq[VL] = {}, bg[VL] = {}, bo[VL];
+          Epilogue<T> local = e;
+          if (e.residual) local.residual = gather(e.residual, vr, br);
+          if (e.residual_gate) local.residual_gate = gather(e.residual_gate, vq, bq);
+          if (e.output_gate) local.output_gate = gather(e.output_gate, vg, bg);
+          Vec value;
+          __builtin_memcpy(&value, &v[c], sizeof value);
+          store_vec(
+              bo, Epilogue<T>::apply(local, value + (p.bias ? splat(p.bias[k + c]) : splat(0.0f)), 0, 0, 0));
+          for (int64_t j = 0; j < columns; ++j)
+            e.output[i * vo.stride_h + c * vo.stride_c + (x + j) * vo.stride_w] = bo[j];
+        }
+      }
+    }
+  }
+}
+
+void transform_output(const WinogradConv& p, const Grid& grid, int64_t begin, int64_t end, const Workspace& m,
+                      Scratch& scratch) {
+  each_run_and_vector(
+      p.output, grid, begin, end, p.channels_out,
+      [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
+        switch (p.output.dtype) {
+          case DType::bf16: return output_run<bf16>(p, grid, image, row, col, count, position, k, m, scratch);
+          case DType::f16: return output_run<f16>(p, grid, image, row, col, count, position, k, m, scratch);
+          default: return output_run<float>(p, grid, image, row, col, count, position, k, m, scratch);
+        }
+      });
+}
+
+// --- the table's functions
+// ------------------------------------------------------------------------------------------
+
+int64_t cache_floats() {
+  static const int64_t floats = [] {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+    const long bytes = 0;
+#endif
+    return int64_t(bytes > 0 ? bytes : 1 << 20) / 4;
+  }();
+  return floats;
+}
+
+int64_t padded(int64_t channels) { return round_up(channels, VL); }
+
+// Groups per block: the workspace takes about 60 % of the second-level cache; the weights stream through the
+// rest.
+int64_t block_groups(int64_t group_floats) { return max(1, min(21, cache_floats() * 6 / 10 / group_floats)); }
+
+int64_t conv_group_floats(const WinogradConv& p) {
+  return Workspace(nullptr, max(padded(p.channels_in), padded(p.channels_out)), 37).group;
+}
+
+int64_t groups(int64_t n, int64_t height, int64_t width) { return Grid(n, height, width).groups; }
+
+int64_t weights_size(int64_t channels_in, int64_t channels_out) {
+  return 36 * channels_in * padded(channels_out);
+}
+
+int64_t weight_vectors(int64_t channels_out) { return ceil_div(channels_out, VL); }
+
+// Offset of the vector's column within one point's matrix, and the distance of its rows.
+void panel_of(int64_t vector, int64_t vectors, int64_t C, int64_t& offset, int64_t& stride) {
+  const int64_t first = vector / NV * NV;
+  stride = min(NV, vectors - first) * VL;
+  offset = first * VL * C + (vector - first) * VL;
+}
+
+void transform_weights(DType dtype, const void* w, const int64_t* strides, int64_t K, int64_t C, bool rotate,
+                       float* packed, int64_t begin, int64_t end) {
+  const int64_t outputs = rotate ? C : K, inputs = rotate ? K : C, vectors = ceil_div(outputs, VL);
+  const int64_t stride_out = strides[rotate ? 1 : 0], stride_in = strides[rotate ? 0 : 1];
+  const int64_t size = inputs * vectors * VL;
+  for (int64_t v = begin; v < end; ++v) {
+    int64_t offset, stride;
+    panel_of(v, vectors, inputs, offset, stride);
+    for (int64_t c = 0; c < inputs; ++c) {
+      alignas(64) float taps[9][VL] = {};
+      dispatch(dtype, [&]<typename T>() {
+        for (int64_t k = 0; k < min(VL, outputs - v * VL); ++k) {
+          const T* from = static_cast<const T*>(w) + (v * VL + k) * stride_out + c * stride_in;
+          for (int r = 0; r < 3; ++r)
+            for (int s = 0; s < 3; ++s)
+              taps[rotate ? 8 - (r * 3 + s) : r * 3 + s][k] =
+                  float(load(from + r * strides[2] + s * strides[3]));
+        }
+      });
+      Vec half[6][3];
+      for (int s = 0; s < 3; ++s) {
+        Vec d[3], u[6];
+        for (int r = 0; r < 3; ++r) d[r] = load_vec(taps[r * 3 + s]);
+        weight_1d(d, u);
+        for (int i = 0; i < 6; ++i) half[i][s] = u[i];
+      }
+      for (int i = 0; i < 6; ++i) {
+        Vec u[6];
+        weight_1d(half[i], u);
+        for (int j = 0; j < 6; ++j) store_vec(packed + (i * 6 + j) * size + offset + c * stride, u[j]);
+      }
+    }
+  }
+}
+
+int64_t conv_workspace(const WinogradConv& p, int64_t groups) {
+  const int64_t group = conv_group_floats(p);
+  return int64_t(sizeof(Scratch) / 4) + min(groups, block_groups(group)) * group;
+}
+
+void conv(const WinogradConv& p, int64_t group_begin, int64_t group_end, float* workspace) {
+  const Grid grid(p.n, p.height, p.width);
+  const int64_t step = block_groups(conv_group_floats(p));
+  Scratch& scratch = *reinterpret_cast<Scratch*>(workspace);
+  float* data = workspace + sizeof(Scratch) / 4;
+  // Both lie in the same slots; their own numbers of channels set the distance of the tiles alone.
+  Workspace v(data, max(padded(p.channels_in), padded(p.channels_out)), 37), m = v;
+  v.channels = padded(p.channels_in);
+  m.channels = padded(p.channels_out);
+  const Source source{p.input, p.input_gate, p.channels_in};
+  const int64_t blocks = ceil_div(group_end - group_begin, step);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = group_begin + (group_end - group_begin) * b / blocks;
+    const int64_t last = group_begin + (group_end - group_begin) * (b + 1) / blocks;
+    const int64_t begin = first * TILES, end = min(last * TILES, grid.tiles);
+    transform_input(source, grid, begin, end, v, 1, scratch);
+    clear_rest(v, end - begin, 1);
+    multiply_all(v, m, last - first, p.weights, p.channels_in, p.channels_out);
+    transform_output(p, grid, begin, end, m, scratch);
+  }
+}
+
+// --- weight gradient
+// ------------------------------------------------------------------------------------------------
+
+// u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]
+template <int R, int N>
+void accumulate(const float* v, int64_t v_stride, int64_t v_group, const float* z, int64_t z_stride,
+                int64_t z_group, int64_t groups, float* u, int64_t u_stride, bool first) {
+  Vec acc[R][N];
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load_vec(u + r * u_stride + n * VL);
+  for (int64_t g = 0; g < groups; ++g) {
+    const float *vg = v + g * v_group, *zg = z + g * z_group;
+    for (int q = 0; q < TILES; ++q) {
+      Vec b[N];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) b[n] = load_vec(zg + q * z_stride + n * VL);
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        Vec a = splat(vg[q * v_stride + r]);
+        asm("" : "+v"(a));
+#pragma GCC unroll 4
+        for (int n = 0; n < N; ++n) acc[r][n] = fma(a, b[n], acc[r][n]);
+      }
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) store_vec(u + r * u_stride + n * VL, acc[r][n]);
+}
+
+void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, float* partial, int64_t C,
+                    int64_t K, bool first) {
+  const int64_t vectors = ceil_div(K, VL);
+  for (int t = 0; t < 36; ++t) {
+    each_panel(vectors, [&]<int N>(Width<N>, int64_t vector) {
+      float* u = partial + t * C * vectors * VL + vector * VL * C;
+      const float *vt = v.data + t * v.slot, *zt = z.data + t * z.slot + vector * VL;
+      const auto rows = [&]<int R>(Width<R>, int64_t c) {
+        accumulate<R, N>(vt + c, v.channels, v.group, zt, z.channels, z.group, groups, u + c * N * VL, N * VL,
+                         first);
+      };
+      int64_t c = 0;
+      for (; c + 6 <= C; c += 6) rows(Width<6>{}, c);
+      switch (C - c) {
+        case 1: rows(Width<1>{}, c); break;
+        case 2: rows(Width<2>{}, c); break;
+        case 3: rows(Width<3>{}, c); break;
+        case 4: rows(Width<4>{}, c); break;
+        case 5: rows(Width<5>{}, c); break;
+        default: break;
+      }
+    });
+  }
+}
+
+int64_t weight_gradient_chunks(const WinogradWeightGradient& p) {
+  return max(1, min(8, Grid(p.n, p.height, p.width).groups / 32));
+}
+
+int64_t weight_gradient_matrix(const WinogradWeightGradient& p) {
+  return weights_size(p.channels_in, p.channels_out);
+}
+
+int64_t weight_gradient_partial(const WinogradWeightGradient& p) {
+  return weight_gradient_matrix(p) + 2 * padded(p.channels_out);  // the bias' sums are doubles
+}
+
+int64_t weight_gradient_step(const WinogradWeightGradient& p) {
+  const int64_t group = Workspace(nullptr, padded(p.channels_in), 36).group +
+                        Workspace(nullptr, padded(p.channels_out), 36).group;
+  return block_groups(group);
+}
+
+int64_t weight_gradient_workspace(const WinogradWeightGradient& p) {
+  const int64_t group = Workspace(nullptr, padded(p.channels_in), 36).group +
+                        Workspace(nullptr, padded(p.channels_out), 36).group;
+  return int64_t(sizeof(Scratch) / 4) + weight_gradient_step(p) * group;
+}
+
+void weight_gradient(const WinogradWeightGradient& p, int64_t chunk, float* partial, float* workspace) {
+  const Grid grid(p.n, p.height, p.width);
+  const int64_t chunks = weight_gradient_chunks(p), step = weight_gradient_step(p);
+  const int64_t group_begin = grid.groups * chunk / chunks, group_end = grid.groups * (chunk + 1) / chunks;
+  Scratch& scratch = *reinterpret_cast<Scratch*>(workspace);
+  const Workspace v(workspace + sizeof(Scratch) / 4, padded(p.channels_in), 36);
+  const Workspace z(v.data + step * v.group, padded(p.channels_out), 36);
+  double* sums = reinterpret_cast<double*>(partial + weight_gradient_matrix(p));
+  for (int64_t k = 0; k < padded(p.channels_out); ++k) sums[k] = 0;
+  const Source input{p.input, {}, p.channels_in}, grad{p.grad_output, p.grad_gate, p.channels_out};
+  const int64_t blocks = ceil_div(group_end - group_begin, step);
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int64_t first = group_begin + (group_end - group_begin) * b / blocks;
+    const int64_t last = group_begin + (group_end - group_begin) * (b + 1) / blocks;
+    const int64_t begin = first * TILES, end = min(last * TILES, grid.tiles);
+    transform_input(input, grid, begin, end, v, 0, scratch);
+    transform_gradient(grad, grid, begin, end, z, sums, scratch);
+    clear_rest(v, end - begin, 0);
+    clear_rest(z, end - begin, 0);
+    accumulate_all(v, z, last - first, partial, p.channels_in, p.channels_out, b == 0);
+  }
+}
+
+void weight_gradient_finish(const WinogradWeightGradient& p, const float* partials, int64_t chunks,
+                            int64_t c_begin, int64_t c_end, float* d_weight, float* d_bias) {
+  const int64_t C = p.channels_in, K = p.channels_out, vectors = ceil_div(K, VL), size = C * vectors * VL;
+  const int64_t distance = weight_gradient_partial(p);
+  if (d_bias && c_begin == 0) {
+    for (int64_t k = 0; k < K; ++k) {
+      double sum = 0;
+      for (int64_t i = 0; i < chunks; ++i)
+        sum += reinterpret_cast<const double*>(partials + i * distance + weight_gradient_matrix(p))[k];
+      d_bias[k] = float(sum);
+    }
+  }
+  if (!d_weight) return;
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    int64_t offset, stride;
+    panel_of(vector, vectors, C, offset, stride);
+    for (int64_t c = c_begin; c < c_end; ++c) {
+      Vec half[3][6];
+      for (int j = 0; j < 6; ++j) {
+        Vec u[6], w[3];
+        for (int i = 0; i < 6; ++i) {
+          const float* from = partials + (i * 6 + j) * size + offset + c * stride;
+          u[i] = load_vec(from);
+          for (int64_t n = 1; n < chunks; ++n) u[i] = u[i] + load_vec(from + n * distance);
+        }
+        weight_gradient_1d(u, w);
+        for (int r = 0; r < 3; ++r) half[r][j] = w[r];
+      }
+      alignas(64) float taps[9][VL];
+      for (int r = 0; r < 3; ++r) {
+        Vec w[3];
+        weight_gradient_1d(half[r], w);
+        for (int s = 0; s < 3; ++s) store_vec(taps[r * 3 + s], w[s]);
+      }
+      for (int64_t k = 0; k < min(VL, K - vector * VL); ++k)
+        for (int i = 0; i < 9; ++i) d_weight[((vector * VL + k) * C + c) * 9 + i] = taps[i][k];
+    }
+  }
+}
+
+}  // namespace
+
+extern const WinogradKernels winograd;
+const WinogradKernels winograd = {true,
+                                  weights_size,
+                                  transform_weights,
+                                  weight_vectors,
+                                  groups,
+                                  conv_workspace,
+                                  conv,
+                                  weight_gradient_chunks,
+                                  weight_gradient_partial,
+                                  weight_gradient_workspace,
+                                  weight_gradient,
+                                  weight_gradient_finish};
+
+#else
+
 extern const WinogradKernels winograd;
 const WinogradKernels winograd = {};
+
+#endif
 }  // namespace fastda::cpu::FASTDA_ISA
