@@ -60,8 +60,12 @@ def tolerance(op: str, what: str, dtype: torch.dtype) -> Tolerance:
     return table.get(what, table["grad" if what != "value" else "value"])[dtype]
 
 
-def error(actual: Tensor, expected: Tensor) -> Error:
-    """The error of `actual` against `expected` (any dtypes, equal shapes), computed in float64."""
+def error(actual: Tensor, expected: Tensor, magnitude: float = 0.0) -> Error:
+    """The error of `actual` against `expected` (any dtypes, equal shapes), computed in float64.
+
+    A result that is a difference of large terms can be as small as their rounding, and no relative error is
+    then small. `magnitude` is the size of such terms: the least rms that the error is divided by.
+    """
     if actual.shape != expected.shape:
         raise ValueError(
             f"error: actual has shape {tuple(actual.shape)}, expected has {tuple(expected.shape)}"
@@ -77,7 +81,7 @@ def error(actual: Tensor, expected: Tensor) -> Error:
     difference = a - e
     if not difference.any():
         return Error(0.0, 0.0, same)
-    norm = e.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    norm = e.norm().clamp_min(max(magnitude * e.numel() ** 0.5, torch.finfo(torch.float64).tiny))
     return Error(
         (difference.norm() / norm).item(), (difference.abs().max() * e.numel() ** 0.5 / norm).item(), same
     )
@@ -94,6 +98,22 @@ def assert_matches(
     bound, got = tolerance(op, what, dtype), error(actual, expected)
     if not got.within(bound):
         raise AssertionError(f"{op} {what} in {dtype}: {got} exceeds {bound}")
+
+
+def clear_of_zero(activations: Tensor, margin: float = 1e-3) -> Tensor:
+    """A bias per channel (dim 1) that keeps every value of `activations` [N, C, …] `margin` away from zero.
+
+    A kernel that rounds differently may put an activation on the other side of a ReLU's edge; its gradient is
+    then right and still far from the reference's. Zero goes to the most central gap that is wide enough, or
+    below all values if none is.
+    """
+    values = activations.transpose(0, 1).flatten(1).sort(dim=1).values  # [C, n]
+    n = values.shape[1]
+    values = torch.cat([values[:, :1] - 4 * margin, values], dim=1)
+    wide = values.diff(dim=1) >= 2 * margin
+    off_centre = (torch.arange(n, device=values.device) - n / 2).abs()
+    gap = torch.where(wide, off_centre, torch.inf).argmin(dim=1, keepdim=True)
+    return -(values.gather(1, gap) + values.gather(1, gap + 1)).squeeze(1) / 2
 
 
 @contextlib.contextmanager

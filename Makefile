@@ -1,0 +1,117 @@
+# Everything from a fresh machine with python3 (3.10 or newer), g++ and make:
+#   make demo    build, verify, a quick benchmark, and a training on real digits
+#   make test    build, lint and the whole test suite
+# Settings: PYTHON=python3.12  VENV=.venv  TORCH="torch==2.13.0"  MAX_JOBS=2
+#   TORCH may carry pip options, such as TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+ABI_TORCH ?= torch==2.11.0
+OUT ?= out
+PIP_FLAGS ?= -q
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+BIN := $(abspath $(VENV))/bin
+SOURCES := $(shell find csrc -type f) setup.py
+CXX_SOURCES := $(filter csrc/%,$(SOURCES))
+# These run again for every instruction set and with the reference behind the public functions.
+KERNEL_TESTS := $(wildcard tests/test_grad_reverse.py tests/test_patch_loss.py tests/test_refiner_conv.py)
+# One process per core, each with one thread, is the fastest use of a small machine.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
+VERIFY := $(BIN)/fastda verify --out
+
+.PHONY: help demo test build wheel lint format check isa abi-check sanitize bench clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1|/' | column -t -s '|'
+
+# -- environment --------------------------------------------------------------------------------------------------
+
+$(VENV)/.torch:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastda needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) 'setuptools>=77' wheel ninja
+	$(BIN)/pip install $(PIP_FLAGS) $(TORCH)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	FASTDA_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/.packages: pyproject.toml | $(VENV)/.built
+	FASTDA_REQUIRE_NATIVE=1 $(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[test]'
+	touch $@
+
+build: $(VENV)/.built $(VENV)/.packages ## make the environment and compile the extension in place
+
+# -- checks -------------------------------------------------------------------------------------------------------
+
+test: lint check isa ## lint, the whole suite, and the kernels again on every instruction set
+
+check: build
+	$(PYTEST)
+
+isa: build
+	$(VERIFY) $(OUT)/verify/best
+	for isa in avx2 base; do \
+	  FASTDA_CPU_ISA=$$isa $(PYTEST) -m "not slow and not isa_independent" $(KERNEL_TESTS); \
+	  FASTDA_CPU_ISA=$$isa $(VERIFY) $(OUT)/verify/$$isa --backend cpp; \
+	done
+	FASTDA_BACKEND=reference $(VERIFY) $(OUT)/verify/reference
+
+lint: build ## ruff, mypy, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: build ## rewrite all sources in the one format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+# -- what users get -----------------------------------------------------------------------------------------------
+
+demo: build ## verify, a quick benchmark, and DANN trained on real digits with a report page
+	$(BIN)/fastda info
+	$(VERIFY) $(OUT)/demo --backend cpp
+	$(BIN)/fastda bench --quick --out $(OUT)/demo
+	$(BIN)/python examples/dann_digits.py --out $(OUT)/demo
+
+bench: build ## every operator against eager PyTorch, all shapes
+	$(BIN)/fastda bench --out $(OUT)/bench
+
+wheel: $(VENV)/.built ## one wheel for every torch from 2.11 and every Python from 3.10, in dist/
+	rm -f dist/*.whl
+	FASTDA_REQUIRE_NATIVE=1 FASTDA_AUTOGRAD_EXTENSION=0 \
+	  $(BIN)/pip wheel $(PIP_FLAGS) --no-build-isolation --no-deps -w dist .
+
+# One unpacked wheel, the same files under both: the torch of $(VENV) and $(ABI_TORCH) in an environment of its own.
+abi-check: wheel build $(VENV)-abi/.torch ## the wheel imports and verifies on the oldest torch and on this one
+	rm -rf build/abi && mkdir -p build/abi
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target build/abi dist/*.whl
+	for python in $(BIN)/python $(abspath $(VENV))-abi/bin/python; do \
+	  (cd build/abi && PYTHONPATH=$$PWD $$python -W error -c \
+	    'import fastda, torch; print(torch.__version__, fastda.backend.native.__file__)' && \
+	   PYTHONPATH=$$PWD $$python -m fastda verify --backend cpp); \
+	done
+
+$(VENV)-abi/.torch:
+	$(PYTHON) -m venv $(VENV)-abi
+	$(abspath $(VENV))-abi/bin/pip install $(PIP_FLAGS) $(ABI_TORCH) rich
+	touch $@
+
+sanitize: build ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	FASTDA_REQUIRE_NATIVE=1 FASTDA_AUTOGRAD_EXTENSION=0 FASTDA_SANITIZE=address,undefined \
+	  $(BIN)/python setup.py -q build --build-lib build/sanitize
+	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  PYTHONPATH=build/sanitize OMP_NUM_THREADS=2 \
+	  $(BIN)/pytest -p no:cacheprovider -m "not slow and not isa_independent" $(KERNEL_TESTS)
+
+clean: ## remove build products, but not the environment
+	rm -rf build dist out *.egg-info fastda/*.so $(VENV)/.built

@@ -1,0 +1,5 @@
+import sys
+
+from fastda.cli import main
+
+sys.exit(main())
