@@ -48,8 +48,8 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         parents=[shared],
         help="time every operator against eager PyTorch",
-        description="Time forward and backward of every operator against its reference in eager PyTorch, taken "
-        "in turn in one process. A ratio above 1 means that fastda is faster.",
+        description="Time forward and backward of every operator against its reference in eager PyTorch, "
+        "taken in turn in one process. A ratio above 1 means that fastda is faster.",
     )
     bench.add_argument("--quick", action="store_true", help="one shape an operator; takes about a minute")
     bench.add_argument("--rounds", type=int, default=20, help="rounds per shape (default: 20)")

@@ -341,7 +341,7 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 def evaluate(
     function: Callable[..., Any], arguments: Mapping[str, Any], names: Sequence[str], seed: int
 ) -> dict[str, Tensor]:
-    """Outputs ("value", "value 1", …) and gradients (by argument name) of a call, random output gradients given."""
+    """Outputs ("value", "value 1", …) and, under random output gradients, gradients by argument name."""
     arguments = {n: v.detach().requires_grad_(n in names) if n in names else v for n, v in arguments.items()}
     out = function(**arguments)
     outputs = out if isinstance(out, tuple) else (out,)
