@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -50,7 +51,22 @@ def _has_op(dispatch_key: str) -> bool:
     )
 
 
+def _load_autograd() -> tuple[Any, str | None]:
+    """The accelerator of gradient reversal. It is made for one torch alone, so no other version's is ever tried."""
+    if os.environ.get("FASTDA_AUTOGRAD_EXTENSION") == "0":
+        return None, "switched off by FASTDA_AUTOGRAD_EXTENSION=0"
+    version = torch.__version__.split("+")[0]
+    name = "fastda._autograd_" + re.sub(r"\W", "_", version)
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        if importlib.util.find_spec(name) is None:
+            return None, f"not built for torch {version}"
+        return None, f"failed to load: {error}"
+
+
 native, native_error = _load_native()
+autograd_module, autograd_error = _load_autograd()
 _forced: str | None = None
 _defaults: dict[str, str] = {}
 
@@ -134,6 +150,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_isa": native.cpu_isa() if native is not None else None,
+        "autograd_extension": autograd_error or "loaded",
         "threads": torch.get_num_threads(),
         "forced_backend": _forced,
         "devices": {

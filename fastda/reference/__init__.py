@@ -3,3 +3,7 @@
 This package is the specification (run in float64 it is the judge of the kernels), the fallback where no
 kernels serve, and what torch.func transforms go through. It imports nothing else of fastda.
 """
+
+from fastda.reference.grad_reverse import grad_reverse, grad_reverse_linear
+
+__all__ = ["grad_reverse", "grad_reverse_linear"]
