@@ -7,10 +7,8 @@
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #define FASTDA_SIMD 1
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own _mm512_undefined_ps()
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own _mm512_undefined_ps(), inlined into us
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 #else
 #define FASTDA_SIMD 0
 #endif

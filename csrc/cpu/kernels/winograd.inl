@@ -112,7 +112,6 @@ FASTDA_INLINE void weight_gradient_1d(const Vec* u, Vec* w) {
 }
 
 // --- tiles of the input (6 x 6 pixels, overlapping) or of the output's gradient (4 x 4) into the workspace
-// ---------
 
 struct Source {
   WinogradView x, gate;
@@ -357,28 +356,83 @@ void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
       for (int64_t c = 0; c < v.channels; c += VL) store_vec(v.at(tile, first_slot + t) + c, splat(0.0f));
 }
 
-// --- 36 matrix products
-// ---------------------------------------------------------------------------------------------
+// Fetches, bit by bit while the products run, what the block's output stage and the next block's input stage
+// will touch: they would wait for memory otherwise, and the products leave it idle.
+struct Prefetch {
+  struct Piece {
+    const char* base;
+    int64_t rows, row_stride, count, stride, bytes;  // `count` x `rows` segments of `bytes`
+  };
+  Piece pieces[64];
+  int size = 0, piece = 0;
+  int64_t row = 0, index = 0, segments = 0;
 
-// m[6][N vectors] = v[6][C] u[C][N vectors]
+  void add(const WinogradView& x, const Grid& grid, int64_t channels, int64_t begin, int64_t end,
+           int64_t below) {
+    if (x.data == nullptr || (x.stride_c != 1 && x.stride_w != 1)) return;
+    const int64_t size_of = x.dtype == DType::f32 ? 4 : 2;
+    each_run(grid, begin, end, [&](int64_t image, int64_t tile_row, int64_t col, int64_t count, int64_t) {
+      if (size == 64) return;
+      const int64_t y = tile_row * 4 + below, width = min(count * 4, grid.width - col * 4);
+      Piece& p = pieces[size];
+      p.base = static_cast<const char*>(x.data) +
+               (image * x.stride_n + y * x.stride_h + col * 4 * x.stride_w) * size_of;
+      p.rows = min(4, grid.height - y);
+      p.row_stride = x.stride_h * size_of;
+      if (x.stride_c == 1) {
+        p.count = count, p.stride = 4 * x.stride_w * size_of, p.bytes = (3 * x.stride_w + channels) * size_of;
+        if (width < count * 4) --p.count;  // not past the row's end
+      } else {
+        p.count = channels, p.stride = x.stride_c * size_of, p.bytes = width * size_of;
+      }
+      if (p.rows <= 0 || p.count <= 0) return;
+      segments += p.rows * p.count;
+      ++size;
+    });
+  }
+
+  void issue(int64_t wanted) {
+    for (; wanted > 0 && piece < size; --wanted) {
+      const Piece& p = pieces[piece];
+      const char* from = p.base + index * p.stride + row * p.row_stride;
+      for (int64_t i = 0; i < p.bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+      if (++row == p.rows) {
+        row = 0;
+        if (++index == p.count) index = 0, ++piece;
+      }
+    }
+  }
+};
+
+// --- 36 matrix products
+
+// m[6][N vectors] = v[6][C] u[C][N vectors]. Meanwhile `ahead` floats from `next` are fetched for each input
+// channel: the next group's panel, or a piece of the next point's matrix.
 template <int N>
-void multiply(const float* v, int64_t v_stride, const float* u, int64_t C, float* m, int64_t m_stride) {
+[[gnu::noinline]] void multiply(const float* v, int64_t v_stride, const float* u, int64_t C, float* m,
+                                int64_t m_stride, const float* next, int64_t ahead) {
   Vec acc[TILES][N];
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
+  const float* w = v + 3 * v_stride;
   for (int64_t c = 0; c < C; ++c) {
     Vec b[N];
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) b[n] = load_vec(u + (c * N + n) * VL);
+    for (int n = 0; n < N; ++n) b[n] = load_vec(u + n * VL);
+    for (int64_t i = 0; i < ahead; i += 16)
+      _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T0);
 #pragma GCC unroll 6
     for (int r = 0; r < TILES; ++r) {
-      Vec a = splat(v[r * v_stride + c]);
+      Vec a = splat(r < 3 ? v[r * v_stride] : w[(r - 3) * v_stride]);
       asm("" : "+v"(a));  // one broadcast for N products, not N products that each load it
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[r][n] = fma(a, b[n], acc[r][n]);
     }
+    ++v, ++w;
+    u += N * VL;
+    next += ahead;
   }
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
@@ -404,20 +458,25 @@ FASTDA_INLINE void each_panel(int64_t vectors, F&& f) {
 }
 
 void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const float* weights, int64_t C,
-                  int64_t K) {
+                  int64_t K, Prefetch& prefetch) {
   const int64_t vectors = ceil_div(K, VL);
+  const int64_t share = ceil_div(prefetch.segments, 36 * groups * ceil_div(vectors, NV));
   for (int t = 0; t < 36; ++t) {
     const float* u = weights + t * C * vectors * VL;
     each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
-      for (int64_t g = 0; g < groups; ++g)
-        multiply<N>(v.data + g * v.group + (t + 1) * v.slot, v.channels, u + first * VL * C, C,
-                    m.data + g * m.group + t * m.slot + first * VL, m.channels);
+      const float* panel = u + first * VL * C;
+      for (int64_t g = 0; g < groups; ++g) {
+        const float* from = v.data + g * v.group + (t + 1) * v.slot;
+        const bool last = g + 1 == groups;
+        multiply<N>(from, v.channels, panel, C, m.data + g * m.group + t * m.slot + first * VL, m.channels,
+                    last ? panel + C * N * VL : from + v.group, last ? N * VL : TILES);
+        prefetch.issue(share);
+      }
     });
   }
 }
 
 // --- output
-// ---------------------------------------------------------------------------------------------------------
 
 // The epilogue's operands at one pixel (channels_last) or one channel's row (contiguous): `in` elements from
 // p.
@@ -574,7 +633,6 @@ void transform_output(const WinogradConv& p, const Grid& grid, int64_t begin, in
 }
 
 // --- the table's functions
-// ------------------------------------------------------------------------------------------
 
 int64_t cache_floats() {
   static const int64_t floats = [] {
@@ -590,9 +648,12 @@ int64_t cache_floats() {
 
 int64_t padded(int64_t channels) { return round_up(channels, VL); }
 
-// Groups per block: the workspace takes about 60 % of the second-level cache; the weights stream through the
+// Groups per block: enough to use each point's matrix several times, few enough for the workspace to take a
+// fifth of the second-level cache. The weights take more than a quarter, and the tensors stream through the
 // rest.
-int64_t block_groups(int64_t group_floats) { return max(1, min(21, cache_floats() * 6 / 10 / group_floats)); }
+int64_t block_groups(int64_t group_floats) {
+  return max(6, min(21, cache_floats() * 22 / 100 / group_floats));
+}
 
 int64_t conv_group_floats(const WinogradConv& p) {
   return Workspace(nullptr, max(padded(p.channels_in), padded(p.channels_out)), 37).group;
@@ -670,13 +731,18 @@ void conv(const WinogradConv& p, int64_t group_begin, int64_t group_end, float* 
     const int64_t begin = first * TILES, end = min(last * TILES, grid.tiles);
     transform_input(source, grid, begin, end, v, 1, scratch);
     clear_rest(v, end - begin, 1);
-    multiply_all(v, m, last - first, p.weights, p.channels_in, p.channels_out);
+    Prefetch prefetch;
+    const WinogradView* const epilogue[] = {&p.residual, &p.residual_gate, &p.output_gate, &p.output};
+    for (const WinogradView* x : epilogue) prefetch.add(*x, grid, p.channels_out, begin, end, 0);
+    const int64_t next = min(end + (end - begin), min(group_end * TILES, grid.tiles));
+    prefetch.add(p.input, grid, p.channels_in, end, next, 1);
+    prefetch.add(p.input_gate, grid, p.channels_in, end, next, 1);
+    multiply_all(v, m, last - first, p.weights, p.channels_in, p.channels_out, prefetch);
     transform_output(p, grid, begin, end, m, scratch);
   }
 }
 
 // --- weight gradient
-// ------------------------------------------------------------------------------------------------
 
 // u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]
 template <int R, int N>
