@@ -21,3 +21,16 @@ def transforms_active() -> bool:
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast wants on this device, None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """The memory format that torch's own convolutions would give their result for this input."""
+    return torch._prims_common.suggest_memory_format(x)
+
+
+def as_channels_last(x: torch.Tensor) -> torch.Tensor:
+    """`x` (N, C, H, W) with the strides of channels_last; for one channel, where both formats are the same bytes, a view."""
+    if x.shape[1] != 1 or not x.is_contiguous():
+        return x.contiguous(memory_format=torch.channels_last)
+    n, _, h, w = x.shape
+    return x.as_strided((n, 1, h, w), (h * w, 1, w, 1))

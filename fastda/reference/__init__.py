@@ -5,5 +5,6 @@ kernels serve, and what torch.func transforms go through. It imports nothing els
 """
 
 from fastda.reference.grad_reverse import grad_reverse, grad_reverse_linear
+from fastda.reference.refiner_conv import conv_same, refiner_block
 
-__all__ = ["grad_reverse", "grad_reverse_linear"]
+__all__ = ["conv_same", "grad_reverse", "grad_reverse_linear", "refiner_block"]

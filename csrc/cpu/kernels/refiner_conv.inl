@@ -1,0 +1,510 @@
+// Compiled once per instruction set, with FASTDA_ISA naming it.
+//
+// The direct kernels. A task is a block of output rows and columns of one image:
+//
+//   x block with halo -> packed [pixel][channel], zero outside the image, gated, widened to the accumulator type
+//   out[q][k] = sum over taps t and channels c of packed[q + offset(t)][c] * filter[t][c][k]
+//   epilogue: bias, residual, ReLU, gate, back to the layout and type of the tensors
+//
+// Output pixels q are numbered on the grid of the packed block, halo columns included: the few that fall into the halo
+// are computed and dropped, and every tap is one constant offset. The micro-kernel keeps `rows` pixels x `KV` vectors of
+// output channels in registers. The filter gradient is the same micro-kernel turned: rows are (tap, channel) pairs
+// and the reduction runs over the pixels.
+#include "cpu/kernels/refiner_conv.h"
+
+#include "cpu/kernels/vec.h"
+
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Accumulators: panel_vectors<> vectors of out channels wide; micro_rows(KV) pixels high.
+constexpr int panel_vectors = vector_registers == 32 ? 4 : 2;
+constexpr int micro_rows(int kv) {
+  return vector_registers == 32 ? (kv == 4 ? 6 : kv == 3 ? 8 : 12) : (kv == 2 ? 6 : 8);
+}
+constexpr int max_rows = 12;
+
+// c[r][0, KV) (+)= sum over t < taps, d < depth of a[row[r] + offset[t] + d * step] * b[t * depth + d][0, KV), for
+// r < valid.
+template <typename S, int R, int KV>
+void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offset, int64_t taps, int64_t depth,
+                  int64_t step, const S* b, int64_t b_stride, S* c, int64_t c_stride, bool accumulate) {
+  constexpr int L = lanes<S>;
+  const S* p[R];
+  Vec<S> sum[R][KV];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    p[r] = a + row[r];
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; ++v) sum[r][v] = Vec<S>{};
+  }
+  for (int64_t t = 0; t < taps; ++t) {
+    int64_t i = offset[t];
+    for (int64_t d = 0; d < depth; ++d) {
+      Vec<S> w[KV];
+#pragma GCC unroll 4
+      for (int v = 0; v < KV; ++v) w[v] = load_vec(b + v * L);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        Vec<S> x = broadcast(p[r][i]);
+#if FASTDA_X86
+        asm("" : "+v"(x));  // one broadcast into a register, not one per multiplication
+#endif
+#pragma GCC unroll 4
+        for (int v = 0; v < KV; ++v) sum[r][v] += x * w[v];
+      }
+      b += b_stride;
+      i += step;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    if (r >= valid) break;
+    S* out = c + r * c_stride;
+#pragma GCC unroll 4
+    for (int v = 0; v < KV; ++v)
+      store_vec(out + v * L, accumulate ? load_vec(out + v * L) + sum[r][v] : sum[r][v]);
+  }
+}
+
+template <typename S>
+using MicroKernel = void (*)(const S*, const int64_t*, int, const int64_t*, int64_t, int64_t, int64_t, const S*, int64_t,
+                             S*, int64_t, bool);
+template <typename S>
+MicroKernel<S> micro_kernel_for(int kv) {
+  switch (kv) {
+    case 1: return micro_kernel<S, micro_rows(1), 1>;
+    case 2: return micro_kernel<S, micro_rows(2), 2>;
+    case 3: return micro_kernel<S, micro_rows(3), panel_vectors == 4 ? 3 : 2>;
+    default: return micro_kernel<S, micro_rows(4), panel_vectors == 4 ? 4 : 2>;
+  }
+}
+
+// Out channels as panels of at most panel_vectors vectors; k0 = first channel of a panel, kv = its vectors.
+template <typename S>
+int panel_width(int64_t k0, int64_t channels) {
+  return int(min(panel_vectors, (channels - k0) / lanes<S>));
+}
+
+// out[q][k] = sum over t, c of x[q * row_stride + offset[t] + c] * filter[panel][t][c][k in panel] for q < round_up(pixels,
+// max_rows). The taps are taken in groups whose filters stay in the first-level cache.
+template <typename S>
+void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* offset, int64_t taps, int64_t depth,
+              const S* filter, int64_t padded_k, S* out) {
+  int64_t row[max_rows];
+  for (int r = 0; r < max_rows; ++r) row[r] = r * row_stride;
+  for (int64_t k0 = 0; k0 < padded_k;) {
+    const int kv = panel_width<S>(k0, padded_k), rows = micro_rows(kv);
+    const int64_t width = kv * lanes<S>;
+    const MicroKernel<S> kernel = micro_kernel_for<S>(kv);
+    const S* b = filter + k0 * taps * depth;
+    const int64_t group = max(1, int64_t(24 << 10) / int64_t(depth * width * sizeof(S)));
+    for (int64_t t = 0; t < taps; t += group) {
+      const int64_t n = min(group, taps - t);
+      for (int64_t q = 0; q < pixels; q += rows)
+        kernel(x + q * row_stride, row, rows, offset + t, n, depth, 1, b + t * depth * width, width,
+               out + q * padded_k + k0, padded_k, t > 0);
+    }
+    k0 += width;
+  }
+}
+
+// sums[t][c][k] += sum over q < pixels of x[q * x_stride + offset[t] + c] * grad[q][k].
+template <typename S>
+void multiply_transposed(const S* x, int64_t x_stride, int64_t pixels, const int64_t* offset, int64_t taps,
+                         int64_t channels, const S* grad, int64_t padded_k, S* sums) {
+  const int64_t zero = 0, pairs = taps * channels;
+  for (int64_t k0 = 0; k0 < padded_k;) {
+    const int kv = panel_width<S>(k0, padded_k), rows = micro_rows(kv);
+    const int64_t width = kv * lanes<S>;
+    const MicroKernel<S> kernel = micro_kernel_for<S>(kv);
+    const int64_t stretch = max(32, int64_t(16 << 10) / int64_t(width * sizeof(S)));
+    for (int64_t q = 0; q < pixels; q += stretch) {
+      const int64_t depth = min(stretch, pixels - q);
+      int64_t t = 0, c = 0;
+      for (int64_t i = 0; i < pairs; i += rows) {
+        const int valid = int(min(rows, pairs - i));
+        int64_t row[max_rows];
+        for (int r = 0; r < rows; ++r) {
+          row[r] = r < valid ? offset[t] + c : row[0];
+          if (r < valid && ++c == channels) c = 0, ++t;
+        }
+        kernel(x + q * x_stride, row, valid, &zero, 1, depth, x_stride, grad + q * padded_k + k0, padded_k,
+               sums + i * padded_k + k0, padded_k, true);
+      }
+    }
+    k0 += width;
+  }
+}
+
+template <typename S>
+inline Vec<S> gated(Vec<S> v, Vec<S> g) {
+  return g <= S(0) ? Vec<S>{} : v;
+}
+template <typename S>
+inline Vec<S> relu(Vec<S> v) {
+  return v < S(0) ? Vec<S>{} : v;
+}
+
+// A rectangle of one image.
+struct Block {
+  int64_t n, h, w, rows, columns;
+};
+
+template <typename T>
+const T* at(const View& v, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return static_cast<const T*>(v.data) + n * v.n + c * v.c + h * v.h + w * v.w;
+}
+
+// out[(r * columns + q)][0, stride) = gate(g, x)[block.n, :, block.h + r, block.w + q], zero outside the image and in
+// channels past the last.
+template <typename T, typename S>
+void pack(const View& x, const View& gate, bool channels_last, int64_t channels, int64_t height, int64_t width,
+          const Block& block, S* out, int64_t stride) {
+  constexpr int L = lanes<S>;
+  const int64_t begin = min(block.columns, max(0, -block.w)), end = max(begin, min(block.columns, width - block.w));
+  for (int64_t r = 0; r < block.rows; ++r, out += block.columns * stride) {
+    const int64_t h = block.h + r;
+    if (h < 0 || h >= height) {
+      for (int64_t i = 0; i < block.columns * stride; ++i) out[i] = S(0);
+      continue;
+    }
+    for (int64_t i = 0; i < begin * stride; ++i) out[i] = S(0);
+    for (int64_t i = end * stride; i < block.columns * stride; ++i) out[i] = S(0);
+    if (channels_last) {
+      for (int64_t q = begin; q < end; ++q) {
+        const T* from = at<T>(x, block.n, 0, h, block.w + q);
+        const T* g = gate.data ? at<T>(gate, block.n, 0, h, block.w + q) : nullptr;
+        S* to = out + q * stride;
+        for (int64_t c = 0; c < stride; c += L) {
+          const int valid = int(min(L, channels - c));
+          Vec<S> v = valid > 0 ? load_first<S>(from + c, valid) : Vec<S>{};
+          if (g && valid > 0) v = gated<S>(v, load_first<S>(g + c, valid));
+          if (stride - c >= L) {
+            store_vec(to + c, v);
+          } else {
+            store_first<S>(to + c, v, int(stride - c));
+          }
+        }
+      }
+      continue;
+    }
+    for (int64_t c0 = 0; c0 < stride; c0 += L) {
+      const int into = int(min(L, stride - c0)), from_channels = int(min(L, channels - c0));
+      for (int64_t q = begin; q < end; q += L) {
+        const int valid = int(min(L, end - q));
+        if (into == 1) {  // one channel: nothing to turn
+          Vec<S> v = load_first<S>(at<T>(x, block.n, c0, h, block.w + q), valid);
+          if (gate.data) v = gated<S>(v, load_first<S>(at<T>(gate, block.n, c0, h, block.w + q), valid));
+          for (int i = 0; i < valid; ++i) out[(q + i) * stride + c0] = v[i];
+          continue;
+        }
+        Vec<S> tile[L];
+        for (int c = 0; c < L; ++c) {
+          tile[c] = Vec<S>{};
+          if (c >= from_channels) continue;
+          tile[c] = load_first<S>(at<T>(x, block.n, c0 + c, h, block.w + q), valid);
+          if (gate.data)
+            tile[c] = gated<S>(tile[c], load_first<S>(at<T>(gate, block.n, c0 + c, h, block.w + q), valid));
+        }
+        transpose<S>(tile);
+        for (int i = 0; i < valid; ++i) {
+          if (into == L) {
+            store_vec(out + (q + i) * stride + c0, tile[i]);
+          } else {
+            store_first<S>(out + (q + i) * stride + c0, tile[i], into);
+          }
+        }
+      }
+    }
+  }
+}
+
+// One vector of results, from its sum to memory; where = element offsets of the vector in every view are given by (n, c, h, w).
+template <typename T, typename S>
+inline void finish(const ConvArgs& a, Vec<S> v, int valid, int64_t n, int64_t c, int64_t h, int64_t w) {
+  if (a.residual.data) {
+    Vec<S> add = load_first<S>(at<T>(a.residual, n, c, h, w), valid);
+    if (a.residual_gate.data) add = gated<S>(add, load_first<S>(at<T>(a.residual_gate, n, c, h, w), valid));
+    v += add;
+  }
+  if (a.relu) v = relu<S>(v);
+  if (a.out_gate.data) v = gated<S>(v, load_first<S>(at<T>(a.out_gate, n, c, h, w), valid));
+  store_first<S>(const_cast<T*>(at<T>(a.out, n, c, h, w)), v, valid);
+}
+
+// sums[r * columns + q][0, stride) to the output block at (block.h + r, block.w + q).
+template <typename T, typename S>
+void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride, const Block& block) {
+  constexpr int L = lanes<S>;
+  const T* bias = static_cast<const T*>(a.bias);
+  for (int64_t r = 0; r < block.rows; ++r, sums += columns * stride) {
+    const int64_t h = block.h + r;
+    if (a.channels_last) {
+      for (int64_t q = 0; q < block.columns; ++q) {
+        for (int64_t k = 0; k < a.out_channels; k += L) {
+          const int valid = int(min(L, a.out_channels - k));
+          Vec<S> v = load_vec(sums + q * stride + k);
+          if (bias) v += load_first<S>(bias + k, valid);
+          finish<T, S>(a, v, valid, block.n, k, h, block.w + q);
+        }
+      }
+      continue;
+    }
+    for (int64_t k0 = 0; k0 < a.out_channels; k0 += L) {
+      const int64_t channels = min(L, a.out_channels - k0);
+      for (int64_t q = 0; q < block.columns; q += L) {
+        const int valid = int(min(L, block.columns - q));
+        Vec<S> tile[L];
+        for (int i = 0; i < L; ++i)
+          tile[i] = i < valid ? load_vec(sums + (q + i) * stride + k0) : Vec<S>{};
+        transpose<S>(tile);
+        for (int64_t k = 0; k < channels; ++k) {
+          Vec<S> v = tile[k];
+          if (bias) v += broadcast(S(load(bias + k0 + k)));
+          finish<T, S>(a, v, valid, block.n, k0 + k, h, block.w + q);
+        }
+      }
+    }
+  }
+}
+
+// How an image is cut into blocks: whole rows if they are not too long, as many as fit `bytes` with their sums.
+struct Cut {
+  int64_t rows, columns, per_column, per_row, tasks;
+  Block block(int64_t task, int64_t height, int64_t width) const {
+    const int64_t n = task / (per_column * per_row), rest = task % (per_column * per_row);
+    const int64_t h = rest / per_row * rows, w = rest % per_row * columns;
+    return {n, h, w, min(rows, height - h), min(columns, width - w)};
+  }
+};
+Cut cut(int64_t batch, int64_t height, int64_t width, int64_t bytes_per_pixel, int64_t budget) {
+  const int64_t pixels = max(1, budget / bytes_per_pixel);
+  const int64_t columns = ceil_div(width, ceil_div(width, max(16, min(pixels, 256))));
+  const int64_t rows = ceil_div(height, ceil_div(height, max(1, min(height, pixels / columns))));
+  const int64_t per_column = ceil_div(height, rows), per_row = ceil_div(width, columns);
+  return {rows, columns, per_column, per_row, batch * per_column * per_row};
+}
+
+template <typename S>
+S* carve(char*& scratch, int64_t count) {
+  S* p = reinterpret_cast<S*>(scratch);
+  scratch += round_up(count * int64_t(sizeof(S)), 64);
+  return p;
+}
+template <typename S>
+constexpr int64_t carved(int64_t count) {
+  return round_up(count * int64_t(sizeof(S)), 64);
+}
+
+template <typename S>
+int64_t padded(int64_t channels) {
+  return round_up(channels, lanes<S>);
+}
+
+// Calls f.operator()<T, S>() with the element and the accumulator type.
+template <typename F>
+decltype(auto) with_types(DType dtype, F&& f) {
+  return dispatch(dtype, [&]<typename T>() -> decltype(auto) { return f.template operator()<T, typename Acc<T>::type>(); });
+}
+
+// Direct convolution.
+
+constexpr int64_t block_budget = 640 << 10;
+
+template <typename S>
+Cut direct_cut(const ConvArgs& a) {
+  const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
+  return cut(a.batch, a.height, a.width, bytes, block_budget);
+}
+template <typename S>
+struct DirectSizes {
+  Cut cuts;
+  int64_t columns, packed, sums, taps;
+  explicit DirectSizes(const ConvArgs& a) : cuts(direct_cut<S>(a)) {
+    columns = cuts.columns + a.kernel - 1;
+    packed = ((cuts.rows + a.kernel - 1) * columns + max_rows + a.kernel) * a.in_channels;
+    sums = (cuts.rows * columns + max_rows) * padded<S>(a.out_channels);
+    taps = a.kernel * a.kernel;
+  }
+  int64_t bytes() const { return carved<S>(packed) + carved<S>(sums) + carved<int64_t>(taps); }
+};
+
+template <typename T, typename S>
+void prepare_direct(const ConvArgs& a, const View& filter, S* out) {
+  const int64_t padded_k = padded<S>(a.out_channels), taps = a.kernel * a.kernel;
+  for (int64_t k0 = 0; k0 < padded_k;) {
+    const int64_t width = panel_width<S>(k0, padded_k) * lanes<S>;
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t c = 0; c < a.in_channels; ++c, out += width)
+        for (int64_t k = 0; k < width; ++k)
+          out[k] = k0 + k < a.out_channels ? S(load(at<T>(filter, k0 + k, c, t / a.kernel, t % a.kernel))) : S(0);
+    k0 += width;
+  }
+}
+
+template <typename T, typename S>
+void conv_direct(const ConvArgs& a, int64_t task, char* scratch) {
+  const DirectSizes<S> sizes(a);
+  const Block block = sizes.cuts.block(task, a.height, a.width);
+  S* packed = carve<S>(scratch, sizes.packed);
+  S* sums = carve<S>(scratch, sizes.sums);
+  int64_t* offset = carve<int64_t>(scratch, sizes.taps);
+  const int64_t p = a.kernel / 2, columns = block.columns + 2 * p;
+  for (int64_t t = 0; t < sizes.taps; ++t) offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
+  pack<T, S>(a.x, a.x_gate, a.channels_last, a.in_channels, a.height, a.width,
+             {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
+  const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
+  for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
+  const int64_t pixels = (block.rows - 1) * columns + block.columns;
+  const int64_t padded_k = padded<S>(a.out_channels);
+  multiply<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, static_cast<const S*>(a.prepared), padded_k,
+              sums);
+  epilogue<T, S>(a, sums, columns, padded_k, block);
+}
+
+int64_t prepared_bytes(const ConvArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() {
+    return carved<S>(padded<S>(a.out_channels) * a.in_channels * a.kernel * a.kernel);
+  });
+}
+int64_t conv_scratch_bytes(const ConvArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() { return DirectSizes<S>(a).bytes(); });
+}
+void prepare_filter(const ConvArgs& a, const View& filter, void* prepared) {
+  with_types(a.dtype, [&]<typename T, typename S>() { prepare_direct<T, S>(a, filter, static_cast<S*>(prepared)); });
+}
+int64_t conv_tasks(const ConvArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() { return direct_cut<S>(a).tasks; });
+}
+void conv(const ConvArgs& a, int64_t task, void* scratch) {
+  with_types(a.dtype, [&]<typename T, typename S>() { conv_direct<T, S>(a, task, static_cast<char*>(scratch)); });
+}
+
+// Filter gradient.
+
+template <typename S>
+Cut grad_cut(const FilterGradArgs& a) {
+  const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
+  return cut(a.batch, a.height, a.width, bytes, block_budget);
+}
+template <typename S>
+struct GradSizes {
+  Cut cuts;
+  int64_t columns, packed, grads, taps, padded_k, sums;
+  explicit GradSizes(const FilterGradArgs& a) : cuts(grad_cut<S>(a)) {
+    columns = cuts.columns + a.kernel - 1;
+    packed = ((cuts.rows + a.kernel - 1) * columns + a.kernel) * a.in_channels;
+    padded_k = padded<S>(a.out_channels);
+    grads = cuts.rows * columns * padded_k;
+    taps = a.kernel * a.kernel;
+    sums = taps * a.in_channels * padded_k;
+  }
+  int64_t bytes() const { return carved<S>(packed) + carved<S>(grads) + carved<int64_t>(taps); }
+  int64_t sum_bytes() const { return carved<S>(sums) + carved<double>(padded_k); }
+};
+
+// bias[k] += sum over q of grad[q][k], in double.
+template <typename S>
+void add_rows(const S* grad, int64_t pixels, int64_t padded_k, double* bias) {
+  constexpr int L = lanes<S>;
+  for (int64_t k = 0; k < padded_k; k += L) {
+    for (int64_t q0 = 0; q0 < pixels; q0 += 256) {
+      Vec<S> sum = {};
+      for (int64_t q = q0; q < min(pixels, q0 + 256); ++q) sum += load_vec(grad + q * padded_k + k);
+      for (int i = 0; i < L; ++i) bias[k + i] += double(sum[i]);
+    }
+  }
+}
+
+template <typename T, typename S>
+void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scratch) {
+  const GradSizes<S> sizes(a);
+  S* filter = carve<S>(sums, sizes.sums);
+  double* bias = carve<double>(sums, sizes.padded_k);
+  S* packed = carve<S>(scratch, sizes.packed);
+  S* grads = carve<S>(scratch, sizes.grads);
+  int64_t* offset = carve<int64_t>(scratch, sizes.taps);
+  for (int64_t i = 0; i < sizes.sums; ++i) filter[i] = S(0);
+  for (int64_t i = 0; i < sizes.padded_k; ++i) bias[i] = 0;
+  const int64_t p = a.kernel / 2, tasks = sizes.cuts.tasks;
+  for (int64_t task = tasks * chunk / a.chunks; task < tasks * (chunk + 1) / a.chunks; ++task) {
+    const Block block = sizes.cuts.block(task, a.height, a.width);
+    const int64_t columns = block.columns + 2 * p;
+    // The gradient lies on the same grid as the packed input, with zeros where the grid has halo columns.
+    const int64_t pixels = block.rows * columns;
+    for (int64_t r = 0; r < block.rows; ++r) {
+      S* row = grads + r * columns * sizes.padded_k;
+      pack<T, S>(a.grad, a.grad_gate, a.channels_last, a.out_channels, a.height, a.width,
+                 {block.n, block.h + r, block.w, 1, block.columns}, row, sizes.padded_k);
+      for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i) row[i] = S(0);
+    }
+    add_rows<S>(grads, pixels, sizes.padded_k, bias);
+    if (a.x.data == nullptr) continue;
+    for (int64_t t = 0; t < sizes.taps; ++t) offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
+    pack<T, S>(a.x, View{}, a.channels_last, a.in_channels, a.height, a.width,
+               {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
+    const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
+    for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
+    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads, sizes.padded_k, filter);
+  }
+}
+
+template <typename T, typename S>
+void combine_direct(const FilterGradArgs& a, const char* sums, const View& d_filter, T* d_bias) {
+  const GradSizes<S> sizes(a);
+  const int64_t chunk_bytes = sizes.sum_bytes();
+  const auto total = [&](int64_t offset, auto zero) {
+    double sum = 0;
+    for (int64_t i = 0; i < a.chunks; ++i) {
+      decltype(zero) part;
+      std::memcpy(&part, sums + i * chunk_bytes + offset, sizeof part);
+      sum += double(part);
+    }
+    return sum;
+  };
+  if (d_filter.data)
+    for (int64_t t = 0; t < sizes.taps; ++t)
+      for (int64_t c = 0; c < a.in_channels; ++c)
+        for (int64_t k = 0; k < a.out_channels; ++k)
+          store(const_cast<T*>(at<T>(d_filter, k, c, t / a.kernel, t % a.kernel)),
+                S(total(((t * a.in_channels + c) * sizes.padded_k + k) * int64_t(sizeof(S)), S(0))));
+  if (d_bias)
+    for (int64_t k = 0; k < a.out_channels; ++k)
+      store(d_bias + k, S(total(carved<S>(sizes.sums) + k * int64_t(sizeof(double)), 0.0)));
+}
+
+int64_t sum_bytes(const FilterGradArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() { return GradSizes<S>(a).sum_bytes(); });
+}
+int64_t filter_grad_scratch_bytes(const FilterGradArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() { return GradSizes<S>(a).bytes(); });
+}
+int64_t filter_grad_tasks(const FilterGradArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() { return grad_cut<S>(a).tasks; });
+}
+void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scratch) {
+  with_types(a.dtype, [&]<typename T, typename S>() {
+    grad_direct<T, S>(a, chunk, static_cast<char*>(sums), static_cast<char*>(scratch));
+  });
+}
+void combine(const FilterGradArgs& a, const void* sums, const View& d_filter, void* d_bias) {
+  with_types(a.dtype, [&]<typename T, typename S>() {
+    combine_direct<T, S>(a, static_cast<const char*>(sums), d_filter, static_cast<T*>(d_bias));
+  });
+}
+
+}  // namespace
+
+extern const RefinerConvKernels refiner_conv;
+const RefinerConvKernels refiner_conv = {
+    prepared_bytes, conv_scratch_bytes, prepare_filter, conv_tasks, conv,
+    sum_bytes, filter_grad_scratch_bytes, filter_grad_tasks, filter_grad, combine,
+};
+
+}  // namespace fastda::cpu::FASTDA_ISA

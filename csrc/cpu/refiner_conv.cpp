@@ -1,0 +1,274 @@
+#include <cstdlib>
+#include <new>
+#include <optional>
+#include <vector>
+
+#include "common/tensor.h"
+#include "cpu/kernels/refiner_conv.h"
+
+namespace fastda::cpu {
+namespace {
+
+using torch::headeronly::MemoryFormat;
+using MaybeTensor = std::optional<Tensor>;
+
+// Workspace of a thread, kept from call to call: mapping fresh pages costs as much as a small convolution.
+class Workspace {
+ public:
+  ~Workspace() { std::free(data_); }
+  char* reserve(int64_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = bytes;
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+thread_local Workspace workspace;
+
+// The layout that PyTorch's own convolutions would choose for these strides (at::suggest_memory_format).
+bool prefers_channels_last(const Tensor& t) {
+  int64_t least = 0;
+  if (t.stride(1) == 0) return false;
+  for (int d : {1, 3, 2, 0}) {
+    const int64_t size = t.size(d), stride = t.stride(d);
+    if (size == 0 || stride < least) return false;
+    if (d == 0 && least == t.stride(1)) return false;
+    least = stride > 1 ? stride * size : stride;
+  }
+  return true;
+}
+
+Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last) {
+  const int64_t size[] = {n, c, h, w};
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 4), dtype, std::nullopt, std::nullopt,
+                              std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// `t` as the kernels want it: unit stride along the channels or along the columns. Copies only where neither is so.
+Tensor with_unit_stride(const Tensor& t, bool channels_last) {
+  const int d = channels_last ? 1 : 3;
+  if (t.size(d) == 1 || t.stride(d) == 1) return t;
+  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+View view_of(const Tensor& t) {
+  const auto stride = [&](int d) { return t.size(d) == 1 ? 1 : t.stride(d); };
+  return {const_cast<void*>(t.const_data_ptr()), stride(0), stride(1), stride(2), stride(3)};
+}
+View view_of(const MaybeTensor& t) { return t ? view_of(*t) : View{}; }
+
+struct Shape {
+  int64_t batch, in_channels, out_channels, height, width, kernel;
+};
+
+Shape check(const Tensor& x, const Tensor& weight, const char* op) {
+  FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == weight.size(3) &&
+                   weight.size(2) % 2 == 1 && weight.scalar_type() == x.scalar_type(),
+               op, ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
+  return {x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2)};
+}
+void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
+  if (t)
+    FASTDA_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels && t->size(2) == x.size(2) &&
+                     t->size(3) == x.size(3) && t->scalar_type() == x.scalar_type(),
+                 op, ": every image must have the shape of the convolution's result and the dtype of x");
+}
+MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channels, const char* op) {
+  if (!bias) return std::nullopt;
+  FASTDA_CHECK(bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == x.scalar_type(), op,
+               ": bias must be (K,) in the dtype of x");
+  return torch::stable::contiguous(*bias);
+}
+
+// Everything that a convolution is fused with.
+struct Fusion {
+  MaybeTensor x_gate, bias, residual, residual_gate, out_gate;
+  bool relu = false;
+};
+
+// out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with weight.size(0)
+// channels and out has weight.size(1).
+void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& fusion, const Tensor& out,
+              bool channels_last) {
+  const int64_t k = weight.size(2);
+  ConvArgs args{};
+  args.dtype = dtype_of(x, "conv_same");
+  args.channels_last = channels_last;
+  args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = out.size(1);
+  args.height = x.size(2), args.width = x.size(3), args.kernel = k;
+  if (out.numel() == 0) return;
+  args.x = view_of(x), args.x_gate = view_of(fusion.x_gate);
+  args.bias = fusion.bias ? fusion.bias->const_data_ptr() : nullptr;
+  args.residual = view_of(fusion.residual), args.residual_gate = view_of(fusion.residual_gate);
+  args.out_gate = view_of(fusion.out_gate), args.out = view_of(out);
+  args.relu = fusion.relu;
+
+  View filter{const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2),
+              weight.stride(3)};
+  if (rotate) {
+    filter.data = static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
+    filter = {filter.data, filter.c, filter.n, -filter.h, -filter.w};
+  }
+  const RefinerConvKernels& kernels = refiner_conv_kernels();
+  const Tensor prepared = empty({kernels.prepared_bytes(args)}, ScalarType::Byte);
+  kernels.prepare_filter(args, filter, prepared.mutable_data_ptr());
+  args.prepared = prepared.const_data_ptr();
+  const int64_t bytes = kernels.conv_scratch_bytes(args);
+  torch::stable::parallel_for(0, kernels.conv_tasks(args), 1, [&](int64_t begin, int64_t end) {
+    char* scratch = workspace.reserve(bytes);
+    for (int64_t task = begin; task < end; ++task) kernels.conv(args, task, scratch);
+  });
+}
+
+// The gradients of weight and bias: each a tensor, or empty where not wanted.
+void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gate, bool channels_last, const Tensor& d_weight,
+                     const Tensor& d_bias) {
+  const bool want_weight = d_weight.dim() == 4, want_bias = d_bias.numel() > 0;
+  if (!want_weight && !want_bias) return;
+  FilterGradArgs args{};
+  args.dtype = dtype_of(x, "conv_same_backward");
+  args.channels_last = channels_last;
+  args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = grad.size(1);
+  args.height = x.size(2), args.width = x.size(3);
+  args.kernel = want_weight ? d_weight.size(2) : 1;
+  if (want_weight) args.x = view_of(x);
+  args.grad = view_of(grad), args.grad_gate = view_of(gate);
+  const View d_filter = want_weight ? view_of(d_weight) : View{};
+
+  const RefinerConvKernels& kernels = refiner_conv_kernels();
+  const int64_t sum_bytes = kernels.sum_bytes(args), bytes = kernels.filter_grad_scratch_bytes(args);
+  const int64_t tasks = grad.numel() == 0 ? 0 : kernels.filter_grad_tasks(args);
+  // A function of the shape alone, so that the order of the sums is too.
+  args.chunks = std::min<int64_t>(tasks, std::max<int64_t>(4, std::min<int64_t>(16, (8 << 20) / sum_bytes)));
+  const Tensor sums = empty({args.chunks * sum_bytes}, ScalarType::Byte);
+  char* sum = static_cast<char*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, args.chunks, 1, [&](int64_t begin, int64_t end) {
+    char* scratch = workspace.reserve(bytes);
+    for (int64_t chunk = begin; chunk < end; ++chunk) kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
+  });
+  kernels.combine(args, sum, d_filter, want_bias ? d_bias.mutable_data_ptr() : nullptr);
+}
+
+Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
+Tensor empty_filter(const Tensor& weight) { return empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type()); }
+
+MaybeTensor laid_out(const MaybeTensor& t, bool channels_last) {
+  return t ? MaybeTensor(with_unit_stride(*t, channels_last)) : std::nullopt;
+}
+
+Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, bool relu) {
+  const Shape s = check(x_any, weight, "conv_same");
+  check_image(residual, x_any, s.out_channels, "conv_same");
+  const bool channels_last = prefers_channels_last(x_any);
+  const Tensor x = with_unit_stride(x_any, channels_last);
+  Fusion fusion;
+  fusion.bias = check_bias(bias, x, s.out_channels, "conv_same");
+  fusion.residual = laid_out(residual, channels_last);
+  fusion.relu = relu;
+  Tensor out = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+  convolve(x, weight, false, fusion, out, channels_last);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight,
+                                                      const MaybeTensor& output, bool need_x, bool need_weight, bool need_bias) {
+  const Shape s = check(x_any, weight, "conv_same_backward");
+  check_image(grad_any, x_any, s.out_channels, "conv_same_backward");
+  check_image(output, x_any, s.out_channels, "conv_same_backward");
+  const bool channels_last = prefers_channels_last(x_any);
+  const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
+  Fusion fusion;
+  fusion.x_gate = laid_out(output, channels_last);
+  Tensor d_x = nothing(x), d_weight = nothing(x), d_bias = nothing(x);
+  if (need_x) {
+    d_x = empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
+    convolve(grad, weight, true, fusion, d_x, channels_last);
+  }
+  if (need_weight) d_weight = empty_filter(weight);
+  if (need_bias) d_bias = empty({s.out_channels}, x.scalar_type());
+  filter_gradient(x, grad, fusion.x_gate, channels_last, d_weight, d_bias);
+  return {d_x, d_weight, d_bias};
+}
+
+Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, bool channels_last, const char* op) {
+  const Shape s = check(x, weight1, op);
+  Fusion fusion;
+  fusion.bias = check_bias(bias1, x, s.out_channels, op);
+  fusion.relu = true;
+  Tensor inner = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+  convolve(x, weight1, false, fusion, inner, channels_last);
+  return inner;
+}
+
+std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weight1, const MaybeTensor& bias1,
+                                         const Tensor& weight2, const MaybeTensor& bias2, bool keep_inner) {
+  const bool channels_last = prefers_channels_last(x_any);
+  const Tensor x = with_unit_stride(x_any, channels_last);
+  const Tensor inner = inner_activation(x, weight1, bias1, channels_last, "refiner_block");
+  const Shape s = check(inner, weight2, "refiner_block");
+  FASTDA_CHECK(s.out_channels == x.size(1), "refiner_block: weight2 must have as many output channels as x has channels");
+  Fusion fusion;
+  fusion.bias = check_bias(bias2, x, s.out_channels, "refiner_block");
+  fusion.residual = x;
+  fusion.relu = true;
+  Tensor out = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+  convolve(inner, weight2, false, fusion, out, channels_last);
+  return {out, keep_inner ? inner : nothing(x)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
+    const Tensor& grad_any, const Tensor& x_any, const MaybeTensor& inner_any, const Tensor& output_any,
+    const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2, bool need_x, bool need_weight1,
+    bool need_bias1, bool need_weight2, bool need_bias2) {
+  const char* op = "refiner_block_backward";
+  const Shape s = check(x_any, weight1, op);
+  check_image(grad_any, x_any, s.in_channels, op);
+  check_image(output_any, x_any, s.in_channels, op);
+  check_image(inner_any, x_any, s.out_channels, op);
+  const bool channels_last = prefers_channels_last(x_any);
+  const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
+  const Tensor output = with_unit_stride(output_any, channels_last);
+  const Tensor inner = inner_any ? with_unit_stride(*inner_any, channels_last)
+                                 : inner_activation(x, weight1, bias1, channels_last, op);
+  FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op, ": weight2 does not fit x");
+  Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x), d_bias2 = nothing(x);
+  if (need_weight2) d_weight2 = empty_filter(weight2);
+  if (need_bias2) d_bias2 = empty({s.in_channels}, x.scalar_type());
+  filter_gradient(inner, grad, output, channels_last, d_weight2, d_bias2);
+  if (need_x || need_weight1 || need_bias1) {
+    Fusion fusion;
+    fusion.x_gate = output;
+    fusion.out_gate = inner;
+    const Tensor d_inner = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+    convolve(grad, weight2, true, fusion, d_inner, channels_last);
+    if (need_weight1) d_weight1 = empty_filter(weight1);
+    if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());
+    filter_gradient(x, d_inner, std::nullopt, channels_last, d_weight1, d_bias1);
+    if (need_x) {
+      Fusion shortcut;
+      shortcut.residual = grad;
+      shortcut.residual_gate = output;
+      d_x = empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
+      convolve(d_inner, weight1, true, shortcut, d_x, channels_last);
+    }
+  }
+  return {d_x, d_weight1, d_bias1, d_weight2, d_bias2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastda, CPU, m) {
+  m.impl("conv_same", TORCH_BOX(&conv_same));
+  m.impl("conv_same_backward", TORCH_BOX(&conv_same_backward));
+  m.impl("refiner_block", TORCH_BOX(&refiner_block));
+  m.impl("refiner_block_backward", TORCH_BOX(&refiner_block_backward));
+}
+
+}  // namespace fastda::cpu

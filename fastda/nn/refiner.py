@@ -1,0 +1,84 @@
+"""SimGAN's refiner network (Shrivastava et al., arXiv 1612.07828, section 2.3 and appendix)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastda import compat
+from fastda.ops.refiner_conv import checked_refiner_block, conv_same
+
+
+class RefinerBlock(nn.Module):
+    """SimGAN's residual block, relu(x + conv2(relu(conv1(x)))), fused.
+
+    channels: of the image that comes and goes, (N, channels, H, W).
+    kernel_size: odd; 3 for gaze, 7 for hand images.
+    recompute_inner: compute the activation between the convolutions again in backward instead of keeping it: one
+        convolution more for one image less of memory.
+
+    The parameters are those of two `nn.Conv2d`, conv1 and conv2.
+    """
+
+    def __init__(self, channels: int = 64, kernel_size: int = 3, *, recompute_inner: bool = False) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"RefinerBlock: kernel_size must be odd, got {kernel_size}")
+        self.recompute_inner = recompute_inner
+        self.conv1 = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
+        self.conv2 = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c1, c2 = self.conv1, self.conv2
+        return checked_refiner_block(x, c1.weight, c1.bias, c2.weight, c2.bias, recompute=self.recompute_inner)
+
+    def extra_repr(self) -> str:
+        return "recompute_inner=True" if self.recompute_inner else ""
+
+
+class Refiner(nn.Module):
+    """SimGAN's refiner: k×k convolution, residual blocks, 1×1 convolution; (N, in_channels, H, W) in and out.
+
+    `Refiner.gaze()` is the eye network (four 3×3 blocks, 296,129 parameters), `Refiner.hand()` the one for hands (ten
+    7×7 blocks, 4,018,625 parameters). The paper does not say what follows the first and the last convolution;
+    here the first is followed by a ReLU and the last by nothing.
+
+    Between the first and the last layer the activations stay channels_last, which the kernels like best; the result
+    has the memory format of the input.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        channels: int = 64,
+        blocks: int = 4,
+        kernel_size: int = 3,
+        *,
+        recompute_inner: bool = False,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"Refiner: kernel_size must be odd, got {kernel_size}")
+        self.first = nn.Conv2d(in_channels, channels, kernel_size, padding=kernel_size // 2)
+        self.blocks = nn.Sequential(
+            *(RefinerBlock(channels, kernel_size, recompute_inner=recompute_inner) for _ in range(blocks))
+        )
+        self.last = nn.Conv2d(channels, in_channels, 1)
+
+    @classmethod
+    def gaze(cls, *, recompute_inner: bool = False) -> Refiner:
+        """For 1×35×55 eye images: 3×3 filters, four blocks."""
+        return cls(1, 64, 4, 3, recompute_inner=recompute_inner)
+
+    @classmethod
+    def hand(cls, *, recompute_inner: bool = False) -> Refiner:
+        """For 1×224×224 hand depth images: 7×7 filters, ten blocks."""
+        return cls(1, 64, 10, 7, recompute_inner=recompute_inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"Refiner: x must be (N, C, H, W), got {tuple(x.shape)}")
+        layout = compat.memory_format(x)
+        h = conv_same(compat.as_channels_last(x), self.first.weight, self.first.bias, relu=True)
+        h = conv_same(self.blocks(h), self.last.weight, self.last.bias)
+        return h.contiguous(memory_format=layout)

@@ -1,0 +1,242 @@
+"""The refiner's convolutions: bias, residual and ReLU in one pass with the convolution, and a fused backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastda import backend, compat, reference
+from fastda.ops.common import composite_backward
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _check(op: str, x: Tensor, name: str, weight: Tensor) -> None:
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"{op}: {name} must be (K, C, k, k) with odd k, got {tuple(weight.shape)}")
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: {name} must take the {x.shape[1]} channels of x, got {weight.shape[1]} ({tuple(weight.shape)})"
+        )
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+
+
+def _check_like(op: str, x: Tensor, name: str, t: Tensor | None, shape: tuple[int, ...] | None) -> None:
+    """`t` must have the dtype and device of x, and `shape` if one is given."""
+    if t is None:
+        return
+    if shape is not None and t.shape != shape:
+        raise ValueError(f"{op}: {name} must be {tuple(shape)}, got {tuple(t.shape)}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """What autocast makes of a convolution's operands: all in the lower precision, float64 left alone."""
+    dtype = compat.autocast_dtype(x.device.type)
+    if dtype is None:
+        return (x, *tensors)
+    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *tensors))
+
+
+class _ConvSame(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
+    ) -> Tensor:
+        y = torch.ops.fastda.conv_same(x, weight, bias, residual, relu)
+        ctx.relu, ctx.has = relu, (bias is not None, residual is not None)
+        # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y has.
+        ctx.save_for_backward(x, weight, y if relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            grad = grad * (y > 0).to(grad.dtype) if ctx.relu else grad
+            grads = composite_backward(reference.conv_same, (x, weight), needs[:2], grad)
+            d_bias = grad.sum((0, 2, 3)) if needs[2] else None
+            return (*grads, d_bias, grad if needs[3] else None, None)
+        if needs[3] and ctx.relu:
+            grad, y = torch.ops.aten.threshold_backward(grad, y, 0), None
+        d_x, d_weight, d_bias = torch.ops.fastda.conv_same_backward(grad, x, weight, y, *needs[:3])
+        return (
+            d_x if needs[0] else None,
+            d_weight if needs[1] else None,
+            d_bias if needs[2] else None,
+            grad if needs[3] else None,
+            None,
+        )
+
+
+class _RefinerBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        recompute: bool,
+    ) -> Tensor:
+        y, inner = torch.ops.fastda.refiner_block(x, weight1, bias1, weight2, bias2, not recompute)
+        ctx.save_for_backward(x, weight1, bias1, weight2, None if recompute else inner, y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, bias1, weight2, inner, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # The last ReLU's mask comes from y, so that bias2 need not be kept: it matters for nothing else.
+            grad = grad * (y > 0).to(grad.dtype)
+
+            def before_relu(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor) -> Tensor:
+                inner = reference.conv_same(x, weight1, bias1, relu=True)
+                return reference.conv_same(inner, weight2, residual=x)
+
+            grads = composite_backward(before_relu, (x, weight1, bias1, weight2), needs[:4], grad)
+            return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None)
+        grads = torch.ops.fastda.refiner_block_backward(grad, x, inner, y, weight1, bias1, weight2, *needs[:5])
+        return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None)
+
+
+def conv_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """Convolution with stride 1 and zero padding k // 2, then `+ bias`, `+ residual`, ReLU, in one pass.
+
+    Shapes: x (N, C, H, W); weight (K, C, k, k) with odd k; bias (K,); residual and the result (N, K, H, W), the
+    result in the memory format of x. Dtypes: float32, float64, bfloat16, float16, the same for every argument; the
+    last two compute in float32. Under autocast every argument is cast, as `F.conv2d` casts its own.
+
+    Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms take
+    the reference.
+
+    Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
+    Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
+    """
+    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    _check("conv_same", x, "weight", weight)
+    out_channels = weight.shape[0]
+    _check_like("conv_same", x, "weight", weight, None)
+    _check_like("conv_same", x, "bias", bias, (out_channels,))
+    _check_like("conv_same", x, "residual", residual, (x.shape[0], out_channels, *x.shape[2:]))
+    if backend.select(x) == "reference":
+        return reference.conv_same(x, weight, bias, residual=residual, relu=relu)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        return _ConvSame.apply(x, weight, bias, residual, relu)
+    return torch.ops.fastda.conv_same(x, weight, bias, residual, relu)
+
+
+def refiner_block(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+) -> Tensor:
+    """SimGAN's residual block, relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2).
+
+    Shapes: x and the result (N, C, H, W), in the same memory format; weight1 (M, C, k, k), bias1 (M,), weight2
+    (C, M, l, l), bias2 (C,) with odd k and l (C = M = 64 and k = l in SimGAN). Dtypes as for `conv_same`.
+
+    Saved for backward: x, the activation between the convolutions, the result and the weights. Without gradients
+    nothing but the result outlives the call.
+
+    Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
+    Source: arXiv 1612.07828, section 2.3.
+    """
+    return checked_refiner_block(x, weight1, bias1, weight2, bias2, recompute=False)
+
+
+def checked_refiner_block(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *, recompute: bool
+) -> Tensor:
+    """`refiner_block` with a choice: `recompute` the inner activation in backward instead of keeping it."""
+    x, weight1, bias1, weight2, bias2 = _autocast(x, weight1, bias1, weight2, bias2)
+    _check("refiner_block", x, "weight1", weight1)
+    shape2 = (x.shape[1], weight1.shape[0])
+    if weight2.dim() != 4 or weight2.shape[:2] != shape2 or weight2.shape[2] != weight2.shape[3] or weight2.shape[2] % 2 == 0:
+        raise ValueError(
+            f"refiner_block: weight2 must be ({shape2[0]}, {shape2[1]}, k, k) with odd k, got {tuple(weight2.shape)}"
+        )
+    _check_like("refiner_block", x, "weight1", weight1, None)
+    _check_like("refiner_block", x, "weight2", weight2, None)
+    _check_like("refiner_block", x, "bias1", bias1, (weight1.shape[0],))
+    _check_like("refiner_block", x, "bias2", bias2, (x.shape[1],))
+    if backend.select(x) == "reference":
+        return reference.refiner_block(x, weight1, bias1, weight2, bias2)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or weight1.requires_grad
+        or weight2.requires_grad
+        or (bias1 is not None and bias1.requires_grad)
+        or (bias2 is not None and bias2.requires_grad)
+    ):
+        return _RefinerBlock.apply(x, weight1, bias1, weight2, bias2, recompute)
+    return torch.ops.fastda.refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
+
+
+def _image(x: Tensor, channels: Any) -> Tensor:
+    """An empty (N, channels, H, W) in the memory format of x."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=compat.memory_format(x))
+
+
+@backend.register_fake("conv_same")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    return _image(x, weight.shape[0])
+
+
+@backend.register_fake("conv_same_backward")
+def _(
+    grad: Tensor, x: Tensor, weight: Tensor, output: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
+    return (
+        _image(x, x.shape[1]) if need_x else x.new_empty(0),
+        x.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+@backend.register_fake("refiner_block")
+def _(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
+) -> tuple[Tensor, Tensor]:
+    return _image(x, x.shape[1]), _image(x, weight1.shape[0]) if keep_inner else x.new_empty(0)
+
+
+@backend.register_fake("refiner_block_backward")
+def _(
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor | None,
+    output: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    need_x: bool,
+    need_weight1: bool,
+    need_bias1: bool,
+    need_weight2: bool,
+    need_bias2: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        _image(x, x.shape[1]) if need_x else x.new_empty(0),
+        x.new_empty(weight1.shape if need_weight1 else 0),
+        x.new_empty(weight1.shape[0] if need_bias1 else 0),
+        x.new_empty(weight2.shape if need_weight2 else 0),
+        x.new_empty(weight2.shape[0] if need_bias2 else 0),
+    )

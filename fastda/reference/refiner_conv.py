@@ -1,0 +1,24 @@
+"""The convolutions of SimGAN's refiner (Shrivastava et al., arXiv 1612.07828, section 2.3)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def conv_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """relu(x * weight + bias + residual), with stride 1 and zero padding k // 2; see `fastda.conv_same`."""
+    y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
+def refiner_block(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+) -> Tensor:
+    """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2); see `fastda.refiner_block`."""
+    inner = conv_same(x, weight1, bias1, relu=True)
+    return conv_same(inner, weight2, bias2, residual=x, relu=True)
