@@ -48,11 +48,13 @@ bool prefers_channels_last(const Tensor& t) {
 
 Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last) {
   const int64_t size[] = {n, c, h, w};
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 4), dtype, std::nullopt, std::nullopt,
-                              std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 4), dtype, std::nullopt,
+                              std::nullopt, std::nullopt,
+                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// `t` as the kernels want it: unit stride along the channels or along the columns. Copies only where neither is so.
+// `t` as the kernels want it: unit stride along the channels or along the columns. Copies only where neither
+// is so.
 Tensor with_unit_stride(const Tensor& t, bool channels_last) {
   const int d = channels_last ? 1 : 3;
   if (t.size(d) == 1 || t.stride(d) == 1) return t;
@@ -69,15 +71,17 @@ struct Shape {
 };
 
 Shape check(const Tensor& x, const Tensor& weight, const char* op) {
-  FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) && weight.size(2) == weight.size(3) &&
-                   weight.size(2) % 2 == 1 && weight.scalar_type() == x.scalar_type(),
+  FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) &&
+                   weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
+                   weight.scalar_type() == x.scalar_type(),
                op, ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
   return {x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2)};
 }
 void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
   if (t)
-    FASTDA_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels && t->size(2) == x.size(2) &&
-                     t->size(3) == x.size(3) && t->scalar_type() == x.scalar_type(),
+    FASTDA_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels &&
+                     t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+                     t->scalar_type() == x.scalar_type(),
                  op, ": every image must have the shape of the convolution's result and the dtype of x");
 }
 MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channels, const char* op) {
@@ -93,8 +97,8 @@ struct Fusion {
   bool relu = false;
 };
 
-// out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with weight.size(0)
-// channels and out has weight.size(1).
+// out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
+// weight.size(0) channels and out has weight.size(1).
 void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& fusion, const Tensor& out,
               bool channels_last) {
   const int64_t k = weight.size(2);
@@ -110,10 +114,11 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
   args.out_gate = view_of(fusion.out_gate), args.out = view_of(out);
   args.relu = fusion.relu;
 
-  View filter{const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2),
-              weight.stride(3)};
+  View filter{const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1),
+              weight.stride(2), weight.stride(3)};
   if (rotate) {
-    filter.data = static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
+    filter.data =
+        static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
     filter = {filter.data, filter.c, filter.n, -filter.h, -filter.w};
   }
   const RefinerConvKernels& kernels = refiner_conv_kernels();
@@ -128,8 +133,8 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
 }
 
 // The gradients of weight and bias: each a tensor, or empty where not wanted.
-void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gate, bool channels_last, const Tensor& d_weight,
-                     const Tensor& d_bias) {
+void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gate, bool channels_last,
+                     const Tensor& d_weight, const Tensor& d_bias) {
   const bool want_weight = d_weight.dim() == 4, want_bias = d_bias.numel() > 0;
   if (!want_weight && !want_bias) return;
   FilterGradArgs args{};
@@ -151,19 +156,23 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
   char* sum = static_cast<char*>(sums.mutable_data_ptr());
   torch::stable::parallel_for(0, args.chunks, 1, [&](int64_t begin, int64_t end) {
     char* scratch = workspace.reserve(bytes);
-    for (int64_t chunk = begin; chunk < end; ++chunk) kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
   });
   kernels.combine(args, sum, d_filter, want_bias ? d_bias.mutable_data_ptr() : nullptr);
 }
 
 Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
-Tensor empty_filter(const Tensor& weight) { return empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type()); }
+Tensor empty_filter(const Tensor& weight) {
+  return empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type());
+}
 
 MaybeTensor laid_out(const MaybeTensor& t, bool channels_last) {
   return t ? MaybeTensor(with_unit_stride(*t, channels_last)) : std::nullopt;
 }
 
-Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual, bool relu) {
+Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias,
+                 const MaybeTensor& residual, bool relu) {
   const Shape s = check(x_any, weight, "conv_same");
   check_image(residual, x_any, s.out_channels, "conv_same");
   const bool channels_last = prefers_channels_last(x_any);
@@ -177,8 +186,9 @@ Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& b
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, const Tensor& x_any, const Tensor& weight,
-                                                      const MaybeTensor& output, bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, const Tensor& x_any,
+                                                      const Tensor& weight, const MaybeTensor& output,
+                                                      bool need_x, bool need_weight, bool need_bias) {
   const Shape s = check(x_any, weight, "conv_same_backward");
   check_image(grad_any, x_any, s.out_channels, "conv_same_backward");
   check_image(output, x_any, s.out_channels, "conv_same_backward");
@@ -197,7 +207,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, co
   return {d_x, d_weight, d_bias};
 }
 
-Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, bool channels_last, const char* op) {
+Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, bool channels_last,
+                        const char* op) {
   const Shape s = check(x, weight1, op);
   Fusion fusion;
   fusion.bias = check_bias(bias1, x, s.out_channels, op);
@@ -213,7 +224,8 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weig
   const Tensor x = with_unit_stride(x_any, channels_last);
   const Tensor inner = inner_activation(x, weight1, bias1, channels_last, "refiner_block");
   const Shape s = check(inner, weight2, "refiner_block");
-  FASTDA_CHECK(s.out_channels == x.size(1), "refiner_block: weight2 must have as many output channels as x has channels");
+  FASTDA_CHECK(s.out_channels == x.size(1),
+               "refiner_block: weight2 must have as many output channels as x has channels");
   Fusion fusion;
   fusion.bias = check_bias(bias2, x, s.out_channels, "refiner_block");
   fusion.residual = x;
@@ -238,7 +250,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   const Tensor inner = inner_any ? with_unit_stride(*inner_any, channels_last)
                                  : inner_activation(x, weight1, bias1, channels_last, op);
   FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op, ": weight2 does not fit x");
-  Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x), d_bias2 = nothing(x);
+  Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
+         d_bias2 = nothing(x);
   if (need_weight2) d_weight2 = empty_filter(weight2);
   if (need_bias2) d_bias2 = empty({s.in_channels}, x.scalar_type());
   filter_gradient(inner, grad, output, channels_last, d_weight2, d_bias2);
@@ -246,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     Fusion fusion;
     fusion.x_gate = output;
     fusion.out_gate = inner;
-    const Tensor d_inner = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+    const Tensor d_inner =
+        empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
     convolve(grad, weight2, true, fusion, d_inner, channels_last);
     if (need_weight1) d_weight1 = empty_filter(weight1);
     if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());

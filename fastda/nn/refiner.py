@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from fastda import compat
@@ -30,7 +29,9 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c1, c2 = self.conv1, self.conv2
-        return checked_refiner_block(x, c1.weight, c1.bias, c2.weight, c2.bias, recompute=self.recompute_inner)
+        return checked_refiner_block(
+            x, c1.weight, c1.bias, c2.weight, c2.bias, recompute=self.recompute_inner
+        )
 
     def extra_repr(self) -> str:
         return "recompute_inner=True" if self.recompute_inner else ""

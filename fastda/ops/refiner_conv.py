@@ -43,7 +43,10 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     dtype = compat.autocast_dtype(x.device.type)
     if dtype is None:
         return (x, *tensors)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, *tensors))
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *tensors)
+    )
 
 
 class _ConvSame(torch.autograd.Function):
@@ -107,12 +110,19 @@ class _RefinerBlock(torch.autograd.Function):
 
             grads = composite_backward(before_relu, (x, weight1, bias1, weight2), needs[:4], grad)
             return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None)
-        grads = torch.ops.fastda.refiner_block_backward(grad, x, inner, y, weight1, bias1, weight2, *needs[:5])
+        grads = torch.ops.fastda.refiner_block_backward(
+            grad, x, inner, y, weight1, bias1, weight2, *needs[:5]
+        )
         return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None)
 
 
 def conv_same(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """Convolution with stride 1 and zero padding k // 2, then `+ bias`, `+ residual`, ReLU, in one pass.
 
@@ -162,13 +172,24 @@ def refiner_block(
 
 
 def checked_refiner_block(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, *, recompute: bool
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    recompute: bool,
 ) -> Tensor:
     """`refiner_block` with a choice: `recompute` the inner activation in backward instead of keeping it."""
     x, weight1, bias1, weight2, bias2 = _autocast(x, weight1, bias1, weight2, bias2)
     _check("refiner_block", x, "weight1", weight1)
     shape2 = (x.shape[1], weight1.shape[0])
-    if weight2.dim() != 4 or weight2.shape[:2] != shape2 or weight2.shape[2] != weight2.shape[3] or weight2.shape[2] % 2 == 0:
+    if (
+        weight2.dim() != 4
+        or weight2.shape[:2] != shape2
+        or weight2.shape[2] != weight2.shape[3]
+        or weight2.shape[2] % 2 == 0
+    ):
         raise ValueError(
             f"refiner_block: weight2 must be ({shape2[0]}, {shape2[1]}, k, k) with odd k, got {tuple(weight2.shape)}"
         )
@@ -202,7 +223,13 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, r
 
 @backend.register_fake("conv_same_backward")
 def _(
-    grad: Tensor, x: Tensor, weight: Tensor, output: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, ...]:
     return (
         _image(x, x.shape[1]) if need_x else x.new_empty(0),

@@ -7,7 +7,12 @@ from torch import Tensor
 
 
 def conv_same(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, residual: Tensor | None = None, relu: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
 ) -> Tensor:
     """relu(x * weight + bias + residual), with stride 1 and zero padding k // 2; see `fastda.conv_same`."""
     y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)

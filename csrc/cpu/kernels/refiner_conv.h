@@ -8,8 +8,9 @@
 
 namespace fastda::cpu {
 
-// A 4-D tensor and its strides in elements (of a filter: n = out channel, c = in channel, h, w = tap; negative strides
-// are fine). No data: the operand is absent. Activations have a unit stride along c (channels_last) or w.
+// A 4-D tensor and its strides in elements (of a filter: n = out channel, c = in channel, h, w = tap;
+// negative strides are fine). No data: the operand is absent. Activations have a unit stride along c
+// (channels_last) or w.
 struct View {
   void* data = nullptr;
   int64_t n = 0, c = 0, h = 0, w = 0;
@@ -31,9 +32,9 @@ struct ConvArgs {
   View out_gate, out;
 };
 
-// d filter[k, c, i, j] = sum over n, h, w of gate(grad_gate, grad)[n, k, h, w] * x[n, c, h + i - p, w + j - p], and
-// d bias = sum of gate(grad_gate, grad). The work is cut into chunks, whatever the number of threads; each chunk sums
-// into storage of its own, and combine() adds the chunks in their order.
+// d filter[k, c, i, j] = sum over n, h, w of gate(grad_gate, grad)[n, k, h, w] * x[n, c, h + i - p, w + j -
+// p], and d bias = sum of gate(grad_gate, grad). The work is cut into chunks, whatever the number of threads;
+// each chunk sums into storage of its own, and combine() adds the chunks in their order.
 struct FilterGradArgs {
   DType dtype;
   bool channels_last;

@@ -2,14 +2,14 @@
 //
 // The direct kernels. A task is a block of output rows and columns of one image:
 //
-//   x block with halo -> packed [pixel][channel], zero outside the image, gated, widened to the accumulator type
-//   out[q][k] = sum over taps t and channels c of packed[q + offset(t)][c] * filter[t][c][k]
-//   epilogue: bias, residual, ReLU, gate, back to the layout and type of the tensors
+//   x block with halo -> packed [pixel][channel], zero outside the image, gated, widened to the accumulator
+//   type out[q][k] = sum over taps t and channels c of packed[q + offset(t)][c] * filter[t][c][k] epilogue:
+//   bias, residual, ReLU, gate, back to the layout and type of the tensors
 //
-// Output pixels q are numbered on the grid of the packed block, halo columns included: the few that fall into the halo
-// are computed and dropped, and every tap is one constant offset. The micro-kernel keeps `rows` pixels x `KV` vectors of
-// output channels in registers. The filter gradient is the same micro-kernel turned: rows are (tap, channel) pairs
-// and the reduction runs over the pixels.
+// Output pixels q are numbered on the grid of the packed block, halo columns included: the few that fall into
+// the halo are computed and dropped, and every tap is one constant offset. The micro-kernel keeps `rows`
+// pixels x `KV` vectors of output channels in registers. The filter gradient is the same micro-kernel turned:
+// rows are (tap, channel) pairs and the reduction runs over the pixels.
 #include "cpu/kernels/refiner_conv.h"
 
 #include "cpu/kernels/vec.h"
@@ -29,11 +29,12 @@ constexpr int micro_rows(int kv) {
 }
 constexpr int max_rows = 12;
 
-// c[r][0, KV) (+)= sum over t < taps, d < depth of a[row[r] + offset[t] + d * step] * b[t * depth + d][0, KV), for
-// r < valid.
+// c[r][0, KV) (+)= sum over t < taps, d < depth of a[row[r] + offset[t] + d * step] * b[t * depth + d][0,
+// KV), for r < valid.
 template <typename S, int R, int KV>
-void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offset, int64_t taps, int64_t depth,
-                  int64_t step, const S* b, int64_t b_stride, S* c, int64_t c_stride, bool accumulate) {
+void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offset, int64_t taps,
+                  int64_t depth, int64_t step, const S* b, int64_t b_stride, S* c, int64_t c_stride,
+                  bool accumulate) {
   constexpr int L = lanes<S>;
   const S* p[R];
   Vec<S> sum[R][KV];
@@ -73,15 +74,15 @@ void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offs
 }
 
 template <typename S>
-using MicroKernel = void (*)(const S*, const int64_t*, int, const int64_t*, int64_t, int64_t, int64_t, const S*, int64_t,
-                             S*, int64_t, bool);
+using MicroKernel = void (*)(const S*, const int64_t*, int, const int64_t*, int64_t, int64_t, int64_t,
+                             const S*, int64_t, S*, int64_t, bool);
 template <typename S>
 MicroKernel<S> micro_kernel_for(int kv) {
   switch (kv) {
     case 1: return micro_kernel<S, micro_rows(1), 1>;
     case 2: return micro_kernel<S, micro_rows(2), 2>;
-    case 3: return micro_kernel<S, micro_rows(3), panel_vectors == 4 ? 3 : 2>;
-    default: return micro_kernel<S, micro_rows(4), panel_vectors == 4 ? 4 : 2>;
+    case 3: return micro_kernel < S, micro_rows(3), panel_vectors == 4 ? 3 : 2 > ;
+    default: return micro_kernel < S, micro_rows(4), panel_vectors == 4 ? 4 : 2 > ;
   }
 }
 
@@ -91,11 +92,11 @@ int panel_width(int64_t k0, int64_t channels) {
   return int(min(panel_vectors, (channels - k0) / lanes<S>));
 }
 
-// out[q][k] = sum over t, c of x[q * row_stride + offset[t] + c] * filter[panel][t][c][k in panel] for q < round_up(pixels,
-// max_rows). The taps are taken in groups whose filters stay in the first-level cache.
+// out[q][k] = sum over t, c of x[q * row_stride + offset[t] + c] * filter[panel][t][c][k in panel] for q <
+// round_up(pixels, max_rows). The taps are taken in groups whose filters stay in the first-level cache.
 template <typename S>
-void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* offset, int64_t taps, int64_t depth,
-              const S* filter, int64_t padded_k, S* out) {
+void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* offset, int64_t taps,
+              int64_t depth, const S* filter, int64_t padded_k, S* out) {
   int64_t row[max_rows];
   for (int r = 0; r < max_rows; ++r) row[r] = r * row_stride;
   for (int64_t k0 = 0; k0 < padded_k;) {
@@ -161,13 +162,14 @@ const T* at(const View& v, int64_t n, int64_t c, int64_t h, int64_t w) {
   return static_cast<const T*>(v.data) + n * v.n + c * v.c + h * v.h + w * v.w;
 }
 
-// out[(r * columns + q)][0, stride) = gate(g, x)[block.n, :, block.h + r, block.w + q], zero outside the image and in
-// channels past the last.
+// out[(r * columns + q)][0, stride) = gate(g, x)[block.n, :, block.h + r, block.w + q], zero outside the
+// image and in channels past the last.
 template <typename T, typename S>
-void pack(const View& x, const View& gate, bool channels_last, int64_t channels, int64_t height, int64_t width,
-          const Block& block, S* out, int64_t stride) {
+void pack(const View& x, const View& gate, bool channels_last, int64_t channels, int64_t height,
+          int64_t width, const Block& block, S* out, int64_t stride) {
   constexpr int L = lanes<S>;
-  const int64_t begin = min(block.columns, max(0, -block.w)), end = max(begin, min(block.columns, width - block.w));
+  const int64_t begin = min(block.columns, max(0, -block.w)),
+                end = max(begin, min(block.columns, width - block.w));
   for (int64_t r = 0; r < block.rows; ++r, out += block.columns * stride) {
     const int64_t h = block.h + r;
     if (h < 0 || h >= height) {
@@ -225,7 +227,8 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
   }
 }
 
-// One vector of results, from its sum to memory; where = element offsets of the vector in every view are given by (n, c, h, w).
+// One vector of results, from its sum to memory; where = element offsets of the vector in every view are
+// given by (n, c, h, w).
 template <typename T, typename S>
 inline void finish(const ConvArgs& a, Vec<S> v, int valid, int64_t n, int64_t c, int64_t h, int64_t w) {
   if (a.residual.data) {
@@ -261,8 +264,7 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
       for (int64_t q = 0; q < block.columns; q += L) {
         const int valid = int(min(L, block.columns - q));
         Vec<S> tile[L];
-        for (int i = 0; i < L; ++i)
-          tile[i] = i < valid ? load_vec(sums + (q + i) * stride + k0) : Vec<S>{};
+        for (int i = 0; i < L; ++i) tile[i] = i < valid ? load_vec(sums + (q + i) * stride + k0) : Vec<S>{};
         transpose<S>(tile);
         for (int64_t k = 0; k < channels; ++k) {
           Vec<S> v = tile[k];
@@ -274,7 +276,8 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
   }
 }
 
-// How an image is cut into blocks: whole rows if they are not too long, as many as fit `bytes` with their sums.
+// How an image is cut into blocks: whole rows if they are not too long, as many as fit `bytes` with their
+// sums.
 struct Cut {
   int64_t rows, columns, per_column, per_row, tasks;
   Block block(int64_t task, int64_t height, int64_t width) const {
@@ -310,7 +313,9 @@ int64_t padded(int64_t channels) {
 // Calls f.operator()<T, S>() with the element and the accumulator type.
 template <typename F>
 decltype(auto) with_types(DType dtype, F&& f) {
-  return dispatch(dtype, [&]<typename T>() -> decltype(auto) { return f.template operator()<T, typename Acc<T>::type>(); });
+  return dispatch(dtype, [&]<typename T>() -> decltype(auto) {
+    return f.template operator()<T, typename Acc<T>::type>();
+  });
 }
 
 // Direct convolution.
@@ -343,7 +348,8 @@ void prepare_direct(const ConvArgs& a, const View& filter, S* out) {
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < a.in_channels; ++c, out += width)
         for (int64_t k = 0; k < width; ++k)
-          out[k] = k0 + k < a.out_channels ? S(load(at<T>(filter, k0 + k, c, t / a.kernel, t % a.kernel))) : S(0);
+          out[k] =
+              k0 + k < a.out_channels ? S(load(at<T>(filter, k0 + k, c, t / a.kernel, t % a.kernel))) : S(0);
     k0 += width;
   }
 }
@@ -356,15 +362,16 @@ void conv_direct(const ConvArgs& a, int64_t task, char* scratch) {
   S* sums = carve<S>(scratch, sizes.sums);
   int64_t* offset = carve<int64_t>(scratch, sizes.taps);
   const int64_t p = a.kernel / 2, columns = block.columns + 2 * p;
-  for (int64_t t = 0; t < sizes.taps; ++t) offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
+  for (int64_t t = 0; t < sizes.taps; ++t)
+    offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
   pack<T, S>(a.x, a.x_gate, a.channels_last, a.in_channels, a.height, a.width,
              {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
   const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
   for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
   const int64_t pixels = (block.rows - 1) * columns + block.columns;
   const int64_t padded_k = padded<S>(a.out_channels);
-  multiply<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, static_cast<const S*>(a.prepared), padded_k,
-              sums);
+  multiply<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels,
+              static_cast<const S*>(a.prepared), padded_k, sums);
   epilogue<T, S>(a, sums, columns, padded_k, block);
 }
 
@@ -377,13 +384,15 @@ int64_t conv_scratch_bytes(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return DirectSizes<S>(a).bytes(); });
 }
 void prepare_filter(const ConvArgs& a, const View& filter, void* prepared) {
-  with_types(a.dtype, [&]<typename T, typename S>() { prepare_direct<T, S>(a, filter, static_cast<S*>(prepared)); });
+  with_types(a.dtype,
+             [&]<typename T, typename S>() { prepare_direct<T, S>(a, filter, static_cast<S*>(prepared)); });
 }
 int64_t conv_tasks(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return direct_cut<S>(a).tasks; });
 }
 void conv(const ConvArgs& a, int64_t task, void* scratch) {
-  with_types(a.dtype, [&]<typename T, typename S>() { conv_direct<T, S>(a, task, static_cast<char*>(scratch)); });
+  with_types(a.dtype,
+             [&]<typename T, typename S>() { conv_direct<T, S>(a, task, static_cast<char*>(scratch)); });
 }
 
 // Filter gradient.
@@ -446,12 +455,14 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
     }
     add_rows<S>(grads, pixels, sizes.padded_k, bias);
     if (a.x.data == nullptr) continue;
-    for (int64_t t = 0; t < sizes.taps; ++t) offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
+    for (int64_t t = 0; t < sizes.taps; ++t)
+      offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
     pack<T, S>(a.x, View{}, a.channels_last, a.in_channels, a.height, a.width,
                {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
     const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
-    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads, sizes.padded_k, filter);
+    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads,
+                           sizes.padded_k, filter);
   }
 }
 
@@ -503,8 +514,8 @@ void combine(const FilterGradArgs& a, const void* sums, const View& d_filter, vo
 
 extern const RefinerConvKernels refiner_conv;
 const RefinerConvKernels refiner_conv = {
-    prepared_bytes, conv_scratch_bytes, prepare_filter, conv_tasks, conv,
-    sum_bytes, filter_grad_scratch_bytes, filter_grad_tasks, filter_grad, combine,
+    prepared_bytes, conv_scratch_bytes,        prepare_filter,    conv_tasks,  conv,
+    sum_bytes,      filter_grad_scratch_bytes, filter_grad_tasks, filter_grad, combine,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA
