@@ -1,0 +1,118 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastda import backend, cli, testing, verify
+
+pytestmark = pytest.mark.isa_independent
+
+
+def run(capsys, *argv):
+    status = cli.main(argv)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_info_names_every_backend_and_a_reason(capsys):
+    status, out, _ = run(capsys, "info")
+    assert status == 0
+    for name in backend.BACKENDS:
+        assert name in out
+    assert "the CUDA kernels serve NVIDIA devices" in out
+
+
+def test_info_json_is_the_info_dict(capsys):
+    status, out, _ = run(capsys, "info", "--json")
+    assert status == 0
+    assert json.loads(out) == backend.info()
+
+
+def test_module_runs_as_a_command():
+    done = subprocess.run([sys.executable, "-m", "fastda", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, backend.info()["fastda"])
+
+
+@pytest.mark.parametrize("command", [(), ("info",), ("verify",), ("bench",)])
+def test_help_everywhere(capsys, command):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--help"])
+    assert stop.value.code == 0
+    assert "usage: fastda" in capsys.readouterr().out
+
+
+def test_no_command_shows_the_help_and_fails(capsys):
+    status, out, _ = run(capsys)
+    assert status == 2
+    assert "verify" in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("verify", "--op", "nothing"), "--op must be one of grad_reverse"),
+        (("bench", "--op", "nothing"), "--op must be one of grad_reverse"),
+        (("bench", "--rounds", "0"), "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_bad_values_give_one_clear_line(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+@pytest.mark.parametrize("command", ["verify", "bench"])
+def test_without_rich_says_what_to_install(capsys, monkeypatch, command):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    status, _, err = run(capsys, command)
+    assert status == 2
+    assert "pip install 'fastda-kernels[cli]'" in err
+    assert run(capsys, "info")[0] == 0
+
+
+def test_verify_passes_and_writes_every_row(capsys, tmp_path):
+    argv = ("verify", "--op", "grad_reverse", "--backend", "reference", "--out", str(tmp_path), "--seed", "7")
+    status, out, err = run(capsys, *argv, "--json", "-")
+    assert status == 0
+    report = json.loads(out)
+    assert report == json.loads((tmp_path / "verify.json").read_text())
+    assert report["seed"] == 7
+    assert report["failed"] == 0
+    assert report["passed"] == len(report["rows"]) > 100
+    assert {row["dtype"] for row in report["rows"]} == {"float32", "float64", "bfloat16", "float16"}
+    assert {row["what"] for row in report["rows"]} == {"value", "x"}
+    assert "ok" in err
+
+
+def test_verify_fails_when_a_tolerance_is_exceeded(capsys, monkeypatch, tmp_path):
+    zero = {dtype: testing.Tolerance(0.0, 0.0) for dtype in verify.DTYPES}
+    monkeypatch.setitem(testing.TOLERANCES, "grad_reverse", {"value": zero, "grad": zero})
+    status, _, err = run(capsys, "verify", "--op", "grad_reverse", "--json", str(tmp_path / "new" / "v.json"))
+    assert status == 1
+    assert "FAILED" in err
+    report = json.loads((tmp_path / "new" / "v.json").read_text())
+    assert report["failed"] == sum(not row["passed"] for row in report["rows"]) > 0
+
+
+def test_a_file_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
+    target = tmp_path / "report.json"
+    cli._write_file(target, "old")
+    monkeypatch.setattr(cli.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        cli._write_file(target, "new")
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_bench_reports_interleaved_ratios(capsys, tmp_path):
+    argv = ("bench", "--quick", "--op", "grad_reverse", "--rounds", "3", "--out", str(tmp_path))
+    status, _, err = run(capsys, *argv)
+    assert status == 0
+    assert "grad_reverse" in err
+    (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert row["ratio"] > 0
+    assert row["fastda"]["rounds"] == 3
+    assert row["fastda"]["minimum"] <= row["fastda"]["median"]
