@@ -1,0 +1,187 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from fastda import backend
+
+pytestmark = pytest.mark.isa_independent
+ROOT = Path(__file__).resolve().parents[1]
+native = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
+
+
+def run(command, cwd, **environment):
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def checkout_into(target):
+    """The files that a release has, in a folder of their own."""
+    target.mkdir()
+    ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ("fastda", "csrc"):
+        shutil.copytree(ROOT / name, target / name, ignore=ignore)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel for all versions, from the objects of this checkout (no kernel is compiled twice)."""
+    out = tmp_path_factory.mktemp("wheel")
+    # build/lib is built apart: what an earlier build left there must not get into the wheel.
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", out / "build"]
+    command += ["egg_info", "--egg-base", out, "bdist_wheel", "-d", out]
+    run(command, ROOT, FASTDA_AUTOGRAD_EXTENSION="0", FASTDA_REQUIRE_NATIVE="1")
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@native
+def test_the_wheel_is_for_every_python_from_3_10(wheel):
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert re.fullmatch(rf"fastda_kernels-[\d.]+-cp310-abi3-{platform}\.whl", wheel.name)
+
+
+@native
+def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastda").rglob("*.py")}
+    expected = modules | {"fastda/py.typed", "fastda/_C.abi3.so"}
+    assert {name for name in names if ".dist-info/" not in name} == expected
+    assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+@native
+def test_the_wheel_declares_its_floors(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith("dist-info/METADATA")]
+    metadata = archive.read(name).decode()
+    assert "Requires-Python: >=3.10" in metadata
+    assert "Requires-Dist: torch>=2.11" in metadata
+    required = [
+        line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line
+    ]
+    assert required == ["Requires-Dist: torch>=2.11"]
+    (name,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
+    assert "fastda = fastda.cli:main" in archive.read(name).decode()
+
+
+def symbols(library, *flags):
+    lines = run(["nm", "-D", *flags, library], "/").splitlines()
+    return {line.split()[-1].split("@")[0] for line in lines}
+
+
+@native
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_the_extension_uses_nothing_of_torch_but_its_stable_interface(wheel, tmp_path):
+    library = zipfile.ZipFile(wheel).extract("fastda/_C.abi3.so", tmp_path)
+    wanted = symbols(library, "--undefined-only")
+    of_torch = {s for s in wanted if re.search(r"torch|aten|at_|c10|caffe|_ZN\w*2at\d|_ZNK?2at", s)}
+    assert of_torch, "nothing found: the pattern no longer matches"
+    unstable = {s for s in of_torch if not re.match(r"(aoti_torch_|torch_)\w+$", s)}
+    assert not unstable
+    of_python = {s for s in wanted if re.match(r"_?Py", s)}
+    assert not {s for s in of_python if s.startswith("_Py")}
+
+
+@native
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_the_extension_links_no_versioned_library_and_carries_no_path(wheel, tmp_path):
+    library = zipfile.ZipFile(wheel).extract("fastda/_C.abi3.so", tmp_path)
+    dynamic = run(["readelf", "-d", library], "/")
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\]", dynamic))
+    assert {name for name in needed if not name.startswith("ld-linux")} <= {
+        "libtorch.so",
+        "libtorch_cpu.so",
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+    }
+    assert "RPATH" not in dynamic
+    assert "RUNPATH" not in dynamic
+    assert symbols(library, "--defined-only") - {"_init", "_fini"} == {"PyInit__C"}
+
+
+@native
+def test_the_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    code = "import fastda; print(fastda.__file__, fastda.info()['devices']['cpu']['serving'])"
+    out = run([sys.executable, "-W", "error", "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert out.split() == [str(tmp_path / "site" / "fastda" / "__init__.py"), "cpp"]
+
+
+def test_without_a_compiler_the_wheel_builds_says_so_and_serves_the_reference(tmp_path):
+    source = checkout_into(tmp_path / "a folder's name")
+    command = [sys.executable, "setup.py", "bdist_wheel", "-d", tmp_path]
+    out = run(command, source, CXX="/nonexistent/c++", FASTDA_REQUIRE_NATIVE="0")
+    assert "fastda will run on its PyTorch reference" in out
+    (path,) = tmp_path.glob("*.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
+    zipfile.ZipFile(path).extractall(tmp_path / "site")
+    code = "import fastda; print(fastda.info()['devices']['cpu']['serving'])"
+    environment = {"PYTHONPATH": str(tmp_path / "site"), "FASTDA_BACKEND": "", "PYTHONWARNINGS": "default"}
+    out = run([sys.executable, "-c", code], tmp_path, **environment)
+    assert out.split()[-1] == "reference"
+    assert out.count("the native extension was not built") == 1
+
+
+def test_a_required_build_that_fails_is_an_error(tmp_path):
+    source = checkout_into(tmp_path / "source")
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    with pytest.raises(AssertionError, match="nonexistent"):
+        run(command, source, CXX="/nonexistent/c++", FASTDA_REQUIRE_NATIVE="1")
+
+
+@pytest.mark.slow
+@native
+def test_a_compiler_with_arguments_and_a_path_with_spaces(tmp_path):
+    source = checkout_into(tmp_path / "a folder's $name")
+    run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        source,
+        CXX="c++ -O1 -DUNUSED='a b'",
+        FASTDA_REQUIRE_NATIVE="1",
+        FASTDA_AUTOGRAD_EXTENSION="0",
+    )
+    code = "import fastda; print(fastda.__file__, fastda.info()['devices']['cpu']['serving'])"
+    out = run([sys.executable, "-c", code], source)
+    assert out.rsplit(maxsplit=1) == [str(source / "fastda" / "__init__.py"), "cpp"]
+
+
+def test_the_source_distribution_has_all_sources(tmp_path):
+    source = checkout_into(tmp_path / "source")
+    run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], source)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for folder in ("csrc", "fastda"):
+        wanted = {str(p.relative_to(source)) for p in (source / folder).rglob("*") if p.is_file()}
+        assert {p for p in wanted if "__pycache__" not in p} <= names
+    assert {"setup.py", "pyproject.toml", "LICENSE", "README.md"} <= names
+
+
+def test_import_needs_torch_alone_and_adds_little_time():
+    code = (
+        "import sys, time, torch; sys.modules['numpy'] = None; sys.modules['rich'] = None; "
+        "t = time.process_time(); import fastda; print(time.process_time() - t)"
+    )
+    seconds = min(float(run([sys.executable, "-c", code], ROOT).split()[-1]) for _ in range(3))
+    assert seconds < 0.05
