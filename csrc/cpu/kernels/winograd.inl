@@ -371,12 +371,14 @@ struct Prefetch {
            int64_t below) {
     if (x.data == nullptr || (x.stride_c != 1 && x.stride_w != 1)) return;
     const int64_t size_of = x.dtype == DType::f32 ? 4 : 2;
-    each_run(grid, begin, end, [&](int64_t image, int64_t tile_row, int64_t col, int64_t count, int64_t) {
-      if (size == 64) return;
-      const int64_t y = tile_row * 4 + below, width = min(count * 4, grid.width - col * 4);
+    for (int64_t tile = begin; tile < end && size < 64;) {
+      const int64_t tile_row = tile / grid.cols, col = tile % grid.cols,
+                    count = min(end - tile, grid.cols - col);
+      tile += count;
+      const int64_t y = tile_row % grid.rows * 4 + below, width = min(count * 4, grid.width - col * 4);
       Piece& p = pieces[size];
       p.base = static_cast<const char*>(x.data) +
-               (image * x.stride_n + y * x.stride_h + col * 4 * x.stride_w) * size_of;
+               (tile_row / grid.rows * x.stride_n + y * x.stride_h + col * 4 * x.stride_w) * size_of;
       p.rows = min(4, grid.height - y);
       p.row_stride = x.stride_h * size_of;
       if (x.stride_c == 1) {
@@ -384,11 +386,12 @@ struct Prefetch {
         if (width < count * 4) --p.count;  // not past the row's end
       } else {
         p.count = channels, p.stride = x.stride_c * size_of, p.bytes = width * size_of;
+        if (x.stride_h == width && p.rows > 0) p.bytes *= p.rows, p.rows = 1;  // the rows touch
       }
-      if (p.rows <= 0 || p.count <= 0) return;
+      if (p.rows <= 0 || p.count <= 0) continue;
       segments += p.rows * p.count;
       ++size;
-    });
+    }
   }
 
   void issue(int64_t wanted) {
@@ -744,46 +747,54 @@ void conv(const WinogradConv& p, int64_t group_begin, int64_t group_end, float* 
 
 // --- weight gradient
 
-// u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]
+// u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]. On the way, the accumulators
+// of the next R rows are fetched, and this call's share of the next point's v and z (`line` of z's N lines).
 template <int R, int N>
-void accumulate(const float* v, int64_t v_stride, int64_t v_group, const float* z, int64_t z_stride,
-                int64_t z_group, int64_t groups, float* u, int64_t u_stride, bool first) {
+[[gnu::noinline]] void accumulate(const float* v, const Workspace& vs, const float* z, const Workspace& zs,
+                                  int64_t groups, int64_t line, float* u, bool first) {
   Vec acc[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load_vec(u + r * u_stride + n * VL);
+    for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load_vec(u + (r * N + n) * VL);
+  const char* next = reinterpret_cast<const char*>(u + R * N * VL);
+  const int64_t v_stride = vs.channels, z_stride = zs.channels;
   for (int64_t g = 0; g < groups; ++g) {
-    const float *vg = v + g * v_group, *zg = z + g * z_group;
+    const float *vq = v + g * vs.group, *zq = z + g * zs.group;
     for (int q = 0; q < TILES; ++q) {
       Vec b[N];
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) b[n] = load_vec(zg + q * z_stride + n * VL);
+      for (int n = 0; n < N; ++n) b[n] = load_vec(zq + n * VL);
+      _mm_prefetch(next, _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(vq + vs.slot), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(zq + zs.slot + line * 16), _MM_HINT_T0);
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
-        Vec a = splat(vg[q * v_stride + r]);
+        Vec a = splat(vq[r]);
         asm("" : "+v"(a));
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[r][n] = fma(a, b[n], acc[r][n]);
       }
+      vq += v_stride, zq += z_stride, next += 64;
     }
   }
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) store_vec(u + r * u_stride + n * VL, acc[r][n]);
+    for (int n = 0; n < N; ++n) store_vec(u + (r * N + n) * VL, acc[r][n]);
 }
 
 void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, float* partial, int64_t C,
-                    int64_t K, bool first) {
+                    int64_t K, bool first, Prefetch& prefetch) {
   const int64_t vectors = ceil_div(K, VL);
+  const int64_t share = ceil_div(prefetch.segments, 36 * ceil_div(C, 6) * ceil_div(vectors, NV));
   for (int t = 0; t < 36; ++t) {
     each_panel(vectors, [&]<int N>(Width<N>, int64_t vector) {
       float* u = partial + t * C * vectors * VL + vector * VL * C;
       const float *vt = v.data + t * v.slot, *zt = z.data + t * z.slot + vector * VL;
       const auto rows = [&]<int R>(Width<R>, int64_t c) {
-        accumulate<R, N>(vt + c, v.channels, v.group, zt, z.channels, z.group, groups, u + c * N * VL, N * VL,
-                         first);
+        accumulate<R, N>(vt + c, v, zt, z, groups, c / 6 % N * VL / 16, u + c * N * VL, first);
+        prefetch.issue(share);
       };
       int64_t c = 0;
       for (; c + 6 <= C; c += 6) rows(Width<6>{}, c);
@@ -842,7 +853,12 @@ void weight_gradient(const WinogradWeightGradient& p, int64_t chunk, float* part
     transform_gradient(grad, grid, begin, end, z, sums, scratch);
     clear_rest(v, end - begin, 0);
     clear_rest(z, end - begin, 0);
-    accumulate_all(v, z, last - first, partial, p.channels_in, p.channels_out, b == 0);
+    Prefetch prefetch;
+    const int64_t next = min(end + (end - begin), min(group_end * TILES, grid.tiles));
+    prefetch.add(p.input, grid, p.channels_in, end, next, 1);
+    prefetch.add(p.grad_output, grid, p.channels_out, end, next, 0);
+    prefetch.add(p.grad_gate, grid, p.channels_out, end, next, 0);
+    accumulate_all(v, z, last - first, partial, p.channels_in, p.channels_out, b == 0, prefetch);
   }
 }
 
