@@ -38,6 +38,21 @@ class Error(NamedTuple):
 _deterministic: Any = torch.utils.deterministic
 _F32, _F64, _BF16, _F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
+# Products of matrices: what rounding and the order of summation cost PyTorch itself.
+_LINEAR: dict[str, dict[torch.dtype, Tolerance]] = {
+    what: {
+        _F64: Tolerance(2e-15, 2e-14),
+        _F32: Tolerance(6e-7, 6e-6),
+        _BF16: Tolerance(8e-3, 8e-2),
+        _F16: Tolerance(1e-3, 1e-2),
+    }
+    for what in ("value", "grad")
+}
+_CONVOLUTION = {
+    "value": {**_LINEAR["value"], _F64: Tolerance(3e-15, 3e-14), _F32: Tolerance(9e-7, 9e-6)},
+    "grad": {**_LINEAR["grad"], _F64: Tolerance(3e-15, 3e-14), _F32: Tolerance(2e-6, 4e-5)},
+}
+
 # By operator, what is compared ("value", or the gradient's name; "grad" stands for every gradient not named),
 # and dtype. Each bound is a small multiple (at most 4) of the error that PyTorch's own operator shows against
 # float64 on unit-normal input, or what docs/performance.md derives where the algorithm is another (Winograd).
@@ -51,6 +66,9 @@ TOLERANCES: dict[str, dict[str, dict[torch.dtype, Tolerance]]] = {
             _F16: Tolerance(5e-4, 4e-3),
         },
     },
+    "grad_reverse_linear": _LINEAR,
+    "conv_same": _CONVOLUTION,
+    "refiner_block": _CONVOLUTION,
 }
 
 

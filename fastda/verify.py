@@ -216,9 +216,9 @@ OPERATORS = (
         tensors=_conv_shapes,
         sizes=(
             *((1, 1, 1, 1, 1, 1), (2, 3, 5, 1, 7, 9), (1, 7, 4, 5, 3, 2)),
-            *((2, 17, 33, 3, 11, 13), (1, 64, 64, 3, 37, 53), (2, 16, 16, 7, 13, 17)),
+            *((2, 17, 33, 3, 11, 13), (1, 64, 64, 3, 19, 21), (2, 16, 16, 7, 13, 17)),
         ),
-        options=[{"bias": None}, *grid(residual=(False, True), relu=(False, True))],
+        options=[{"bias": None}, *grid(residual=(None, True), relu=(False, True))],
         bench=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
         bench_options={"relu": True},
         settle=_settle_conv,
@@ -227,7 +227,7 @@ OPERATORS = (
     Operator(
         "refiner_block",
         tensors=_block_shapes,
-        sizes=((1, 1, 3, 1, 1), (2, 5, 3, 7, 9), (1, 64, 3, 35, 55), (2, 16, 7, 13, 17)),
+        sizes=((1, 1, 3, 1, 1), (2, 5, 3, 7, 9), (1, 64, 3, 19, 21), (2, 16, 7, 13, 17)),
         bench=((8, 64, 3, 35, 55), (2, 64, 7, 56, 56)),
         settle=_settle_block,
         magnitudes=_unit_terms,
