@@ -59,9 +59,9 @@ isa: build
 	$(VERIFY) $(OUT)/verify/best
 	for isa in avx2 base; do \
 	  FASTDA_CPU_ISA=$$isa $(PYTEST) -m "not slow and not isa_independent" $(KERNEL_TESTS); \
-	  FASTDA_CPU_ISA=$$isa $(VERIFY) $(OUT)/verify/$$isa --backend cpp; \
+	  OMP_NUM_THREADS=1 FASTDA_CPU_ISA=$$isa $(VERIFY) $(OUT)/verify/$$isa --backend cpp; \
 	done
-	FASTDA_BACKEND=reference $(VERIFY) $(OUT)/verify/reference
+	OMP_NUM_THREADS=1 FASTDA_BACKEND=reference $(VERIFY) $(OUT)/verify/reference
 
 lint: build ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

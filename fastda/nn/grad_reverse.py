@@ -12,9 +12,9 @@ class GradientReversal(nn.Module):
     """`fastda.grad_reverse` as a layer.
 
     Args:
-        scale: a float, kept as the attribute `scale`; or a tensor (0-dim, or 1-D of one scale per sample), kept as a
-            buffer of that name. A tensor may change its value at every step without a recompilation; a float that
-            changes is compiled twice, once as a constant and once for all values.
+        scale: a float, kept as the attribute `scale`; or a tensor (0-dim, or 1-D of one scale per sample),
+            kept as a buffer of that name. A tensor may change its value at every step without a
+            recompilation; a float that changes is compiled twice, once as a constant and once for all values.
     """
 
     scale: float | Tensor
@@ -39,10 +39,10 @@ class GradientReversal(nn.Module):
 class ScheduledGradientReversal(nn.Module):
     """Gradient reversal whose scale rises from `low` to `high` over `max_steps` calls of `step()`.
 
-    At progress p = steps / max_steps (kept at 1 afterwards) the scale is low + (high − low)·(2 / (1 + exp(−gamma·p)) − 1).
-    `scale` and `steps` are buffers: they follow the module's device, are part of its state_dict, and change in place,
-    which neither triggers a recompilation nor alters the gradient of a forward pass already run. `step()` runs on the
-    device without a synchronisation.
+    At progress p = steps / max_steps (kept at 1 afterwards) the scale is low + (high − low)·(2 / (1 +
+    exp(−gamma·p)) − 1). `scale` and `steps` are buffers: they follow the module's device, are part of its
+    state_dict, and change in place, which neither triggers a recompilation nor alters the gradient of a
+    forward pass already run. `step()` runs on the device without a synchronisation.
 
     Source: Ganin and Lempitsky, arXiv 1409.7495, section 4 (gamma = 10).
     """
@@ -82,11 +82,12 @@ class ScheduledGradientReversal(nn.Module):
 class DomainClassifier(nn.Sequential):
     """An MLP that tells domains apart: `num_layers` of Linear, ReLU, Dropout, then a Linear to the logits.
 
-    (N, in_features) → (N, num_domains) logits: one per sample for two domains (`BCEWithLogitsLoss`), else one per
-    domain (`CrossEntropyLoss`). It holds no reversal: put a `GradientReversal` before it, so that the same classifier
-    also serves methods that alternate two optimisers, and the schedule stays in one place.
+    (N, in_features) → (N, num_domains) logits: one per sample for two domains (`BCEWithLogitsLoss`), else one
+    per domain (`CrossEntropyLoss`). It holds no reversal: put a `GradientReversal` before it, so that the
+    same classifier also serves methods that alternate two optimisers, and the schedule stays in one place.
 
-    The defaults are those of Ganin et al. (JMLR 17, 2016, section 5.2.4) for AlexNet features: 1024, 1024, dropout 0.5.
+    The defaults are those of Ganin et al. (JMLR 17, 2016, section 5.2.4) for AlexNet features: 1024, 1024,
+    dropout 0.5.
     """
 
     def __init__(

@@ -13,8 +13,8 @@ class RefinerBlock(nn.Module):
 
     channels: of the image that comes and goes, (N, channels, H, W).
     kernel_size: odd; 3 for gaze, 7 for hand images.
-    recompute_inner: compute the activation between the convolutions again in backward instead of keeping it: one
-        convolution more for one image less of memory.
+    recompute_inner: compute the activation between the convolutions again in backward instead of keeping it:
+        one convolution more for one image less of memory.
 
     The parameters are those of two `nn.Conv2d`, conv1 and conv2.
     """
@@ -40,12 +40,12 @@ class RefinerBlock(nn.Module):
 class Refiner(nn.Module):
     """SimGAN's refiner: k×k convolution, residual blocks, 1×1 convolution; (N, in_channels, H, W) in and out.
 
-    `Refiner.gaze()` is the eye network (four 3×3 blocks, 296,129 parameters), `Refiner.hand()` the one for hands (ten
-    7×7 blocks, 4,018,625 parameters). The paper does not say what follows the first and the last convolution;
-    here the first is followed by a ReLU and the last by nothing.
+    `Refiner.gaze()` is the eye network (four 3×3 blocks, 296,129 parameters), `Refiner.hand()` the one for
+    hands (ten 7×7 blocks, 4,018,625 parameters). The paper does not say what follows the first and the last
+    convolution; here the first is followed by a ReLU and the last by nothing.
 
-    Between the first and the last layer the activations stay channels_last, which the kernels like best; the result
-    has the memory format of the input.
+    Between the first and the last layer the activations stay channels_last, which the kernels like best; the
+    result has the memory format of the input.
     """
 
     def __init__(

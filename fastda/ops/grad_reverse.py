@@ -1,8 +1,9 @@
 """Gradient reversal: a view forward, one multiplication backward.
 
-The usual route is a C++ autograd node from `fastda._autograd_<torch version>`, which multiplies in place a gradient that
-nobody else holds. It returns None for whatever it leaves alone: bad arguments, tensor subclasses, transforms, tracing.
-Those, and a torch for which the module was not built, go through the Python Functions below.
+The usual route is a C++ autograd node from `fastda._autograd_<torch version>`, which multiplies in place a
+gradient that nobody else holds. It returns None for whatever it leaves alone: bad arguments, tensor
+subclasses, transforms, tracing. Those, and a torch for which the module was not built, go through the Python
+Functions below.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def _check_x(op: str, x: Tensor) -> None:
 
 
 def _factor(x: Tensor, scale: float | Tensor) -> float | Tensor:
-    """−scale as it is now: a later in-place change of the scale must not reach a gradient already recorded."""
+    """−scale as it is now: a later in-place change of the scale must not reach a recorded gradient."""
     if not isinstance(scale, Tensor):
         return -scale
     if scale.dim() == 0:
@@ -95,17 +96,18 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 
     Args:
         x: any shape, any floating-point dtype, any layout and device.
-        scale: a float; a 0-dim floating-point tensor, whose value can change without a recompilation; or a 1-D one of
-            one scale per entry of `x`'s dim 0. It gets no gradient. Its value is taken when the op is called: changing
-            it before the backward pass does not alter the gradient.
+        scale: a float; a 0-dim floating-point tensor, whose value can change without a recompilation; or a
+            1-D one of one scale per entry of `x`'s dim 0. It gets no gradient. Its value is taken when the op
+            is called: changing it before the backward pass does not alter the gradient.
 
     Returns:
-        A view of `x` (same storage). Changing it in place raises wherever a gradient is recorded, so no in-place ReLU
-        directly behind a reversal. Where none is, it is an ordinary view, and a change in place changes `x`.
+        A view of `x` (same storage). Changing it in place raises wherever a gradient is recorded, so no
+        in-place ReLU directly behind a reversal. Where none is, it is an ordinary view, and a change in place
+        changes `x`.
 
     Saved for backward: the scale. Double backward: the reversal again.
-    Raises TypeError for integer, complex or sparse `x`, a non-floating or non-tensor scale; ValueError for a scale that
-    requires grad or has the wrong shape.
+    Raises TypeError for integer, complex or sparse `x`, a non-floating or non-tensor scale; ValueError for a
+    scale that requires grad or has the wrong shape.
 
     Source: Ganin and Lempitsky, arXiv 1409.7495, section 3.
     """
@@ -171,19 +173,20 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def grad_reverse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """`F.linear(grad_reverse(x, scale), weight, bias)` with the factor −scale inside the matrix product of dx.
+    """`F.linear(grad_reverse(x, scale), weight, bias)` with −scale folded into the product that gives dx.
 
     Args:
         x: (..., I), floating-point.
         weight: (O, I), the dtype and device of `x` (under autocast any floating dtype).
         bias: (O) or None.
-        scale: as in `grad_reverse`; a float or a 0-dim CPU tensor costs nothing, others one pass over the gradient.
+        scale: as in `grad_reverse`; a float or a 0-dim CPU tensor costs nothing, others one pass over the
+            gradient.
 
     Returns:
         (..., O). dweight and dbias are those of `F.linear`; dx = −scale · dy · weight.
 
-    Saved for backward: x, weight, the scale. Double backward works. Raises as `grad_reverse`, and ValueError or
-    TypeError for a weight or bias that does not fit `x`.
+    Saved for backward: x, weight, the scale. Double backward works. Raises as `grad_reverse`, and ValueError
+    or TypeError for a weight or bias that does not fit `x`.
     """
     if _node is not None and backend._forced is None and not is_compiling():
         y = _node.grad_reverse_linear(x, weight, bias, scale)

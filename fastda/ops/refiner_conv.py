@@ -1,4 +1,4 @@
-"""The refiner's convolutions: bias, residual and ReLU in one pass with the convolution, and a fused backward."""
+"""The refiner's convolutions: bias, residual and ReLU in the same pass, and a fused backward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def _check(op: str, x: Tensor, name: str, weight: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be (K, C, k, k) with odd k, got {tuple(weight.shape)}")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
-            f"{op}: {name} must take the {x.shape[1]} channels of x, got {weight.shape[1]} ({tuple(weight.shape)})"
+            f"{op}: {name} must take the {x.shape[1]} channels of x, got {weight.shape[1]} "
+            f"({tuple(weight.shape)})"
         )
     if x.dtype not in _DTYPES:
         raise TypeError(f"{op}: x must be float32, float64, bfloat16 or float16, got {x.dtype}")
@@ -56,7 +57,8 @@ class _ConvSame(torch.autograd.Function):
     ) -> Tensor:
         y = torch.ops.fastda.conv_same(x, weight, bias, residual, relu)
         ctx.relu, ctx.has = relu, (bias is not None, residual is not None)
-        # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y has.
+        # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
+        # has.
         ctx.save_for_backward(x, weight, y if relu else None)
         return y
 
@@ -126,12 +128,13 @@ def conv_same(
 ) -> Tensor:
     """Convolution with stride 1 and zero padding k // 2, then `+ bias`, `+ residual`, ReLU, in one pass.
 
-    Shapes: x (N, C, H, W); weight (K, C, k, k) with odd k; bias (K,); residual and the result (N, K, H, W), the
-    result in the memory format of x. Dtypes: float32, float64, bfloat16, float16, the same for every argument; the
-    last two compute in float32. Under autocast every argument is cast, as `F.conv2d` casts its own.
+    Shapes: x (N, C, H, W); weight (K, C, k, k) with odd k; bias (K,); residual and the result (N, K, H, W),
+    the result in the memory format of x. Dtypes: float32, float64, bfloat16, float16, the same for every
+    argument; the last two compute in float32. Under autocast every argument is cast, as `F.conv2d` casts its
+    own.
 
-    Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms take
-    the reference.
+    Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms
+    take the reference.
 
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
@@ -159,11 +162,12 @@ def refiner_block(
 ) -> Tensor:
     """SimGAN's residual block, relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2).
 
-    Shapes: x and the result (N, C, H, W), in the same memory format; weight1 (M, C, k, k), bias1 (M,), weight2
-    (C, M, l, l), bias2 (C,) with odd k and l (C = M = 64 and k = l in SimGAN). Dtypes as for `conv_same`.
+    Shapes: x and the result (N, C, H, W), in the same memory format; weight1 (M, C, k, k), bias1 (M,),
+    weight2 (C, M, l, l), bias2 (C,) with odd k and l (C = M = 64 and k = l in SimGAN). Dtypes as for
+    `conv_same`.
 
-    Saved for backward: x, the activation between the convolutions, the result and the weights. Without gradients
-    nothing but the result outlives the call.
+    Saved for backward: x, the activation between the convolutions, the result and the weights. Without
+    gradients nothing but the result outlives the call.
 
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     Source: arXiv 1612.07828, section 2.3.
@@ -191,7 +195,8 @@ def checked_refiner_block(
         or weight2.shape[2] % 2 == 0
     ):
         raise ValueError(
-            f"refiner_block: weight2 must be ({shape2[0]}, {shape2[1]}, k, k) with odd k, got {tuple(weight2.shape)}"
+            f"refiner_block: weight2 must be ({shape2[0]}, {shape2[1]}, k, k) with odd k, "
+            f"got {tuple(weight2.shape)}"
         )
     _check_like("refiner_block", x, "weight1", weight1, None)
     _check_like("refiner_block", x, "weight2", weight2, None)

@@ -1,4 +1,4 @@
-"""Gradient reversal: the identity whose derivative is −scale (Ganin and Lempitsky, arXiv 1409.7495, section 3)."""
+"""Gradient reversal: the identity whose derivative is −scale (Ganin and Lempitsky, arXiv 1409.7495)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import Tensor
 def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """`x` in the forward pass, the incoming gradient times `-scale` in the backward pass.
 
-    `x` has any shape; `scale` is a float, a 0-dim tensor, or a 1-D tensor of one scale per entry of `x`'s dim 0. The
-    scale is a constant and gets no gradient. The value equals `x` everywhere; where `x` is Inf or NaN no formula made
-    of differentiable operators has the derivative −scale, and it is 0 here (the fast operator gives −scale there too).
+    `x` has any shape; `scale` is a float, a 0-dim tensor, or a 1-D tensor of one scale per entry of `x`'s dim
+    0. The scale is a constant and gets no gradient. The value equals `x` everywhere; where `x` is Inf or NaN
+    no formula made of differentiable operators has the derivative −scale, and it is 0 here (the fast operator
+    gives −scale there too).
     """
     if isinstance(scale, Tensor):
         scale = scale.detach()
@@ -26,5 +27,5 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 def grad_reverse_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float | Tensor = 1.0
 ) -> Tensor:
-    """`F.linear(grad_reverse(x, scale), weight, bias)`: x (..., I), weight (O, I), bias (O), result (..., O)."""
+    """`F.linear(grad_reverse(x, scale), weight, bias)`: x (…, I), weight (O, I), bias (O) → (…, O)."""
     return F.linear(grad_reverse(x, scale), weight, bias)
