@@ -80,7 +80,7 @@ demo: build ## verify, a quick benchmark, and DANN trained on real digits with a
 	$(BIN)/fastda info
 	$(VERIFY) $(OUT)/demo --backend cpp
 	$(BIN)/fastda bench --quick --out $(OUT)/demo
-	$(BIN)/python examples/dann_digits.py --out $(OUT)/demo
+	$(BIN)/python -m examples.dann --preset demo --out $(OUT)/dann
 
 bench: build ## every operator against eager PyTorch, all shapes
 	$(BIN)/fastda bench --out $(OUT)/bench

@@ -89,7 +89,9 @@ def _mnist_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         found.append((path, values))
     for (images_path, images), (labels_path, labels) in (found[:2], found[2:]):
         if len(images) != len(labels):
-            raise DataError(f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}")
+            raise DataError(
+                f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}"
+            )
         if len(labels) and int(labels.max()) > 9:
             raise DataError(f"{labels_path}: labels must be 0 to 9, found {int(labels.max())}")
     return found[0][1], found[1][1].long(), found[2][1], found[3][1].long()
@@ -163,7 +165,9 @@ def photos(folder: Path | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]
             raise DataError(f"{folder}: no such folder")
         paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(paths) < 2:
-            raise DataError(f"{folder}: needs at least two photos ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}")
+            raise DataError(
+                f"{folder}: needs at least two photos ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}"
+            )
         images = [_open_image(path) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if min(image.shape[:2]) < 28:
@@ -233,7 +237,9 @@ def digits_to_mnist(mnist_folder: Path | None = None) -> Pair:
     bunch = load_digits()
     small = torch.from_numpy(bunch.images).float()[:, None] / 16
     # 8x8 digits fill their frame, MNIST's fill the middle 20x20 of 28x28.
-    large = torch.nn.functional.interpolate(small, size=(20, 20), mode="bicubic", align_corners=False).clamp(0, 1)
+    large = torch.nn.functional.interpolate(small, size=(20, 20), mode="bicubic", align_corners=False).clamp(
+        0, 1
+    )
     x = (torch.nn.functional.pad(large, (4, 4, 4, 4))[:, 0] * 255).round().to(torch.uint8)
     y = torch.from_numpy(bunch.target).long()
     train, test = _split(y, 0.8)
@@ -258,7 +264,9 @@ def _image_folder(folder: Path, size: int) -> tuple[tuple[str, ...], Images]:
     for label, name in enumerate(classes):
         paths = sorted(p for p in (folder / name).rglob("*") if p.is_file() and not p.name.startswith("."))
         if len(paths) < 2:
-            raise DataError(f"{folder / name}: needs at least two images (one is held out), found {len(paths)}")
+            raise DataError(
+                f"{folder / name}: needs at least two images (one is held out), found {len(paths)}"
+            )
         for path in paths:
             images.append(torch.from_numpy(_open_image(path, size).copy()).permute(2, 0, 1))
             labels.append(label)
@@ -278,7 +286,7 @@ def folders(source: Path, target: Path, size: int = 28) -> Pair:
         )
     parts = []
     for images in (source_images, target_images):
-        train, test = (_hold_out(images.y) if len(images) else ([], []))
+        train, test = _hold_out(images.y) if len(images) else ([], [])
         parts += [Images(images.x[train], images.y[train]), Images(images.x[test], images.y[test])]
     return Pair(f"{source.name} → {target.name}", source_classes, *parts)
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastda
+import fastda.nn
 
 SOURCE, TARGET = 0, 1
 NORMALISATIONS = ("image", "domain", "none")
@@ -67,7 +68,11 @@ class Features(nn.Module):
 
 
 class WeightRelation(nn.Module):
-    """Σ over layers of ‖a·W_s + b − W_t‖², a and b learned per layer (Rozantsev et al., arXiv 1603.06432)."""
+    """Σ over layers of ‖a·W_s + b − W_t‖², a and b learned per layer (Rozantsev et al., arXiv 1603.06432).
+
+    What is learned is b·√n for a layer of n weights: the regulariser's curvature in b itself is 2n, at which gradient
+    descent diverges.
+    """
 
     def __init__(self, layers: int) -> None:
         super().__init__()
@@ -75,7 +80,7 @@ class WeightRelation(nn.Module):
 
     def forward(self, source: nn.Module, target: nn.Module) -> Tensor:
         pairs = zip(source.parameters(), target.parameters(), self.a, self.b, strict=True)
-        return torch.stack([(a * s + b - t).square().sum() for s, t, a, b in pairs]).sum()
+        return torch.stack([(a * s + b / s.numel() ** 0.5 - t).square().sum() for s, t, a, b in pairs]).sum()
 
 
 class DomainNet(nn.Module):
@@ -103,10 +108,14 @@ class DomainNet(nn.Module):
     ) -> None:
         super().__init__()
         if normalisation not in NORMALISATIONS:
-            raise ValueError(f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}")
+            raise ValueError(
+                f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}"
+            )
         side = ((size - 4) // 2 - 4) // 2
         if side < 1:
-            raise ValueError(f"images of {size}x{size} are too small for two 5x5 convolutions: 16x16 is the least")
+            raise ValueError(
+                f"images of {size}x{size} are too small for two 5x5 convolutions: 16x16 is the least"
+            )
         width = 48 * side * side
         self.normalisation = normalisation
         source = Features(batch_norm)
@@ -118,6 +127,12 @@ class DomainNet(nn.Module):
         self.reverse = fastda.nn.ScheduledGradientReversal(reversal_steps, high=ceiling)
         self.domain = fastda.nn.DomainClassifier(width, domain_width, num_layers=1, dropout=0.0)
         self.register_buffer("domain_mean", torch.zeros(2, 3))
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                nn.init.zeros_(module.bias)
+        if streams == 2:  # both start from the same weights, where the regulariser is zero
+            self.features[1].load_state_dict(self.features[0].state_dict())
         self.to(memory_format=torch.channels_last)
 
     def set_domain_mean(self, domain: int, images: Tensor) -> None:

@@ -319,9 +319,13 @@ class Trainer:
             history, step = json.loads(metadata["history"]), int(metadata["step"])
             intact = metadata["digest"] == digest(tensors)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(f"{path}: not a readable checkpoint ({error}); delete it to start anew") from error
+            raise CheckpointError(
+                f"{path}: not a readable checkpoint ({error}); delete it to start anew"
+            ) from error
         if not intact:
-            raise CheckpointError(f"{path}: damaged (its digest does not match its weights); delete it to start anew")
+            raise CheckpointError(
+                f"{path}: damaged (its digest does not match its weights); delete it to start anew"
+            )
         mine = asdict(self.settings)
         changed = sorted(k for k in mine.keys() | stored.keys() if mine.get(k) != stored.get(k))
         if changed:
@@ -427,7 +431,9 @@ def train(
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise RuntimeError(f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}") from error
+            raise RuntimeError(
+                f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}"
+            ) from error
         writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history))
     start = time.perf_counter()
     while len(trainer.history) < settings.epochs and not trainer.stopped:

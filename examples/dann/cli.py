@@ -1,0 +1,332 @@
+"""Command line: train the methods asked for over the seeds, print a table, write results.json and report.html."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from examples.dann import data, sda
+from examples.dann.models import NORMALISATIONS, SOURCE, TARGET
+from examples.dann.train import METHODS, CheckpointError, Settings, Trainer, embed, train
+
+PRESETS = {
+    # The published schedule and net; per-image contrast, averaged weights, and photo patches redrawn every epoch.
+    "tuned": Settings(average=0.99, batch_norm=True, redraw=True),
+    # As published: mean subtraction, fixed training images, last weights.
+    "paper": Settings(normalisation="domain"),
+    "demo": Settings(epochs=12, average=0.99, redraw=True),
+}
+NAMES = {
+    "source": "source only",
+    "dann": "DANN",
+    "related": "related weights",
+    "target": "train on target",
+    "sda": "SDA + linear SVM",
+}
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m examples.dann", description=__doc__)
+    add = parser.add_argument
+    add("--pair", choices=("mnist-mnistm", "digits-mnist"), default="mnist-mnistm")
+    add("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, gzipped or not")
+    add("--photos", type=Path, metavar="DIR", help="folder of photos to blend digits with, such as BSDS500")
+    add("--source", type=Path, metavar="DIR", help="source domain: one folder of images per class")
+    add("--target", type=Path, metavar="DIR", help="target domain: the same classes")
+    add(
+        "--size", type=int, default=28, help="side of the square images of --source and --target (default 28)"
+    )
+    add("--methods", nargs="+", choices=(*METHODS, "sda"), default=["source", "dann", "target"])
+    add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2 (demo: 0)")
+    add("--preset", choices=tuple(PRESETS), default="tuned")
+    add("--out", type=Path, default=Path("out/dann"))
+    add("--resume", action="store_true", help="go on from the checkpoints in --out")
+    add(
+        "--jobs",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="trainings at a time, one thread each (default: cores)",
+    )
+    add("--epochs", type=int)
+    add("--batch", type=int, help="images a step, half source and half target")
+    add("--lr", type=float)
+    add("--ceiling", type=float, help="what the reversal's scale rises to")
+    add("--average", type=float, help="decay of the weights' moving average; 0 turns it off")
+    add("--normalisation", choices=NORMALISATIONS)
+    add(
+        "--batch-norm",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="with each domain's own statistics",
+    )
+    add(
+        "--redraw",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="new photo patches in every epoch",
+    )
+    add(
+        "--invert",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="invert half of the source images",
+    )
+    add(
+        "--randomise",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="domain randomization of the source",
+    )
+    add("--relation", type=float, help="weight of the related-weights regulariser")
+    add("--patience", type=int, help="stop after N epochs without a better target-free criterion")
+    add("--amp", action="store_true", default=None, help="bfloat16 autocast")
+    add(
+        "--tensorboard",
+        action="store_true",
+        help="scalars under OUT/tensorboard (needs the package tensorboard)",
+    )
+    add(
+        "--compare-reference",
+        action="store_true",
+        help="train DANN once more with the reference ops and time a step",
+    )
+    options = parser.parse_args(argv)
+    if (options.source is None) != (options.target is None):
+        parser.error("--source and --target go together")
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    if options.preset == "demo":
+        options.compare_reference = True
+    options.seeds = options.seeds or ([0] if options.preset == "demo" else [0, 1, 2])
+    return options
+
+
+def settings_of(options: argparse.Namespace) -> Settings:
+    names = ("epochs", "batch", "lr", "ceiling", "average", "normalisation", "batch_norm", "redraw", "invert",
+             "randomise", "relation", "patience", "amp")  # fmt: skip
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(PRESETS[options.preset], **given)
+
+
+def load_pair(options: argparse.Namespace) -> data.Pair:
+    if options.source is not None:
+        return data.folders(options.source, options.target, options.size)
+    if options.pair == "digits-mnist":
+        return data.digits_to_mnist(options.mnist)
+    return data.mnist_to_mnistm(options.mnist, options.photos)
+
+
+# ---------------------------------------------------------------------------------------------- the runs
+
+_pair: data.Pair | None = None
+
+
+def _start_worker(options: argparse.Namespace, lock: Any) -> None:
+    from tqdm import tqdm
+
+    global _pair
+    tqdm.set_lock(lock)
+    torch.set_num_threads(1)
+    _pair = load_pair(options)
+
+
+def run_one(options: argparse.Namespace, settings: Settings | None, seed: int, index: int) -> dict[str, Any]:
+    """One training; everything that table and report need of it, as plain lists."""
+    pair = _pair
+    assert pair is not None
+    if settings is None:
+        return sda.train_sda(pair, seed)
+    label = NAMES[settings.method] + (" (reference)" if settings.backend == "reference" else "")
+    name = f"{settings.method}{'-reference' if settings.backend == 'reference' else ''}-{seed}"
+    result = train(
+        pair,
+        settings,
+        folder=options.out / name,
+        resume=options.resume,
+        progress=True,
+        position=index,
+        label=f"{label:<17} seed {seed}",
+        tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
+    )
+    # For the report: features of some held-out images, from the weights that are used.
+    picked = torch.arange(0, len(pair.source_test), max(1, len(pair.source_test) // 400))[:400]
+    source = embed(result.net, pair.source_test.x[picked], SOURCE)
+    chosen = torch.arange(0, len(pair.target_test), max(1, len(pair.target_test) // 400))[:400]
+    domain = SOURCE if settings.method == "source" and settings.batch_norm else TARGET
+    target = embed(result.net, pair.target_test.x[chosen], domain)
+    assert result.predictions is not None
+    return {
+        **result.as_json(),
+        "predictions": result.predictions.tolist(),
+        "features": {
+            "source": source.numpy(), "source_labels": pair.source_test.y[picked].numpy(),
+            "target": target.numpy(), "target_labels": pair.target_test.y[chosen].numpy(),
+        },
+    }  # fmt: skip
+
+
+def all_runs(options: argparse.Namespace) -> list[tuple[Settings | None, int]]:
+    base = settings_of(options)
+    runs: list[tuple[Settings | None, int]] = []
+    # The longest first, so that no core is left waiting at the end.
+    for method in sorted(options.methods, key=lambda m: m not in ("related", "dann")):
+        for seed in options.seeds:
+            runs.append((None if method == "sda" else replace(base, method=method, seed=seed), seed))
+    if options.compare_reference:
+        first = options.seeds[0]
+        runs.insert(1, (replace(base, method="dann", seed=first, backend="reference"), first))
+    return runs
+
+
+def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    runs = all_runs(options)
+    jobs = 1 if distributed() else min(options.jobs, len(runs))
+    if jobs == 1:
+        for index, (settings, seed) in enumerate(runs):
+            yield run_one(options, settings, seed, index)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _start_worker, (options, context.RLock())) as pool:
+        futures = [pool.submit(run_one, options, s, seed, i) for i, (s, seed) in enumerate(runs)]
+        for future in futures:
+            yield future.result()
+
+
+def distributed() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def step_ratio(pair: data.Pair, settings: Settings) -> float:
+    """Time of a training step with the reference ops over that with the fused ones, run in turn."""
+    import fastda
+    from fastda.bench import interleave, ratio
+
+    trainer = Trainer(pair, replace(settings, method="dann"))
+    batch = next(iter(trainer.batches()))
+
+    def with_reference() -> None:
+        with fastda.use_backend("reference"):
+            trainer.train_step(*batch)
+
+    samples = interleave(
+        {"reference": with_reference, "fused": lambda: trainer.train_step(*batch)}, rounds=30
+    )
+    return ratio(samples["reference"], samples["fused"])
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+
+def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies by method, and the share of the gap from source-only to train-on-target that each method covers."""
+    accuracy: dict[str, dict[int, float]] = {}
+    for r in results:
+        if r.get("backend") != "reference":
+            accuracy.setdefault(r["method"], {})[r["seed"]] = r["target_accuracy"]
+    summary: dict[str, Any] = {"accuracy": accuracy, "gap_covered": {}}
+    for method, by_seed in accuracy.items():
+        if method in ("dann", "related") and {"source", "target"} <= accuracy.keys():
+            shares = {
+                seed: (value - accuracy["source"][seed])
+                / (accuracy["target"][seed] - accuracy["source"][seed])
+                for seed, value in by_seed.items()
+                if accuracy["target"][seed] != accuracy["source"][seed]
+            }
+            summary["gap_covered"][method] = {"by_seed": shares, "median": median(shares.values())}
+    both = {r.get("backend"): r for r in results if r["method"] == "dann" and r["seed"] == results[0]["seed"]}
+    if "reference" in both and None in both:
+        fused, reference = both[None], both["reference"]
+        summary["reference"] = {
+            "target_accuracy": reference["target_accuracy"],
+            "agreement": sum(
+                a == b for a, b in zip(fused["predictions"], reference["predictions"], strict=True)
+            ) / len(fused["predictions"]),
+        }  # fmt: skip
+    return summary
+
+
+def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{pair.name}: accuracy on {len(pair.target_test)} held-out target images")
+    seeds = sorted({r["seed"] for r in results})
+    table.add_column("method")
+    for seed in seeds:
+        table.add_column(f"seed {seed}", justify="right")
+    table.add_column("median", justify="right")
+    table.add_column("gap covered", justify="right")
+    for method in (m for m in NAMES if m in summary["accuracy"]):
+        values = summary["accuracy"][method]
+        covered = summary["gap_covered"].get(method)
+        table.add_row(
+            NAMES[method],
+            *(f"{values[s]:.3f}" if s in values else "" for s in seeds),
+            f"{median(values.values()):.3f}",
+            f"{covered['median']:.2f}" if covered else "",
+        )
+    if "reference" in summary:
+        table.add_row("DANN, reference ops", f"{summary['reference']['target_accuracy']:.3f}")
+    console = Console()
+    console.print(table)
+    if "reference" in summary:
+        console.print(
+            f"Fused and reference ops from one seed agree on {summary['reference']['agreement']:.1%} of the predictions; "
+            f"a step with the reference takes {summary['reference']['step_ratio']:.2f} times as long."
+        )
+    for r in results:
+        if r["method"] == "sda":
+            console.print(
+                f"SDA, seed {r['seed']}: {r['target_accuracy']:.3f}; the SVM on pixels instead of codes: {r['baseline']:.3f}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    rank = 0
+    if distributed():
+        torch.distributed.init_process_group("gloo")
+        rank = torch.distributed.get_rank()
+    global _pair
+    try:
+        pair = _pair = load_pair(options)
+        settings_of(options)
+        results = list(run_all(options))
+    except (data.DataError, CheckpointError, ValueError, RuntimeError) as error:
+        if type(error) is RuntimeError and not str(error).startswith("--"):
+            raise
+        print(f"examples.dann: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if distributed():
+            torch.distributed.destroy_process_group()
+    if rank:
+        return 0
+    summary = summarise(results)
+    if "reference" in summary:
+        summary["reference"]["step_ratio"] = step_ratio(pair, settings_of(options))
+    summary["seconds"] = round(time.perf_counter() - start, 1)
+    print_table(pair, results, summary)
+    plain = [{k: v for k, v in r.items() if k not in ("features", "predictions")} for r in results]
+    options.out.mkdir(parents=True, exist_ok=True)
+    written = {"pair": pair.name, "summary": summary, "trainings": plain}
+    (options.out / "results.json").write_text(json.dumps(written, indent=1) + "\n")
+    from examples.dann.report import write_report
+
+    report = write_report(options.out / "report.html", pair, results, summary)
+    print(f"{report} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")
+    return 0
