@@ -1,1 +1,1 @@
-"""Unsupervised domain adaptation of a classifier: domain-adversarial training and the methods it is compared with."""
+"""Unsupervised domain adaptation of a classifier: domain-adversarial training and its elders."""

@@ -1,4 +1,4 @@
-"""Command line: train the methods asked for over the seeds, print a table, write results.json and report.html."""
+"""Command line: train methods over seeds, print a table, write results.json and report.html."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from examples.dann.models import NORMALISATIONS, SOURCE, TARGET
 from examples.dann.train import METHODS, CheckpointError, Settings, Trainer, embed, train
 
 PRESETS = {
-    # The published schedule and net; per-image contrast, averaged weights, and photo patches redrawn every epoch.
+    # The published net and schedule; per-image contrast, averaged weights, photo patches redrawn every epoch.
     "tuned": Settings(average=0.99, batch_norm=True, redraw=True),
     # As published: mean subtraction, fixed training images, last weights.
     "paper": Settings(normalisation="domain"),
@@ -230,7 +230,7 @@ def step_ratio(pair: data.Pair, settings: Settings) -> float:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies by method, and the share of the gap from source-only to train-on-target that each method covers."""
+    """Accuracies by method, and the share of the gap from source-only to train-on-target that each covers."""
     accuracy: dict[str, dict[int, float]] = {}
     for r in results:
         if r.get("backend") != "reference":
@@ -283,13 +283,14 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
     console.print(table)
     if "reference" in summary:
         console.print(
-            f"Fused and reference ops from one seed agree on {summary['reference']['agreement']:.1%} of the predictions; "
-            f"a step with the reference takes {summary['reference']['step_ratio']:.2f} times as long."
+            f"Fused and reference ops from one seed agree on {summary['reference']['agreement']:.1%} of the "
+            f"predictions; a step with the reference takes {summary['reference']['step_ratio']:.2f} times as long."
         )
     for r in results:
         if r["method"] == "sda":
             console.print(
-                f"SDA, seed {r['seed']}: {r['target_accuracy']:.3f}; the SVM on pixels instead of codes: {r['baseline']:.3f}"
+                f"SDA, seed {r['seed']}: {r['target_accuracy']:.3f}; "
+                f"the same SVM on pixels: {r['baseline']:.3f}"
             )
 
 

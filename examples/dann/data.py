@@ -1,4 +1,4 @@
-"""Pairs of domains as tensors in memory: MNIST -> MNIST-M, 8x8 digits -> MNIST, and any two ImageFolder trees."""
+"""Pairs of domains in memory: MNIST -> MNIST-M, 8x8 digits -> MNIST, and any two ImageFolder trees."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
-# Natural photos that the wheels of scikit-image and scikit-learn carry; no photo serves both training and test.
+# Photos that the wheels of scikit-image and scikit-learn carry; none serves both training and test.
 TRAIN_PHOTOS = ("china", "astronaut", "coffee", "motorcycle")
 TEST_PHOTOS = ("flower", "chelsea", "rocket")
 
@@ -156,7 +156,7 @@ def _bundled_photo(name: str) -> np.ndarray:
 
 
 def photos(folder: Path | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Photos for training and for test, each uint8 (H, W, 3); from `folder` (searched deeply) every fifth is for test."""
+    """Photos for training and for test, each uint8 (H, W, 3); of those under `folder` every fifth is for test."""
     if folder is None:
         train = [_bundled_photo(name) for name in TRAIN_PHOTOS]
         test = [_bundled_photo(name) for name in TEST_PHOTOS]
@@ -207,8 +207,8 @@ def _as_colour(digits: torch.Tensor) -> torch.Tensor:
 def mnist_to_mnistm(mnist_folder: Path | None = None, photo_folder: Path | None = None) -> Pair:
     """MNIST -> MNIST-M (Ganin et al. 2016, section 5.2.4).
 
-    As published, the target's training images are made of the source's training digits; test digits and test photos
-    are seen in no training.
+    As published, the target's training images are made of the source's training digits; test digits and test
+    photos are seen in no training.
     """
     train_x, train_y, test_x, test_y = mnist(mnist_folder)
     train_photos, test_photos = photos(photo_folder)

@@ -1,4 +1,4 @@
-"""The digit net of Ganin et al. with fastda's gradient reversal, as one stream, or as two with related weights."""
+"""The digit net of Ganin et al. with fastda's gradient reversal; one stream, or two with related weights."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ class Features(nn.Module):
 class WeightRelation(nn.Module):
     """Σ over layers of ‖a·W_s + b − W_t‖², a and b learned per layer (Rozantsev et al., arXiv 1603.06432).
 
-    What is learned is b·√n for a layer of n weights: the regulariser's curvature in b itself is 2n, at which gradient
-    descent diverges.
+    What is learned is b·√n for a layer of n weights: the regulariser's curvature in b itself is 2n, at which
+    gradient descent diverges.
     """
 
     def __init__(self, layers: int) -> None:
@@ -87,11 +87,12 @@ class DomainNet(nn.Module):
     """Features, a label predictor, and a domain classifier behind the scheduled reversal layer.
 
     Args:
-        streams: 1 shares the features' weights between the domains; 2 gives the target features of its own, tied to
-            the source's by `WeightRelation`.
+        streams: 1 shares the features' weights between the domains; 2 gives the target features of its own, tied
+            to the source's by `WeightRelation`.
         reversal_steps: training steps over which the reversal's scale rises from 0 to `ceiling`.
         normalisation: `image` brings every image channel to mean 0 and deviation 1/2; `domain` subtracts
-            the mean of the domain's training images (`set_domain_mean`), as published; `none` only scales to [0, 1].
+            the mean of the domain's training images (`set_domain_mean`), as published; `none` only scales to
+            [0, 1].
     """
 
     def __init__(

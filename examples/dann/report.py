@@ -22,11 +22,12 @@ COLOURS = {
     "sda": "#7a5ba8",
 }
 NAMES = {
-    "source": "Source only", "dann": "DANN", "related": "Related weights", "target": "Train on target", "sda": "SDA + SVM",
+    "source": "Source only", "dann": "DANN", "related": "Related weights", "target": "Train on target",
+    "sda": "SDA + SVM",
 }  # fmt: skip
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any, wide: bool = True) -> str:
     """The figure as inline SVG; identifiers made unique, since all figures share one page."""
     import matplotlib.pyplot as plt
 
@@ -37,7 +38,8 @@ def _svg(figure: Any) -> str:
     prefix = f"f{abs(hash(text)) % 10**8}-"
     text = re.sub(r'\bid="', f'id="{prefix}', text)
     text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}", text)
-    return text[text.index("<svg") :]
+    text = text[text.index("<svg") :]
+    return text if wide else re.sub(r"<svg ", '<svg class="narrow" ', text, count=1)
 
 
 def _png(image: np.ndarray) -> str:
@@ -78,7 +80,8 @@ def curves(results: list[dict[str, Any]]) -> str:
             label = NAMES[r["method"]] + (", reference ops" if reference else "")
             axis.plot(
                 range(1, len(values) + 1), values, color="black" if reference else COLOURS[r["method"]],
-                linestyle=(0, (2, 2)) if reference else "-", linewidth=1.1 if reference else 1.6, zorder=3 if reference else 2,
+                linestyle=(0, (2, 2)) if reference else "-", linewidth=1.1 if reference else 1.6,
+                zorder=3 if reference else 2, marker="o" if len(values) == 1 else None,
                 label=None if label in seen else label,
             )  # fmt: skip
             seen.add(label)
@@ -165,7 +168,7 @@ def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
         axis.set_xlabel("predicted", fontsize=8)
     axes[0][0].set_ylabel("true", fontsize=8)
     figure.tight_layout()
-    return _svg(figure)
+    return _svg(figure, wide=len(shown) > 3)
 
 
 def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Stacked denoising auto-encoders on both domains, a linear SVM on the source's codes (Glorot et al., ICML 2011)."""
+"""Stacked denoising auto-encoders on both domains, then a linear SVM (Glorot et al., ICML 2011)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _pixels(images: Tensor) -> Tensor:
 def _denoising_layer(
     x: Tensor, width: int, masked: float, epochs: int, generator: torch.Generator
 ) -> nn.Linear:
-    """Encoder of an auto-encoder that restores `x` (N, D) in [0, 1] from copies with a share `masked` set to zero."""
+    """Encoder trained to restore `x` (N, D) in [0, 1] from copies with a share `masked` set to zero."""
     encoder, decoder = nn.Linear(x.shape[1], width), nn.Linear(width, x.shape[1])
     optimiser = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=1e-3)
     for _ in range(epochs):
@@ -53,7 +53,8 @@ def train_sda(
 ) -> dict[str, Any]:
     """Accuracy of a linear SVM on held-out target images, from codes and (`baseline`) from pixels.
 
-    The auto-encoders see the training images of both domains without labels; the SVM sees the source's codes and labels.
+    The auto-encoders see the training images of both domains without labels; the SVM sees the source's codes and
+    labels.
     """
     start = time.perf_counter()
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""One training: source only, domain-adversarial (shared or related weights), or on the target; resumable bit by bit."""
+"""One training: source only, domain-adversarial (shared or related weights), or on the target; resumable."""
 
 from __future__ import annotations
 
@@ -295,7 +295,7 @@ class Trainer:
         return {k: v.detach().contiguous().clone() for k, v in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint beside `path` and move it there: a reader sees the old file or the new one, whole."""
+        """Write the checkpoint beside `path`, then move it there: a reader finds the old file or the new, whole."""
         tensors = self.tensors()
         metadata = {
             "settings": json.dumps(asdict(self.settings)),
@@ -424,8 +424,8 @@ def train(
         from tqdm import tqdm
 
         bar = tqdm(
-            total=trainer.total_steps, initial=trainer.step, unit="step", position=position, dynamic_ncols=True,
-            desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
+            total=trainer.total_steps, initial=trainer.step, unit="step", position=position,
+            dynamic_ncols=True,            desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
         )  # fmt: skip
     if tensorboard is not None and rank == 0:
         try:
