@@ -29,7 +29,7 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 
 def as_channels_last(x: torch.Tensor) -> torch.Tensor:
-    """`x` (N, C, H, W) with channels_last strides; a view for one channel, where both formats are the same."""
+    """`x` (N, C, H, W) with channels_last strides; a view for one channel, where the formats agree."""
     if x.shape[1] != 1 or not x.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     n, _, h, w = x.shape
