@@ -34,3 +34,8 @@ def as_channels_last(x: torch.Tensor) -> torch.Tensor:
         return x.contiguous(memory_format=torch.channels_last)
     n, _, h, w = x.shape
     return x.as_strided((n, 1, h, w), (h * w, 1, w, 1))
+
+
+def convolution_tf32() -> bool:
+    """Whether the user lets float32 convolutions round their operands to TF32 on a CUDA device."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
