@@ -50,11 +50,32 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> No
         if not INTERPRETED:
             torch.library.wrap_triton(kernel)[grid](*args, **options)
         return
-    if INTERPRETED or first.device.index == torch.accelerator.current_device_index():
+    if INTERPRETED:
+        _interpret(kernel, grid, args, options)
+    elif first.device.index == torch.accelerator.current_device_index():
         kernel[grid](*args, **options)
     else:
         with torch.accelerator.device_index(first.device.index):
             kernel[grid](*args, **options)
+
+
+def _interpret(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Triton's interpreter keeps bfloat16 as bits: it truncates where a GPU rounds, and compares and multiplies the bits
+    as integers. So it gets float32 copies, laid out alike, and PyTorch rounds what comes back."""
+    copies: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def copy(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != torch.bfloat16:
+            return x
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in copies:
+            whole = x.as_strided((storage.nbytes() // x.element_size(),), (1,), 0)
+            copies[storage.data_ptr()] = whole, whole.float()
+        return copies[storage.data_ptr()][1].as_strided(x.shape, x.stride(), x.storage_offset())
+
+    kernel[grid](*(copy(a) for a in args), **options)
+    for whole, widened in copies.values():
+        whole.copy_(widened)
 
 
 def platform(x: Tensor) -> str:

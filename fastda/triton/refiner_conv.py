@@ -50,14 +50,13 @@ def conv_kernel(
     ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Program (i, j) makes the BLOCK_M pixels from i · BLOCK_M of the BLOCK_N output channels from j · BLOCK_N.
 
-    ONE_TAP: in_channels is a multiple of BLOCK_R, so that a step of the sum stays within one tap. WIDEN: multiply in WIDE.
+    ONE_TAP: in_channels is a multiple of BLOCK_R, so that a step of the sum stays within one tap.
     """
     columns = tl.cdiv(out_channels, BLOCK_N)
     begin = (tl.program_id(0) // columns).to(tl.int64) * BLOCK_M
@@ -107,9 +106,6 @@ def conv_kernel(
             mask=(r < reduced)[:, None] & known[None, :],
             other=0.0,
         )
-        if WIDEN:
-            a = a.to(WIDE)
-            b = b.to(WIDE)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
     at = (image * out_image + pixel.to(tl.int64) * out_pixel)[:, None] + k[None, :].to(tl.int64) * out_channel
     mask = inside[:, None] & known[None, :]
@@ -151,7 +147,6 @@ def weight_grad_kernel(
     ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDEN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -202,9 +197,6 @@ def weight_grad_kernel(
             mask = (inside[:, None] & wanted[None, :]) & (v >= 0) & (v < height) & (u >= 0) & (u < width)
         at = (image * x_image + pixel.to(tl.int64) * x_pixel)[:, None] + move[None, :]
         b = tl.load(x + at, mask=mask, other=0.0)
-        if WIDEN:
-            a = a.to(WIDE)
-            b = b.to(WIDE)
         acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
     line = tl.program_id(1).to(tl.int64) * out_channels + k
     at = line[:, None] * (KERNEL * KERNEL * in_channels) + r[None, :]
@@ -240,7 +232,7 @@ def add_pieces_kernel(
 Config = tuple[int, int, int, int, int]
 CONV_CONFIGS: dict[str, Config] = {
     "half": (128, 64, 64, 8, 3),
-    "half gather": (64, 64, 32, 4, 2),
+    "half gather": (64, 64, 32, 8, 2),
     "tf32": (128, 64, 32, 8, 3),
     "tf32 gather": (64, 64, 32, 8, 2),
     "ieee": (64, 64, 16, 8, 2),
@@ -254,7 +246,7 @@ WEIGHT_CONFIGS: dict[str, Config] = {
     "half": (64, 64, 64, 4, 3),
     "half gather": (64, 64, 32, 8, 2),
     "tf32": (64, 64, 32, 4, 3),
-    "tf32 gather": (64, 64, 32, 8, 2),
+    "tf32 gather": (64, 64, 16, 8, 2),
     "ieee": (64, 64, 16, 8, 2),
     "ieee gather": (64, 64, 16, 8, 2),
     "double": (32, 32, 16, 4, 2),
@@ -301,7 +293,6 @@ def _flags(x: Tensor) -> dict[str, Any]:
     return {
         "PRECISION": "tf32" if arithmetic(x) == "tf32" else "ieee",
         "WIDE": wide_tl(x),
-        "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,  # the interpreter multiplies no bfloat16
     }
 
 
