@@ -121,6 +121,15 @@ def select(x: torch.Tensor) -> str:
     return _forced
 
 
+def kernels(name: str) -> Any:
+    """What holds the raw operators of the backend `name`, as `select` gave it: `torch.ops.fastda` or `fastda.triton`."""
+    if name == "triton":
+        from fastda import triton
+
+        return triton
+    return torch.ops.fastda
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Force one backend (`reference`, `cpp`, `cuda`, `triton`) for the calls inside, in every thread.

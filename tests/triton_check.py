@@ -98,9 +98,22 @@ def jobs(everything: bool) -> list[Job]:
         module = next(m for m in (grad_reverse, patch_loss, refiner_conv) if hasattr(m, kernel.__name__))
         for name, (target, _) in TARGETS.items():
             if target.backend == state["platform"]:
-                job = Job(module.__name__, kernel.__name__, state["label"], name, signature, constants, attributes, rest)
+                job = Job(
+                    module.__name__,
+                    kernel.__name__,
+                    state["label"],
+                    name,
+                    signature,
+                    constants,
+                    attributes,
+                    rest,
+                )
                 # The two sides of a loss differ in numbers alone.
-                alike = {n: v for n, v in constants.items() if n not in ("SIGN", "TARGET", "HIT", "MISS", "THRESHOLD")}
+                alike = {
+                    n: v
+                    for n, v in constants.items()
+                    if n not in ("SIGN", "TARGET", "HIT", "MISS", "THRESHOLD")
+                }
                 key = (job.kernel, name, *map(str, (signature, alike, attributes, rest)))
                 found.setdefault(key, job)
 
@@ -136,7 +149,11 @@ def jobs(everything: bool) -> list[Job]:
         t.self_regularization(weight, weight, None, 0.5, 0, True, True)
         t.self_regularization(weight, weight, weight.new_empty(()), 0.5, 0, True, False)
         t.patch_loss_scale_(weight, weight, weight.new_empty(()))
-        for name, n, c, size, h, w in (("3x3", 8, 64, 3, 35, 55), ("7x7", 2, 64, 7, 56, 56), ("odd", 2, 3, 5, 9, 11)):
+        for name, n, c, size, h, w in (
+            ("3x3", 8, 64, 3, 35, 55),
+            ("7x7", 2, 64, 7, 56, 56),
+            ("odd", 2, 3, 5, 9, 11),
+        ):
             for last in (False, True):
                 state["label"] = f"{short} {name} {'NHWC' if last else 'NCHW'}"
                 fmt = torch.channels_last if last else torch.contiguous_format
@@ -147,8 +164,11 @@ def jobs(everything: bool) -> list[Job]:
 
     with FakeTensorMode():
         for state["platform"] in ("cuda", "hip"):
-            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64) if everything else (
-                torch.float32, torch.bfloat16):
+            for dtype in (
+                (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+                if everything
+                else (torch.float32, torch.bfloat16)
+            ):
                 calls(dtype)
     return list(found.values())
 
@@ -178,7 +198,12 @@ def resources_cuda(ptx: str, arch: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.ptx")
         path.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={sm_arch_from_capability(arch)}"]
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            "--regAllocOptLevel=2",
+            f"--gpu-name={sm_arch_from_capability(arch)}",
+        ]
         log = subprocess.run(
             [*command, str(path), "-o", str(Path(folder, "out"))], capture_output=True, text=True, check=True
         ).stderr
@@ -209,8 +234,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     todo = [
-        j for j in jobs(args.all)
-        if j.target in args.target and any(k in j.kernel for k in args.kernel) and any(k in j.label for k in args.label)
+        j
+        for j in jobs(args.all)
+        if j.target in args.target
+        and any(k in j.kernel for k in args.kernel)
+        and any(k in j.label for k in args.label)
     ]
     bad = 0
     print(f"{'kernel':22}{'case':24}{'target':9}{'warps':>6}{'registers':>11}{'shared':>9}{'spills':>8}")

@@ -68,7 +68,8 @@ def _factor(x: Tensor, scale: float | Tensor) -> float | Tensor:
 
 class _GradReverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float | Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, factor: float | Tensor, serving: str) -> Tensor:
+        ctx.serving = serving
         if isinstance(factor, Tensor):
             ctx.save_for_backward(factor)
         else:
@@ -76,12 +77,14 @@ class _GradReverse(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         # Made of differentiable operators, so that a second derivative is the reversal again.
         if not ctx.saved_tensors:
-            return grad * ctx.factor, None
+            return grad * ctx.factor, None, None
         (factor,) = ctx.saved_tensors
-        return _times(grad, factor), None
+        if ctx.serving == "triton" and not torch.is_grad_enabled():
+            return backend.kernels("triton").grad_reverse_backward(grad, -factor), None, None
+        return _times(grad, factor), None, None
 
 
 def _times(grad: Tensor, factor: Tensor) -> Tensor:
@@ -117,11 +120,12 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
             return y
     _check_x("grad_reverse", x)
     _check_scale("grad_reverse", x, scale)
-    if backend.select(x) == "reference":
+    serving = backend.select(x)
+    if serving == "reference":
         return reference.grad_reverse(x, scale)
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x.view_as(x)
-    return _GradReverse.apply(x, _factor(x, scale))
+    return _GradReverse.apply(x, _factor(x, scale), serving)
 
 
 class _GradReverseLinear(torch.autograd.Function):
@@ -195,12 +199,13 @@ def grad_reverse_linear(
     _check_x("grad_reverse_linear", x)
     _check_scale("grad_reverse_linear", x, scale)
     _check_linear(x, weight, bias)
-    if backend.select(x) == "reference":
+    serving = backend.select(x)
+    if serving == "reference":
         return reference.grad_reverse_linear(x, weight, bias, scale)
     if torch.is_grad_enabled() and x.requires_grad:
         factor = _factor(x, scale)
         if isinstance(factor, Tensor) or is_compiling() or compat.autocast_dtype(x.device.type) is not None:
-            x = _GradReverse.apply(x, factor)
+            x = _GradReverse.apply(x, factor, serving)
         else:
             return _GradReverseLinear.apply(x, weight, bias, factor)
     return F.linear(x, weight, bias)

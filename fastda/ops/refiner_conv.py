@@ -53,9 +53,16 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
 class _ConvSame(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+        serving: str,
     ) -> Tensor:
-        y = torch.ops.fastda.conv_same(x, weight, bias, residual, relu)
+        y = backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
+        ctx.serving = serving
         ctx.relu, ctx.has = relu, (bias is not None, residual is not None)
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
         # has.
@@ -70,15 +77,18 @@ class _ConvSame(torch.autograd.Function):
             grad = grad * (y > 0).to(grad.dtype) if ctx.relu else grad
             grads = composite_backward(reference.conv_same, (x, weight), needs[:2], grad)
             d_bias = grad.sum((0, 2, 3)) if needs[2] else None
-            return (*grads, d_bias, grad if needs[3] else None, None)
+            return (*grads, d_bias, grad if needs[3] else None, None, None)
         if needs[3] and ctx.relu:
             grad, y = torch.ops.aten.threshold_backward(grad, y, 0), None
-        d_x, d_weight, d_bias = torch.ops.fastda.conv_same_backward(grad, x, weight, y, *needs[:3])
+        d_x, d_weight, d_bias = backend.kernels(ctx.serving).conv_same_backward(
+            grad, x, weight, y, *needs[:3]
+        )
         return (
             d_x if needs[0] else None,
             d_weight if needs[1] else None,
             d_bias if needs[2] else None,
             grad if needs[3] else None,
+            None,
             None,
         )
 
@@ -93,8 +103,10 @@ class _RefinerBlock(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor | None,
         recompute: bool,
+        serving: str,
     ) -> Tensor:
-        y, inner = torch.ops.fastda.refiner_block(x, weight1, bias1, weight2, bias2, not recompute)
+        ctx.serving = serving
+        y, inner = backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, not recompute)
         ctx.save_for_backward(x, weight1, bias1, weight2, None if recompute else inner, y)
         return y
 
@@ -111,11 +123,11 @@ class _RefinerBlock(torch.autograd.Function):
                 return reference.conv_same(inner, weight2, residual=x)
 
             grads = composite_backward(before_relu, (x, weight1, bias1, weight2), needs[:4], grad)
-            return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None)
-        grads = torch.ops.fastda.refiner_block_backward(
+            return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None, None)
+        grads = backend.kernels(ctx.serving).refiner_block_backward(
             grad, x, inner, y, weight1, bias1, weight2, *needs[:5]
         )
-        return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None)
+        return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None, None)
 
 
 def conv_same(
@@ -145,7 +157,8 @@ def conv_same(
     _check_like("conv_same", x, "weight", weight, None)
     _check_like("conv_same", x, "bias", bias, (out_channels,))
     _check_like("conv_same", x, "residual", residual, (x.shape[0], out_channels, *x.shape[2:]))
-    if backend.select(x) == "reference":
+    serving = backend.select(x)
+    if serving == "reference":
         return reference.conv_same(x, weight, bias, residual=residual, relu=relu)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -153,8 +166,8 @@ def conv_same(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _ConvSame.apply(x, weight, bias, residual, relu)
-    return torch.ops.fastda.conv_same(x, weight, bias, residual, relu)
+        return _ConvSame.apply(x, weight, bias, residual, relu, serving)
+    return backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
 
 
 def refiner_block(
@@ -202,7 +215,8 @@ def checked_refiner_block(
     _check_like("refiner_block", x, "weight2", weight2, None)
     _check_like("refiner_block", x, "bias1", bias1, (weight1.shape[0],))
     _check_like("refiner_block", x, "bias2", bias2, (x.shape[1],))
-    if backend.select(x) == "reference":
+    serving = backend.select(x)
+    if serving == "reference":
         return reference.refiner_block(x, weight1, bias1, weight2, bias2)
     if torch.is_grad_enabled() and (
         x.requires_grad
@@ -211,8 +225,8 @@ def checked_refiner_block(
         or (bias1 is not None and bias1.requires_grad)
         or (bias2 is not None and bias2.requires_grad)
     ):
-        return _RefinerBlock.apply(x, weight1, bias1, weight2, bias2, recompute)
-    return torch.ops.fastda.refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
+        return _RefinerBlock.apply(x, weight1, bias1, weight2, bias2, recompute, serving)
+    return backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
 
 
 def _image(x: Tensor, channels: Any) -> Tensor:

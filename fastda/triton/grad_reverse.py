@@ -33,7 +33,9 @@ def negate_scale_kernel(
 def grad_reverse_backward(grad: Tensor, scale: Tensor) -> Tensor:
     """−scale · grad; `scale` is 0-dim, or one value per entry of dim 0, on grad's device."""
     per_sample = scale.dim() == 1
-    dense = grad.is_contiguous() or (grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last))
+    dense = grad.is_contiguous() or (
+        grad.dim() == 4 and grad.is_contiguous(memory_format=torch.channels_last)
+    )
     if not dense:
         grad = grad.contiguous()
     out = torch.empty_like(grad)

@@ -36,7 +36,7 @@ def term_and_slope(
     MISS: tl.constexpr,
     TARGET: tl.constexpr,
 ):
-    """The loss of a patch with score z, and its derivative by z. NaN in, NaN out."""
+    """The loss of a patch with score z, and its derivative by z, NaN where PyTorch has NaN."""
     y = SIGN * z
     if FORMULA == LOG or FORMULA == LOG_SMOOTH:
         e = tl.exp(-tl.abs(y))
@@ -57,10 +57,10 @@ def term_and_slope(
     elif FORMULA == HINGE_FORMULA:
         margin = 1 + y
         term = tl.where(margin <= 0, 0, margin)
-        slope = tl.where(margin <= 0, 0.0, SIGN + 0 * z)
+        slope = tl.where(margin <= 0, 0.0, tl.full(z.shape, SIGN, z.dtype))
     else:
         term = y
-        slope = SIGN + 0 * z
+        slope = tl.full(z.shape, SIGN, z.dtype)
     return term, slope
 
 
@@ -432,7 +432,9 @@ def _l1(
     """Launch the ℓ₁ term; the two gradients, empty where not needed."""
     last = torch.channels_last
     if not (
-        refined.dim() == 4 and refined.is_contiguous(memory_format=last) and synthetic.is_contiguous(memory_format=last)
+        refined.dim() == 4
+        and refined.is_contiguous(memory_format=last)
+        and synthetic.is_contiguous(memory_format=last)
     ):
         refined, synthetic = refined.contiguous(), synthetic.contiguous()
     wide = wide_dtype(refined)

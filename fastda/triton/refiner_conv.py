@@ -91,7 +91,9 @@ def conv_kernel(
             across = tap % KERNEL - KERNEL // 2
             v = row[:, None] + down[None, :]
             u = column[:, None] + across[None, :]
-            mask = (inside[:, None] & (r < reduced)[None, :]) & (v >= 0) & (v < height) & (u >= 0) & (u < width)
+            mask = (
+                (inside[:, None] & (r < reduced)[None, :]) & (v >= 0) & (v < height) & (u >= 0) & (u < width)
+            )
             move = (down * width + across).to(tl.int64) * x_pixel
             at = place[:, None] + (move + (r - tap * in_channels).to(tl.int64) * x_channel)[None, :]
         a = tl.load(x + at, mask=mask, other=0.0)
@@ -179,7 +181,9 @@ def weight_grad_kernel(
         pixel %= plane
         row = pixel // width
         column = pixel - row * width
-        at = (image * grad_image + pixel.to(tl.int64) * grad_pixel)[None, :] + k[:, None].to(tl.int64) * grad_channel
+        at = (image * grad_image + pixel.to(tl.int64) * grad_pixel)[None, :] + k[:, None].to(
+            tl.int64
+        ) * grad_channel
         mask = inside[None, :] & known[:, None]
         a = tl.load(grad + at, mask=mask, other=0.0)
         if gate is not None:
@@ -266,7 +270,9 @@ def arithmetic(x: Tensor) -> str:
     return "tf32" if platform(x) == "cuda" and compat.convolution_tf32() else "ieee"
 
 
-def configuration(x: Tensor, table: dict[str, Config], memory_format: torch.memory_format) -> tuple[str, Config]:
+def configuration(
+    x: Tensor, table: dict[str, Config], memory_format: torch.memory_format
+) -> tuple[str, Config]:
     """The row of a table that serves `x`, and its name."""
     row = "interpreter" if INTERPRETED else arithmetic(x)
     if not INTERPRETED and (memory_format == torch.contiguous_format or x.shape[1] % 16):
@@ -427,7 +433,13 @@ def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
 
 @operator
 def conv_same_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, output: Tensor | None, need_x: bool, need_weight: bool, need_bias: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, empty where not needed; `output` is that of a forward with relu."""
     memory_format = compat.memory_format(x)
@@ -466,17 +478,27 @@ def refiner_block_backward(
     """Gradients of x, weight1, bias1, weight2, bias2, empty where not needed; without `inner` it is computed again."""
     memory_format = compat.memory_format(x)
     # Gates and both uses of grad want one format; convert once.
-    grad, output = grad.contiguous(memory_format=memory_format), output.contiguous(memory_format=memory_format)
+    grad, output = (
+        grad.contiguous(memory_format=memory_format),
+        output.contiguous(memory_format=memory_format),
+    )
     if inner is None:
         inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format)
     d_weight2, d_bias2 = _filter_grads(inner, grad, output, weight2, need_weight2, need_bias2, memory_format)
     d_x = d_weight1 = d_bias1 = None
     if need_x or need_weight1 or need_bias1:
-        d_inner = _conv(grad, weight2, rotated=True, x_gate=output, out_gate=inner, memory_format=memory_format)
+        d_inner = _conv(
+            grad, weight2, rotated=True, x_gate=output, out_gate=inner, memory_format=memory_format
+        )
         d_weight1, d_bias1 = _filter_grads(x, d_inner, None, weight1, need_weight1, need_bias1, memory_format)
         if need_x:
             d_x = _conv(
-                d_inner, weight1, rotated=True, residual=grad, residual_gate=output, memory_format=memory_format
+                d_inner,
+                weight1,
+                rotated=True,
+                residual=grad,
+                residual_gate=output,
+                memory_format=memory_format,
             )
 
     def some(t: Tensor | None) -> Tensor:
