@@ -23,7 +23,7 @@ KERNEL_TESTS := $(wildcard tests/test_grad_reverse.py tests/test_patch_loss.py t
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 VERIFY := $(BIN)/fastda verify --out
 
-.PHONY: help demo test build wheel lint format check isa abi-check sanitize bench clean
+.PHONY: help demo test build wheel lint format check isa triton-check abi-check sanitize bench clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -73,6 +73,9 @@ format: build ## rewrite all sources in the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+triton-check: build ## every Triton kernel compiled for NVIDIA and AMD, no GPU needed: registers, spills
+	$(BIN)/python tests/triton_check.py
 
 # -- what users get -----------------------------------------------------------------------------------------------
 

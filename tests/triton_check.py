@@ -3,7 +3,7 @@
     python tests/triton_check.py [--target sm_90 …] [--kernel conv …] [--all]
 
 What is compiled is what the operators would launch: they are run on fake CUDA tensors, and their launches recorded with
-the block sizes, warps and specialisations that a device would see. --all adds the configurations that autotuning tries.
+the block sizes, warps and specialisations that a device would see. --all adds float16 and float64.
 Exit status 1 where a kernel spills registers, takes more shared memory than its target has, or fails to compile.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import io
 import os
 import re
@@ -191,6 +190,14 @@ def compile_one(job: Job) -> dict:
     return row | resources_hip(compiled.asm["amdgcn"])
 
 
+def faults(row: dict) -> list[str]:
+    """What is wrong with a result of `compile_one`."""
+    if "error" in row:
+        return [row["error"]]
+    found = [f"{row['shared']} of {row['limit']} bytes of shared memory"] * (row["shared"] > row["limit"])
+    return found + ["spills"] * (row["spills"] > 0)
+
+
 def resources_cuda(ptx: str, arch: int) -> dict:
     """What ptxas says of this code; triton's own run of it keeps no log."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
@@ -245,13 +252,9 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs) as pool:
         for row in pool.map(compile_one, todo):
             line = f"{row['kernel'].removesuffix('_kernel'):22}{row['label']:24}{row['target']:9}"
-            if "error" in row:
-                print(f"{line}  FAILED {row['error']}")
-                bad += 1
-                continue
-            line += f"{row['warps']:6}{row['registers']:11}{row['shared']:9}{row['spills']:8}"
-            wrong = [f"over {row['limit']} bytes of shared memory"] * (row["shared"] > row["limit"])
-            wrong += ["spills"] * (row["spills"] > 0)
+            if "error" not in row:
+                line += f"{row['warps']:6}{row['registers']:11}{row['shared']:9}{row['spills']:8}"
+            wrong = faults(row)
             bad += bool(wrong)
             print(line + ("  FAILED " + ", ".join(wrong) if wrong else ""), flush=True)
     print(f"{len(todo)} kernels compiled, {bad} failed")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 import fastda
 import fastda.triton
-from fastda import reference, testing
+from fastda import reference, testing, verify
 from fastda.triton import common, patch_loss, refiner_conv
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -85,7 +85,9 @@ def check_discriminator(
         reduction=reduction, label_smoothing=smoothing, real_weight=real_weight, fake_weight=fake_weight
     )
     expected = discriminator_reference(real, fake, kind, **options)
-    for what, o, e in zip(("value", "value", "value", "real_logits", "fake_logits"), out, expected):
+    for what, o, e in zip(
+        ("value", "value", "value", "real_logits", "fake_logits"), out, expected, strict=False
+    ):
         matches("patch_discriminator_loss", what, o, e, wide(real))
 
 
@@ -97,7 +99,7 @@ def test_patch_discriminator_loss(kind, dtype):
     smoothings = (0.0, 0.1) if kind in ("softmax", "bce", "lsgan") else (0.0,)
     formats = layouts(torch.ones(1, 1, 1, 1))
     for reduction, (smoothing, layout) in zip(
-        itertools.cycle(REDUCTIONS), itertools.product(smoothings, formats)
+        itertools.cycle(REDUCTIONS), itertools.product(smoothings, formats), strict=False
     ):
         n, m, h, w = next(sizes)
         real, fake = torch.randn(n, c, h, w).to(dtype), torch.randn(m, c, h, w).to(dtype)
@@ -211,7 +213,7 @@ def test_self_regularization_and_refiner_loss(dtype):
             )
             grads = torch.autograd.grad(expected, (x64, y64))
             out = fastda.triton.self_regularization(x, y, tensor, 99.0 if r else scale, r, True, True)
-            for what, o, e in zip(("value", "grad", "grad"), out, (expected, *grads)):
+            for what, o, e in zip(("value", "grad", "grad"), out, (expected, *grads), strict=False):
                 matches("self_regularization", what, o, e, wide(x))
         if a.dim() == 4:
             fake = torch.randn(3, 2, 4, 5).to(dtype)
@@ -219,7 +221,9 @@ def test_self_regularization_and_refiner_loss(dtype):
             expected = reference.refiner_loss(*exact, scale, "softmax")
             out = fastda.triton.refiner_loss(fake, a, b, None, scale, 0, 0, True, True, True)
             expected = (expected, *torch.autograd.grad(expected, exact))
-            for what, o, e in zip(("value", "fake_logits", "refined", "synthetic"), out, expected):
+            for what, o, e in zip(
+                ("value", "fake_logits", "refined", "synthetic"), out, expected, strict=False
+            ):
                 matches("refiner_loss", what, o, e, wide(a))
 
 
@@ -229,7 +233,7 @@ def test_patch_head_discriminator_loss(kind, dtype):
     classes = 2 if kind == "softmax" else 1
     smoothing = 0.1 if kind in ("softmax", "lsgan") else 0.0
     cases = [(1, 1, 1, 1, 1, "contiguous"), (3, 2, 32, 9, 14, "channels_last"), (1, 2, 37, 7, 11, "strided")]
-    for (n, m, c, h, w, layout), (r, reduction) in zip(cases, enumerate(REDUCTIONS)):
+    for (n, m, c, h, w, layout), (r, reduction) in zip(cases, enumerate(REDUCTIONS), strict=False):
         real, fake = torch.randn(n, c, h, w).to(dtype), torch.randn(m, c, h, w).to(dtype)
         weight = (torch.randn(classes, c, 1, 1) / c**0.5).to(dtype)
         bias = torch.randn(classes).to(dtype) if r else None
@@ -248,7 +252,7 @@ def test_patch_head_discriminator_loss(kind, dtype):
         )
         assert out[3].stride() == layouts(real)[layout].contiguous().stride() or layout == "channels_last"
         names = ("value", "value", "value", "real_features", "fake_features", "weight", "bias")
-        for what, o, e in zip(names, out, (expected, *accuracies, *grads)):
+        for what, o, e in zip(names, out, (expected, *accuracies, *grads), strict=False):
             matches("patch_head_discriminator_loss", what, o, e, wide(real))
 
 
@@ -322,7 +326,9 @@ def check_conv(x, weight, bias, residual, grad):
         out = fastda.triton.conv_same_backward(
             grad, x, weight, y if relu else None, True, True, b is not None
         )
-        for what, o, e in zip(("x", "weight", "bias") if b is not None else ("x", "weight"), out, expected):
+        for what, o, e in zip(
+            ("x", "weight", "bias") if b is not None else ("x", "weight"), out, expected, strict=False
+        ):
             matches("conv_same", what, o, e, dtype)
 
 
@@ -355,7 +361,10 @@ def test_conv_same_with_the_blocks_of_a_gpu(sizes, name, monkeypatch):
         exact = [t.double().requires_grad_() for t in (x, weight, bias)]
         gated = torch.where(y <= 0, 0, grad).double()
         for what, o, e in zip(
-            ("x", "weight", "bias"), out, torch.autograd.grad(reference.conv_same(*exact), exact, gated)
+            ("x", "weight", "bias"),
+            out,
+            torch.autograd.grad(reference.conv_same(*exact), exact, gated),
+            strict=False,
         ):
             matches("conv_same", what, o, e, torch.float32)
 
@@ -368,7 +377,7 @@ def test_refiner_block(dtype):
         (1, 16, 16, 3, 9, 13, torch.contiguous_format),
     ):
         x, weight1, bias1, _, _ = conv_case(n, c, m, size, h, w, dtype, fmt)
-        inner_like, weight2, bias2, _, grad = conv_case(n, m, c, size, h, w, dtype, fmt)
+        _, weight2, bias2, _, grad = conv_case(n, m, c, size, h, w, dtype, fmt)
         y, inner = fastda.triton.refiner_block(x, weight1, bias1, weight2, bias2, True)
         none = fastda.triton.refiner_block(x, weight1, bias1, weight2, bias2, False)
         assert torch.equal(none[0], y) and none[1].numel() == 0
@@ -384,7 +393,7 @@ def test_refiner_block(dtype):
             out = fastda.triton.refiner_block_backward(
                 grad, x, kept, y, weight1, bias1, weight2, True, True, True, True, True
             )
-            for what, o, e in zip(("x", "weight1", "bias1", "weight2", "bias2"), out, expected):
+            for what, o, e in zip(("x", "weight1", "bias1", "weight2", "bias2"), out, expected, strict=False):
                 matches("refiner_block", what, o, e, dtype)
 
 
@@ -397,6 +406,62 @@ def test_nan_passes_the_gates():
     gated = torch.where(y <= 0, 0, grad)
     matches("conv_same", "bias", out[2], gated.double().sum((0, 2, 3)), torch.float32)
     assert out[1].isnan().any()
+
+
+# -- through the public functions -----------------------------------------------------------------------------------
+
+PUBLIC = (
+    "grad_reverse",
+    "patch_discriminator_loss",
+    "self_regularization",
+    "patch_head_discriminator_loss",
+    "conv_same",
+)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_function_against_the_reference(name):
+    op = next(o for o in verify.OPERATORS if o.name == name)
+    for i, options in enumerate(op.options):
+        case = verify.Case(op, options, op.sizes[1], DTYPES[i % 4], verify.LAYOUTS[i % 2], "triton", "cpu")
+        failed = [row for row in verify.check(case) if not row.passed]
+        assert not failed, failed
+
+
+def test_compiled_without_a_graph_break():
+    x, weight, bias, _, _ = conv_case(2, 3, 3, 3, 5, 7, torch.float32)
+    scale = torch.rand(2)
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def function(x, weight, bias):
+        y = fastda.conv_same(
+            fastda.refiner_block(x, weight, bias, weight, bias), weight, bias, residual=x, relu=True
+        )
+        return fastda.grad_reverse(y, scale).square().mean()
+
+    with fastda.use_backend("triton"):
+        expected = function(*inputs)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(compiled, expected)
+    for g, e in zip(
+        torch.autograd.grad(compiled, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
+        torch.testing.assert_close(g, e)
+
+
+def test_operators_are_what_they_declare():
+    x, weight, _, _, grad = conv_case(2, 3, 3, 3, 5, 7, torch.float32)
+    logits = torch.randn(2, 2, 3, 4)
+    for name, arguments in (
+        ("grad_reverse_backward", (x, torch.rand(2))),
+        ("patch_discriminator_loss", (logits, logits, None, None, 0, 0, 0.1, True, False)),
+        ("self_regularization", (x, x.contiguous(memory_format=LAST), None, 0.5, 0, True, False)),
+        ("patch_loss_scale_", (x.clone(), logits.clone(), torch.tensor(2.0))),
+        ("conv_same_backward", (grad, x, weight, None, True, True, False)),
+    ):
+        torch.library.opcheck(
+            getattr(fastda.triton, name).op, arguments, test_utils=("test_schema", "test_faketensor")
+        )
 
 
 def test_empty_images():

@@ -38,7 +38,7 @@ def term_and_slope(
 ):
     """The loss of a patch with score z, and its derivative by z, NaN where PyTorch has NaN."""
     y = SIGN * z
-    if FORMULA == LOG or FORMULA == LOG_SMOOTH:
+    if FORMULA == LOG or FORMULA == LOG_SMOOTH:  # noqa: SIM109 (Triton knows no `in`)
         e = tl.exp(-tl.abs(y))
         u = 1 + e
         # log(1 + e) without the cancellation in u, whose rounding error u - 1 knows.

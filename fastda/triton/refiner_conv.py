@@ -163,10 +163,7 @@ def weight_grad_kernel(
     r = start + tl.arange(0, BLOCK_N)
     known = k < out_channels
     wanted = r < KERNEL * KERNEL * in_channels
-    if ONE_TAP:
-        tap = start // in_channels
-    else:
-        tap = r // in_channels
+    tap = start // in_channels if ONE_TAP else r // in_channels
     down = tap // KERNEL - KERNEL // 2
     across = tap % KERNEL - KERNEL // 2
     move = (down * width + across).to(tl.int64) * x_pixel + (r - tap * in_channels).to(tl.int64) * x_channel
@@ -205,7 +202,7 @@ def weight_grad_kernel(
     line = tl.program_id(1).to(tl.int64) * out_channels + k
     at = line[:, None] * (KERNEL * KERNEL * in_channels) + r[None, :]
     tl.store(sums + at, acc, mask=known[:, None] & wanted[None, :])
-    if bias_sums is not None:
+    if bias_sums is not None:  # noqa: SIM102 (settled when compiled, unlike the next)
         if start == 0:
             tl.store(bias_sums + line, bias_acc, mask=known)
 

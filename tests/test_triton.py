@@ -1,0 +1,103 @@
+"""The Triton backend from outside: the interpreter's tests, tracing for a GPU, and the ahead-of-time check itself."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastda import backend
+
+HERE = Path(__file__).parent
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+def python(*arguments, **environment):
+    """Run Python in a process of its own: how Triton works is settled when it is imported."""
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent), **environment}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=HERE.parent
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@needs_triton
+def test_kernels_in_the_interpreter():
+    file = HERE / "triton_interpreted.py"
+    status, output = python("-m", "pytest", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
+    assert status == 0, output
+
+
+def test_without_triton_there_is_one_clear_error(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find_spec(name)
+    )
+    with (
+        backend.use_backend("triton"),
+        pytest.raises(RuntimeError, match="triton is not installed.*pip install"),
+    ):
+        backend.select(torch.randn(2))
+
+
+TRACE = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+import fastda.triton as t
+
+with FakeTensorMode():
+    x = torch.empty(2, 16, 9, 14, device="cuda")
+    weight, bias, logits = x.new_empty(16, 16, 3, 3), x.new_empty(16), x.new_empty(2, 2, 9, 14)
+    calls = {
+        "grad_reverse_backward": (x, bias.new_empty(())),
+        "patch_discriminator_loss": (logits, logits, None, x.new_empty(2, 1, 9, 14), 0, 0, 0.1, True, True),
+        "patch_generator_loss": (logits, None, 0, 0, True),
+        "patch_loss_map": (logits, None, 0, True, 0.0, True),
+        "self_regularization": (x, x, None, 0.5, 0, True, True),
+        "refiner_loss": (logits, x, x, bias.new_empty(()), 0.0, 0, 0, True, True, False),
+        "patch_head_discriminator_loss": (x, x, x.new_empty(2, 16, 1, 1), None, 0, 0, 0.0, True, True, True),
+        "patch_loss_scale_": (x, logits, bias.new_empty(())),
+        "conv_same": (x, weight, bias, x, True),
+        "conv_same_backward": (x, x, weight, x, True, True, True),
+        "refiner_block": (x, weight, bias, weight, bias, True),
+        "refiner_block_backward": (x, x, None, x, weight, bias, weight, True, True, True, True, True),
+    }
+    assert set(calls) == set(t.__all__), set(calls) ^ set(t.__all__)
+    for name, arguments in calls.items():
+        graph = make_fx(lambda *a: getattr(t, name).op._init_fn(*a), tracing_mode="real")(*arguments)
+        kernels = [n for n in graph.graph.nodes if "triton_kernel_wrapper" in str(n.target)]
+        assert kernels, name
+        print(name, len(kernels))
+"""
+
+
+@needs_triton
+def test_a_compiler_sees_the_kernels():
+    """Traced on fake CUDA tensors, every operator shows Triton kernels and not an opaque call."""
+    status, output = python("-c", TRACE, TRITON_INTERPRET="0")
+    assert status == 0, output
+
+
+@needs_triton
+def test_the_ahead_of_time_check_can_fail():
+    code = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, "tests")
+import triton_check as c
+job = next(j for j in c.jobs(False) if j.kernel == "conv_kernel" and j.target == "sm_90" and "bf16 3x3" in j.label)
+good = c.compile_one(job)
+assert good["spills"] == 0 and 0 < good["shared"] <= good["limit"] and good["registers"] > 16, good
+starved = c.compile_one(replace(job, options={**job.options, "num_warps": 1}))
+assert starved["spills"] > 0 and c.faults(starved), starved
+c.TARGETS["sm_90"] = (c.TARGETS["sm_90"][0], 1024)
+assert "shared memory" in " ".join(c.faults(c.compile_one(job)))
+"""
+    status, output = python("-c", code, TRITON_INTERPRET="0")
+    assert status == 0, output
