@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel ahead of time for GPUs that need not be there, and reports what each takes of them.
+"""Compiles every Triton kernel ahead of time for GPUs that need not be there, and reports what each takes.
 
     python tests/triton_check.py [--target sm_90 …] [--kernel conv …] [--all]
 
-What is compiled is what the operators would launch: they are run on fake CUDA tensors, and their launches recorded with
-the block sizes, warps and specialisations that a device would see. --all adds float16 and float64.
-Exit status 1 where a kernel spills registers, takes more shared memory than its target has, or fails to compile.
+What is compiled is what the operators would launch: they run on fake CUDA tensors, and their launches are
+recorded with the block sizes, warps and specialisations that a device would see. --all adds float16 and float64.
+Exit status 1 where a kernel spills registers, takes more shared memory than there is, or fails to compile.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ class Job:
 
 
 def describe(kernel, args, options: dict) -> tuple[dict, dict, dict, dict]:
-    """Signature, constants and attributes, as Triton's launcher would specialise these arguments; and its options."""
+    """Signature, constants and attributes as Triton's launcher would specialise the arguments; its options."""
     names = [p.name for p in kernel.params]
-    values = dict(zip(names, args))
+    values = dict(zip(names, args, strict=False))
     values |= {n: v for n, v in options.items() if n in names}
     signature, constants, attributes = {}, {}, {}
     for param in kernel.params:

@@ -1,6 +1,6 @@
 """Every Triton kernel in Triton's interpreter, on CPU tensors, against the float64 reference.
 
-tests/test_triton.py runs this file in a process of its own: whether Triton interprets is settled when it is imported.
+tests/test_triton.py runs this file in a process of its own: Triton decides to interpret when imported.
 By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
 """
 
@@ -41,7 +41,7 @@ def matches(op, what, actual, expected, dtype):
     testing.assert_matches(op, what, actual, expected, dtype)
 
 
-# -- gradient reversal --------------------------------------------------------------------------------------------
+# -- gradient reversal ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,7 +60,7 @@ def test_grad_reverse(shape, dtype):
             matches("grad_reverse", "grad", out, -factor * g.double(), dtype)
 
 
-# -- patch losses -------------------------------------------------------------------------------------------------
+# -- patch losses --------------------------------------------------------------------------------------------
 
 
 def discriminator_reference(real, fake, kind, **options):
@@ -285,9 +285,9 @@ def test_what_is_not_needed_is_empty():
     assert [t.numel() for t in out] == [0, 0, 0, filters.numel(), 0]
 
 
-# -- refiner convolutions -----------------------------------------------------------------------------------------
+# -- refiner convolutions ------------------------------------------------------------------------------------
 
-# What a GPU runs, and what the interpreter prefers: blocks within one tap and across taps, sums of one and more pieces.
+# What a GPU runs, and what the interpreter prefers: blocks within one tap or across, one piece or several.
 ROWS = ("interpreter", "half", "half gather", "ieee", "double")
 
 
@@ -408,7 +408,7 @@ def test_nan_passes_the_gates():
     assert out[1].isnan().any()
 
 
-# -- through the public functions -----------------------------------------------------------------------------------
+# -- through the public functions ----------------------------------------------------------------------------
 
 PUBLIC = (
     "grad_reverse",

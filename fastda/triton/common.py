@@ -23,8 +23,8 @@ def operator(function: F | None = None, *, mutates: Sequence[str] = ()) -> Any:
     """Decorator: a function of tensors that allocates its results and calls `launch`.
 
     Called eagerly it stays a plain function. While torch.compile traces it is one node of the graph,
-    `fastda_triton::<name>`, which AOTAutograd opens so that Inductor sees the kernels (in the interpreter, where there is
-    nothing to see, it stays closed). Its shapes come from running it on fake tensors.
+    `fastda_triton::<name>`, which AOTAutograd opens so that Inductor sees the kernels (the interpreter has nothing
+    to see: there it stays closed). Its shapes come from running it on fake tensors.
     """
     if function is None:
         return functools.partial(operator, mutates=mutates)
@@ -60,8 +60,11 @@ def launch(kernel: Any, grid: tuple[Any, ...], *args: Any, **options: Any) -> No
 
 
 def _interpret(kernel: Any, grid: tuple[Any, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Triton's interpreter keeps bfloat16 as bits: it truncates where a GPU rounds, and compares and multiplies the bits
-    as integers. So it gets float32 copies, laid out alike, and PyTorch rounds what comes back."""
+    """Run a kernel on CPU tensors.
+
+    Triton's interpreter keeps bfloat16 as bits: it truncates where a GPU rounds, and compares and multiplies
+    the bits as integers. So it gets float32 copies, laid out alike, and PyTorch rounds what comes back.
+    """
     copies: dict[int, tuple[Tensor, Tensor]] = {}
 
     def copy(x: Any) -> Any:

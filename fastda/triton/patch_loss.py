@@ -16,7 +16,7 @@ from fastda.triton.common import launch, operator, pieces, wide_dtype, wide_tl
 SOFTMAX, BCE, LSGAN, HINGE, WGAN = range(5)
 MEAN, SUM, BATCHMEAN = range(3)
 
-# What is computed from a patch's score z, the difference of its two logits or its only one, with y = SIGN * z.
+# What is computed from a patch's score z, the difference of its two logits or its only one; y = SIGN * z.
 LOG = tl.constexpr(0)  # softplus(y)
 LOG_SMOOTH = tl.constexpr(1)  # HIT * softplus(y) + MISS * softplus(-y)
 SQUARE = tl.constexpr(2)  # (z - TARGET)²
@@ -244,7 +244,7 @@ def patch_head_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The last 1×1 convolution and the loss. Two classes act as one channel, the difference of their weights."""
+    """The last 1×1 convolution and the loss. Two classes act as one channel, their weights' difference."""
     program = tl.program_id(0)
     begin = program.to(tl.int64) * BLOCK_P
     inside = begin + tl.arange(0, BLOCK_P) < total

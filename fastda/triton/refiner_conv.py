@@ -1,10 +1,10 @@
 """Refiner convolutions as implicit matrix products: pixels × (taps · input channels) × output channels.
 
-    out[m, k] = Σ_r x[pixel m moved by the tap of r, channel of r] · filter[r, k]        r = tap · C + channel
+    out[m, k] = Σ_r x[pixel m moved by the tap of r, channel of r] · filter[r, k],  r = tap · C + channel
 
-Bias, residual, ReLU and the gates of ReLU's backward are applied while tiles are loaded and stored. The data gradient is
-the same product with the taps in reverse order. The weight gradient sums over pixels; its pixels are cut into a number of
-pieces that depends on the shapes alone, and a second kernel adds the pieces in order.
+Bias, residual, ReLU and the gates of ReLU's backward are applied while tiles are loaded and stored. The data
+gradient is the same product with the taps in reverse order. The weight gradient sums over pixels, cut into a
+number of pieces that depends on the shapes alone; a second kernel adds the pieces in order.
 
 A gate keeps a value where its own is positive or NaN, else gives 0: ReLU's backward, read off ReLU's output.
 """
@@ -54,7 +54,7 @@ def conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Program (i, j) makes the BLOCK_M pixels from i · BLOCK_M of the BLOCK_N output channels from j · BLOCK_N.
+    """Program (i, j) makes the BLOCK_M pixels from i · BLOCK_M, BLOCK_N output channels from j · BLOCK_N.
 
     ONE_TAP: in_channels is a multiple of BLOCK_R, so that a step of the sum stays within one tap.
     """
@@ -228,8 +228,8 @@ def add_pieces_kernel(
     tl.store(out + (k * channels + c) * taps + tap, total.to(out.dtype.element_ty), mask=i < count)
 
 
-# (BLOCK_M, BLOCK_N at most, BLOCK_R at most, num_warps, num_stages) by arithmetic. Where channels are not side by side in
-# memory, each entry of a tile takes an address of its own, two registers of them: "gather" has smaller tiles.
+# (BLOCK_M, BLOCK_N at most, BLOCK_R at most, num_warps, num_stages) by arithmetic. Where channels are not side by
+# side in memory, each entry of a tile takes an address of its own, of two registers: "gather" has smaller tiles.
 Config = tuple[int, int, int, int, int]
 CONV_CONFIGS: dict[str, Config] = {
     "half": (128, 64, 64, 8, 3),
@@ -300,7 +300,7 @@ def _flags(x: Tensor) -> dict[str, Any]:
 
 
 def _strides(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, int]:
-    """Of image, channel and pixel, for `x` (N, C, H, W) dense in that format. PyTorch's own are free where a size is 1."""
+    """Of image, channel, pixel, for `x` (N, C, H, W) dense in that format; PyTorch's are free at size 1."""
     _, c, h, w = x.shape
     return (c * h * w, 1, c) if memory_format == torch.channels_last else (c * h * w, h * w, 1)
 
@@ -368,7 +368,7 @@ def _filter_grads(
     need_bias: bool,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `weight` and of the bias, where `grad`, gated, is that of the convolution of `x`; empty if not needed."""
+    """Gradients of `weight` and bias, empty if not needed; `grad`, gated, is that of the convolution of `x`."""
     if not need_weight:
         if not need_bias:
             return x.new_empty(0), x.new_empty(0)
@@ -450,7 +450,7 @@ def conv_same_backward(
 def refiner_block(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
 ) -> tuple[Tensor, Tensor]:
-    """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2), and the inner activation or nothing."""
+    """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2), and the inner activation or none."""
     memory_format = compat.memory_format(x)
     inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format)
     out = _conv(inner, weight2, bias=bias2, residual=x, relu=True, memory_format=memory_format)
@@ -472,7 +472,7 @@ def refiner_block_backward(
     need_weight2: bool,
     need_bias2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight1, bias1, weight2, bias2, empty where not needed; without `inner` it is computed again."""
+    """Gradients of x, weight1, bias1, weight2, bias2, empty if not needed; without `inner` it is recomputed."""
     memory_format = compat.memory_format(x)
     # Gates and both uses of grad want one format; convert once.
     grad, output = (
