@@ -2,8 +2,8 @@
 
     python tests/triton_check.py [--target sm_90 …] [--kernel conv …] [--all]
 
-What is compiled is what the operators would launch: they run on fake CUDA tensors, and their launches are
-recorded with the block sizes, warps and specialisations that a device would see. --all adds float16 and float64.
+What is compiled is what the operators would launch: they run on fake CUDA tensors and their launches
+are recorded with the block sizes, warps and specialisations that a device would see. --all adds float16 and float64.
 Exit status 1 where a kernel spills registers, takes more shared memory than there is, or fails to compile.
 """
 
@@ -61,7 +61,7 @@ class Job:
 
 
 def describe(kernel, args, options: dict) -> tuple[dict, dict, dict, dict]:
-    """Signature, constants and attributes as Triton's launcher would specialise the arguments; its options."""
+    """Signature, constants and attributes as Triton's launcher specialises the arguments; its options."""
     names = [p.name for p in kernel.params]
     values = dict(zip(names, args, strict=False))
     values |= {n: v for n, v in options.items() if n in names}

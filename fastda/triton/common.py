@@ -23,8 +23,8 @@ def operator(function: F | None = None, *, mutates: Sequence[str] = ()) -> Any:
     """Decorator: a function of tensors that allocates its results and calls `launch`.
 
     Called eagerly it stays a plain function. While torch.compile traces it is one node of the graph,
-    `fastda_triton::<name>`, which AOTAutograd opens so that Inductor sees the kernels (the interpreter has nothing
-    to see: there it stays closed). Its shapes come from running it on fake tensors.
+    `fastda_triton::<name>`, which AOTAutograd opens so that Inductor sees the kernels (in the
+    interpreter there are none to see). Its shapes come from running it on fake tensors.
     """
     if function is None:
         return functools.partial(operator, mutates=mutates)

@@ -228,8 +228,8 @@ def add_pieces_kernel(
     tl.store(out + (k * channels + c) * taps + tap, total.to(out.dtype.element_ty), mask=i < count)
 
 
-# (BLOCK_M, BLOCK_N at most, BLOCK_R at most, num_warps, num_stages) by arithmetic. Where channels are not side by
-# side in memory, each entry of a tile takes an address of its own, of two registers: "gather" has smaller tiles.
+# (BLOCK_M, BLOCK_N at most, BLOCK_R at most, num_warps, num_stages) by arithmetic. "gather" is for channels
+# not side by side in memory: each entry of a tile takes an address, two registers, so tiles are smaller.
 Config = tuple[int, int, int, int, int]
 CONV_CONFIGS: dict[str, Config] = {
     "half": (128, 64, 64, 8, 3),
@@ -368,7 +368,7 @@ def _filter_grads(
     need_bias: bool,
     memory_format: torch.memory_format,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `weight` and bias, empty if not needed; `grad`, gated, is that of the convolution of `x`."""
+    """Gradients of `weight` and bias, empty if not needed; `grad`, gated, is that of what `x` led to."""
     if not need_weight:
         if not need_bias:
             return x.new_empty(0), x.new_empty(0)
@@ -472,7 +472,7 @@ def refiner_block_backward(
     need_weight2: bool,
     need_bias2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight1, bias1, weight2, bias2, empty if not needed; without `inner` it is recomputed."""
+    """Gradients of x, weight1, bias1, weight2, bias2, empty if not needed. No `inner`: recomputed."""
     memory_format = compat.memory_format(x)
     # Gates and both uses of grad want one format; convert once.
     grad, output = (
