@@ -38,4 +38,4 @@ def as_channels_last(x: torch.Tensor) -> torch.Tensor:
 
 def convolution_tf32() -> bool:
     """Whether the user lets float32 convolutions round their operands to TF32 on a CUDA device."""
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009 (mypy)

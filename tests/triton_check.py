@@ -3,7 +3,8 @@
     python tests/triton_check.py [--target sm_90 …] [--kernel conv …] [--all]
 
 What is compiled is what the operators would launch: they run on fake CUDA tensors and their launches
-are recorded with the block sizes, warps and specialisations that a device would see. --all adds float16 and float64.
+are recorded with the block sizes, warps and specialisations that a device would see. --all adds float16 and
+float64.
 Exit status 1 where a kernel spills registers, takes more shared memory than there is, or fails to compile.
 """
 

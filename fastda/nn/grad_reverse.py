@@ -53,7 +53,9 @@ class ScheduledGradientReversal(nn.Module):
     def __init__(self, max_steps: int, gamma: float = 10.0, low: float = 0.0, high: float = 1.0) -> None:
         super().__init__()
         if isinstance(max_steps, bool) or not isinstance(max_steps, int):
-            raise TypeError(f"ScheduledGradientReversal: max_steps must be an int, got {type(max_steps).__name__}")
+            raise TypeError(
+                f"ScheduledGradientReversal: max_steps must be an int, got {type(max_steps).__name__}"
+            )
         if max_steps < 1:
             raise ValueError(f"ScheduledGradientReversal: max_steps must be at least 1, got {max_steps}")
         if not 0.0 < gamma < float("inf"):

@@ -30,7 +30,7 @@ def operator(function: F | None = None, *, mutates: Sequence[str] = ()) -> Any:
         return functools.partial(operator, mutates=mutates)
     name = f"fastda_triton::{function.__name__}"
     if INTERPRETED:
-        op = torch.library.custom_op(name, function, mutates_args=mutates)
+        op: Any = torch.library.custom_op(name, function, mutates_args=mutates)
         op.register_fake(function)
     else:
         op = torch.library.triton_op(name, function, mutates_args=mutates)
