@@ -122,7 +122,7 @@ def select(x: torch.Tensor) -> str:
 
 
 def kernels(name: str) -> Any:
-    """What holds the raw operators of the backend `name` (of `select`): `torch.ops.fastda` or `fastda.triton`."""
+    """What holds the raw operators of the backend `name`: `torch.ops.fastda` or `fastda.triton`."""
     if name == "triton":
         from fastda import triton
 
