@@ -63,8 +63,9 @@ def conv_kernel(
     k = (tl.program_id(0) % columns) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = begin + tl.arange(0, BLOCK_M) < pixels
     # One division in 64 bits, the others within an image.
-    pixel = (begin % plane).to(plane.dtype) + tl.arange(0, BLOCK_M)
-    image = begin // plane + pixel // plane
+    image = begin // plane
+    pixel = (begin - image * plane).to(plane.dtype) + tl.arange(0, BLOCK_M)
+    image += pixel // plane
     pixel %= plane
     row = pixel // width
     column = pixel - row * width
@@ -173,8 +174,9 @@ def weight_grad_kernel(
     for step in range(0, piece, BLOCK_P):
         begin = first + step
         inside = begin + tl.arange(0, BLOCK_P) < pixels
-        pixel = (begin % plane).to(plane.dtype) + tl.arange(0, BLOCK_P)
-        image = begin // plane + pixel // plane
+        image = begin // plane
+        pixel = (begin - image * plane).to(plane.dtype) + tl.arange(0, BLOCK_P)
+        image += pixel // plane
         pixel %= plane
         row = pixel // width
         column = pixel - row * width
@@ -235,7 +237,7 @@ CONV_CONFIGS: dict[str, Config] = {
     "half": (128, 64, 64, 8, 3),
     "half gather": (64, 64, 32, 8, 2),
     "tf32": (128, 64, 32, 8, 3),
-    "tf32 gather": (64, 64, 16, 8, 2),
+    "tf32 gather": (64, 64, 16, 4, 2),
     "ieee": (64, 64, 16, 8, 2),
     "ieee gather": (64, 64, 16, 8, 2),
     "double": (32, 32, 16, 4, 2),
