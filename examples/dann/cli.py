@@ -284,7 +284,8 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
     if "reference" in summary:
         console.print(
             f"Fused and reference ops from one seed agree on {summary['reference']['agreement']:.1%} of the "
-            f"predictions; a step with the reference takes {summary['reference']['step_ratio']:.2f} times as long."
+            f"predictions; "
+            f"a step with the reference takes {summary['reference']['step_ratio']:.2f} times as long."
         )
     for r in results:
         if r["method"] == "sda":

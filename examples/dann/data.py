@@ -156,7 +156,7 @@ def _bundled_photo(name: str) -> np.ndarray:
 
 
 def photos(folder: Path | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Photos for training and for test, each uint8 (H, W, 3); of those under `folder` every fifth is for test."""
+    """Photos for training and for test, uint8 (H, W, 3); of those under `folder` every fifth is for test."""
     if folder is None:
         train = [_bundled_photo(name) for name in TRAIN_PHOTOS]
         test = [_bundled_photo(name) for name in TEST_PHOTOS]

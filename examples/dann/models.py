@@ -87,8 +87,8 @@ class DomainNet(nn.Module):
     """Features, a label predictor, and a domain classifier behind the scheduled reversal layer.
 
     Args:
-        streams: 1 shares the features' weights between the domains; 2 gives the target features of its own, tied
-            to the source's by `WeightRelation`.
+        streams: 1 shares the features' weights between the domains; 2 gives the target features of its own,
+            tied to the source's by `WeightRelation`.
         reversal_steps: training steps over which the reversal's scale rises from 0 to `ceiling`.
         normalisation: `image` brings every image channel to mean 0 and deviation 1/2; `domain` subtracts
             the mean of the domain's training images (`set_domain_mean`), as published; `none` only scales to

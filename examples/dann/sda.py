@@ -53,8 +53,8 @@ def train_sda(
 ) -> dict[str, Any]:
     """Accuracy of a linear SVM on held-out target images, from codes and (`baseline`) from pixels.
 
-    The auto-encoders see the training images of both domains without labels; the SVM sees the source's codes and
-    labels.
+    The auto-encoders see the training images of both domains without labels; the SVM sees the source's codes
+    and labels.
     """
     start = time.perf_counter()
     torch.manual_seed(seed)

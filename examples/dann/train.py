@@ -295,7 +295,7 @@ class Trainer:
         return {k: v.detach().contiguous().clone() for k, v in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint beside `path`, then move it there: a reader finds the old file or the new, whole."""
+        """Write beside `path`, then move it there: a reader finds the old checkpoint or the new, whole."""
         tensors = self.tensors()
         metadata = {
             "settings": json.dumps(asdict(self.settings)),
@@ -425,7 +425,8 @@ def train(
 
         bar = tqdm(
             total=trainer.total_steps, initial=trainer.step, unit="step", position=position,
-            dynamic_ncols=True,            desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
+            dynamic_ncols=True,
+            desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
         )  # fmt: skip
     if tensorboard is not None and rank == 0:
         try:
