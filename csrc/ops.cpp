@@ -15,15 +15,18 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   m.def("conv_same(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor");
   // output: that of a forward with relu, whose mask the gradient takes; -> gradients of x, weight, bias
   m.def(
-      "conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, "
+      "conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool "
+      "need_weight, "
       "bool need_bias) -> (Tensor, Tensor, Tensor)");
   // -> output, inner activation (empty unless keep_inner)
   m.def(
-      "refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner) "
+      "refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool "
+      "keep_inner) "
       "-> (Tensor, Tensor)");
   // inner None: computed again, with bias1; -> gradients of x, weight1, bias1, weight2, bias2
   m.def(
-      "refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, "
+      "refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? "
+      "bias1, "
       "Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
