@@ -50,7 +50,13 @@ _LINEAR: dict[str, dict[torch.dtype, Tolerance]] = {
 }
 _CONVOLUTION = {
     "value": {**_LINEAR["value"], _F64: Tolerance(3e-15, 3e-14), _F32: Tolerance(9e-7, 9e-6)},
-    "grad": {**_LINEAR["grad"], _F64: Tolerance(3e-15, 3e-14), _F32: Tolerance(2e-6, 4e-5)},
+    # PyTorch's own float16 gradients are off by 1.04e-3 on CPUs that have no float16 arithmetic.
+    "grad": {
+        **_LINEAR["grad"],
+        _F64: Tolerance(3e-15, 3e-14),
+        _F32: Tolerance(2e-6, 4e-5),
+        _F16: Tolerance(2e-3, 2e-2),
+    },
 }
 
 # By operator, what is compared ("value", or the gradient's name; "grad" stands for every gradient not named),
