@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
-import re
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from examples.common.page import environment, png, svg
 from examples.dann.data import Pair
 
 COLOURS = {
@@ -25,29 +23,6 @@ NAMES = {
     "source": "Source only", "dann": "DANN", "related": "Related weights", "target": "Train on target",
     "sda": "SDA + SVM",
 }  # fmt: skip
-
-
-def _svg(figure: Any, wide: bool = True) -> str:
-    """The figure as inline SVG; identifiers made unique, since all figures share one page."""
-    import matplotlib.pyplot as plt
-
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
-    plt.close(figure)
-    text = buffer.getvalue()
-    prefix = f"f{abs(hash(text)) % 10**8}-"
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{prefix}", text)
-    text = text[text.index("<svg") :]
-    return text if wide else re.sub(r"<svg ", '<svg class="narrow" ', text, count=1)
-
-
-def _png(image: np.ndarray) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _main(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -99,7 +74,7 @@ def curves(results: list[dict[str, Any]]) -> str:
         handles, labels, loc="lower center", ncols=5, fontsize=8, frameon=False, bbox_to_anchor=(0.5, -0.1)
     )
     figure.tight_layout()
-    return _svg(figure)
+    return svg(figure)
 
 
 def _projections(features: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
@@ -141,7 +116,7 @@ def feature_maps(main: dict[str, dict[str, Any]]) -> tuple[str, str]:
             axis.set_yticks([])
             axis.spines[:].set_color("#cccccc")
     figure.tight_layout()
-    return _svg(figure), how
+    return svg(figure), how
 
 
 def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
@@ -168,7 +143,7 @@ def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
         axis.set_xlabel("predicted", fontsize=8)
     axes[0][0].set_ylabel("true", fontsize=8)
     figure.tight_layout()
-    return _svg(figure, wide=len(shown) > 3)
+    return svg(figure, wide=len(shown) > 3)
 
 
 def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> list[dict[str, Any]]:
@@ -181,7 +156,7 @@ def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> 
     )
 
     def picture(image: torch.Tensor) -> str:
-        return _png(image.permute(1, 2, 0).numpy())
+        return png(image.permute(1, 2, 0).numpy())
 
     methods = [m for m in ("source", "dann", "related", "target", "sda") if m in main]
     rows: list[dict[str, Any]] = [
@@ -201,14 +176,7 @@ def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> 
 
 
 def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary: dict[str, Any]) -> Path:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams.update(
-        {"svg.fonttype": "path", "svg.hashsalt": "fastda", "font.family": "DejaVu Sans"}
-    )
-    from jinja2 import Environment, FileSystemLoader
-
+    templates = environment(Path(__file__).parent)
     main = _main(results)
     seeds = sorted({r["seed"] for r in results})
     table = []
@@ -226,16 +194,13 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
             }
         )
     maps, how = feature_maps(main)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
-    )
     settings = next((r for r in results if r["method"] == "dann"), results[0])
     shown = {
         k: v for k, v in settings.items() if not isinstance(v, (list, dict)) and k not in ("method", "seed")
     }
     for key in ("target_accuracy", "seconds", "backend", "predictions"):
         shown.pop(key, None)
-    page = environment.get_template("report.html.j2").render(
+    page = templates.get_template("report.html.j2").render(
         pair=pair, seeds=seeds, table=table, summary=summary, curves=curves(results), maps=maps, how=how,
         confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
         names=NAMES, sda=[r for r in results if r["method"] == "sda"],

