@@ -2,7 +2,26 @@
 
 from fastda.backend import info, use_backend
 from fastda.ops.grad_reverse import grad_reverse, grad_reverse_linear
+from fastda.ops.patch_loss import (
+    patch_discriminator_loss,
+    patch_generator_loss,
+    patch_head_discriminator_loss,
+    refiner_loss,
+    self_regularization,
+)
 from fastda.ops.refiner_conv import conv_same, refiner_block
 
 __version__ = "0.1.0"
-__all__ = ["conv_same", "grad_reverse", "grad_reverse_linear", "info", "refiner_block", "use_backend"]
+__all__ = [
+    "conv_same",
+    "grad_reverse",
+    "grad_reverse_linear",
+    "info",
+    "patch_discriminator_loss",
+    "patch_generator_loss",
+    "patch_head_discriminator_loss",
+    "refiner_block",
+    "refiner_loss",
+    "self_regularization",
+    "use_backend",
+]

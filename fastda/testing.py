@@ -58,6 +58,23 @@ _CONVOLUTION = {
         _F16: Tolerance(2e-3, 2e-2),
     },
 }
+# What a patch costs and its slope: a few roundings in float32 or wider, whatever the dtype of the logits. A
+# gradient is rounded once more to that dtype, which alone costs its largest entry, up to 12 times the rms
+# where most patches are masked out, 2^-9 (bfloat16) or 2^-12 (float16) of itself.
+_PATCH_LOSS = {
+    "value": {
+        _F64: Tolerance(2e-15, 2e-14),
+        _F32: Tolerance(6e-7, 6e-6),
+        _BF16: Tolerance(6e-7, 6e-6),
+        _F16: Tolerance(6e-7, 6e-6),
+    },
+    "grad": {
+        _F64: Tolerance(2e-15, 2e-14),
+        _F32: Tolerance(6e-7, 6e-6),
+        _BF16: Tolerance(4e-3, 6e-2),
+        _F16: Tolerance(5e-4, 8e-3),
+    },
+}
 
 # By operator, what is compared ("value", or the gradient's name; "grad" stands for every gradient not named),
 # and dtype. Each bound is a small multiple (at most 4) of the error that PyTorch's own operator shows against
@@ -73,6 +90,11 @@ TOLERANCES: dict[str, dict[str, dict[torch.dtype, Tolerance]]] = {
         },
     },
     "grad_reverse_linear": _LINEAR,
+    "patch_discriminator_loss": _PATCH_LOSS,
+    "patch_generator_loss": _PATCH_LOSS,
+    "self_regularization": _PATCH_LOSS,
+    "refiner_loss": _PATCH_LOSS,
+    "patch_head_discriminator_loss": {**_PATCH_LOSS, "weight": _LINEAR["grad"], "bias": _LINEAR["grad"]},
     "conv_same": _CONVOLUTION,
     "refiner_block": _CONVOLUTION,
 }

@@ -155,6 +155,7 @@ OPERATORS = (
             *grid(kind=KINDS, reduction=REDUCTIONS),
             *grid(kind=("softmax", "bce", "lsgan"), label_smoothing=(0.1,), return_accuracy=(True,)),
             *grid(kind=KINDS, reduction=("mean", "none"), fake_weight=(_patch_weight,)),
+            {"kind": "softmax", "real_weight": lambda draw, *sizes: draw(1, 1, sizes[-2], 1).abs()},
         ],
         bench=((512, 512, 9, 14), (8, 8, 30, 30)),
         bench_options={"kind": "softmax", "return_accuracy": True},
@@ -204,7 +205,7 @@ OPERATORS = (
         sizes=((1, 1, 1, 1, 1), (3, 3, 32, 9, 14), (2, 3, 7, 19, 23)),
         options=[
             *grid(kind=KINDS, reduction=("mean", "sum")),
-            *grid(kind=("softmax", "bce", "lsgan"), label_smoothing=(0.1,)),
+            *grid(kind=("softmax", "bce", "lsgan"), label_smoothing=(0.1,), return_accuracy=(True,)),
         ],
         bench=((512, 512, 32, 9, 14), (32, 32, 32, 9, 14)),
         bench_options={"kind": "softmax", "return_accuracy": True},

@@ -5,6 +5,23 @@ kernels serve, and what torch.func transforms go through. It imports nothing els
 """
 
 from fastda.reference.grad_reverse import grad_reverse, grad_reverse_linear
+from fastda.reference.patch_loss import (
+    patch_discriminator_loss,
+    patch_generator_loss,
+    patch_head_discriminator_loss,
+    refiner_loss,
+    self_regularization,
+)
 from fastda.reference.refiner_conv import conv_same, refiner_block
 
-__all__ = ["conv_same", "grad_reverse", "grad_reverse_linear", "refiner_block"]
+__all__ = [
+    "conv_same",
+    "grad_reverse",
+    "grad_reverse_linear",
+    "patch_discriminator_loss",
+    "patch_generator_loss",
+    "patch_head_discriminator_loss",
+    "refiner_block",
+    "refiner_loss",
+    "self_regularization",
+]

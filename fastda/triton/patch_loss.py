@@ -176,7 +176,7 @@ def l1_kernel(
         inside = i < total
         d = tl.load(a + i, mask=inside, other=0.0).to(WIDE) - tl.load(b + i, mask=inside, other=0.0).to(WIDE)
         loss += tl.abs(d)
-        slope = tl.where(d > 0, factor, tl.where(d < 0, -factor, 0 * d))
+        slope = tl.where(d > 0, factor, tl.where(d < 0, -factor, 0.0))  # PyTorch's at NaN, too
         if grad_a is not None:
             tl.store(grad_a + i, slope, mask=inside)
         if grad_b is not None:
