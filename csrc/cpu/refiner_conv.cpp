@@ -1,3 +1,4 @@
+#include <atomic>
 #include <cstdlib>
 #include <new>
 #include <optional>
@@ -91,6 +92,15 @@ MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channel
   return torch::stable::contiguous(*bias);
 }
 
+template <typename Args>
+const ConvKernels& kernels_for(const Args& a) {
+  const ConvKernels& winograd = winograd_kernels();
+  return winograd.serves &&
+                 winograd.serves(a.dtype, a.in_channels, a.out_channels, a.height, a.width, a.kernel)
+             ? winograd
+             : direct_kernels();
+}
+
 // Everything that a convolution is fused with.
 struct Fusion {
   MaybeTensor x_gate, bias, residual, residual_gate, out_gate;
@@ -121,15 +131,20 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
         static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
     filter = {filter.data, filter.c, filter.n, -filter.h, -filter.w};
   }
-  const RefinerConvKernels& kernels = refiner_conv_kernels();
-  const Tensor prepared = empty({kernels.prepared_bytes(args)}, ScalarType::Byte);
-  kernels.prepare_filter(args, filter, prepared.mutable_data_ptr());
-  args.prepared = prepared.const_data_ptr();
-  const int64_t bytes = kernels.conv_scratch_bytes(args);
-  torch::stable::parallel_for(0, kernels.conv_tasks(args), 1, [&](int64_t begin, int64_t end) {
-    char* scratch = workspace.reserve(bytes);
-    for (int64_t task = begin; task < end; ++task) kernels.conv(args, task, scratch);
-  });
+  const auto run = [&](const ConvKernels& kernels) {
+    const Tensor prepared = empty({kernels.prepared_bytes(args)}, ScalarType::Byte);
+    kernels.prepare_filter(args, filter, prepared.mutable_data_ptr());
+    args.prepared = prepared.const_data_ptr();
+    const int64_t bytes = kernels.conv_scratch_bytes(args);
+    std::atomic<bool> right = true;
+    torch::stable::parallel_for(0, kernels.conv_tasks(args), 1, [&](int64_t begin, int64_t end) {
+      char* scratch = workspace.reserve(bytes);
+      for (int64_t task = begin; task < end; ++task)
+        if (!kernels.conv(args, task, scratch)) right = false;
+    });
+    return right.load();
+  };
+  if (!run(kernels_for(args))) run(direct_kernels());
 }
 
 // The gradients of weight and bias: each a tensor, or empty where not wanted.
@@ -147,19 +162,19 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
   args.grad = view_of(grad), args.grad_gate = view_of(gate);
   const View d_filter = want_weight ? view_of(d_weight) : View{};
 
-  const RefinerConvKernels& kernels = refiner_conv_kernels();
-  const int64_t sum_bytes = kernels.sum_bytes(args), bytes = kernels.filter_grad_scratch_bytes(args);
-  const int64_t tasks = grad.numel() == 0 ? 0 : kernels.filter_grad_tasks(args);
-  // A function of the shape alone, so that the order of the sums is too.
-  args.chunks = std::min<int64_t>(tasks, std::max<int64_t>(4, std::min<int64_t>(16, (8 << 20) / sum_bytes)));
-  const Tensor sums = empty({args.chunks * sum_bytes}, ScalarType::Byte);
-  char* sum = static_cast<char*>(sums.mutable_data_ptr());
-  torch::stable::parallel_for(0, args.chunks, 1, [&](int64_t begin, int64_t end) {
-    char* scratch = workspace.reserve(bytes);
-    for (int64_t chunk = begin; chunk < end; ++chunk)
-      kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
-  });
-  kernels.combine(args, sum, d_filter, want_bias ? d_bias.mutable_data_ptr() : nullptr);
+  const auto run = [&](const ConvKernels& kernels) {
+    const int64_t chunks = kernels.chunks(args), sum_bytes = kernels.sum_bytes(args);
+    const int64_t bytes = kernels.filter_grad_scratch_bytes(args);
+    const Tensor sums = empty({chunks * sum_bytes}, ScalarType::Byte);
+    char* sum = static_cast<char*>(sums.mutable_data_ptr());
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      char* scratch = workspace.reserve(bytes);
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
+    });
+    return kernels.combine(args, sum, d_filter, want_bias ? d_bias.mutable_data_ptr() : nullptr);
+  };
+  if (!run(kernels_for(args))) run(direct_kernels());
 }
 
 Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }

@@ -1,4 +1,7 @@
-// Stride-1 "same" convolution with an odd square filter: forward, data gradient and weight gradient.
+// Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter gradient.
+//
+// Two implementations of one table: `direct` serves every case, `winograd` (F(4x4, 3x3), float32 arithmetic)
+// is faster where it applies.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +25,6 @@ struct View {
 struct ConvArgs {
   DType dtype;
   bool channels_last;  // of every activation below
-  bool winograd;
   int64_t batch, in_channels, out_channels, height, width, kernel;
   View x, x_gate;
   const void* prepared;  // by prepare_filter
@@ -33,33 +35,38 @@ struct ConvArgs {
 };
 
 // d filter[k, c, i, j] = sum over n, h, w of gate(grad_gate, grad)[n, k, h, w] * x[n, c, h + i - p, w + j -
-// p], and d bias = sum of gate(grad_gate, grad). The work is cut into chunks, whatever the number of threads;
-// each chunk sums into storage of its own, and combine() adds the chunks in their order.
+// p], and d bias = sum of gate(grad_gate, grad).
 struct FilterGradArgs {
   DType dtype;
   bool channels_last;
-  bool winograd;
   int64_t batch, in_channels, out_channels, height, width, kernel;
   View x, grad, grad_gate;
-  int64_t chunks;
 };
 
-struct RefinerConvKernels {
+struct ConvKernels {
+  // Null where the instruction set has no such kernels.
+  bool (*serves)(DType, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
+                 int64_t kernel);
+
   // Bytes of the filter as the kernels want it, and of the scratch that one call of conv() needs.
   int64_t (*prepared_bytes)(const ConvArgs&);
-  int64_t (*conv_scratch_bytes)(const ConvArgs&);
   void (*prepare_filter)(const ConvArgs&, const View& filter, void* prepared);
+  int64_t (*conv_scratch_bytes)(const ConvArgs&);
   int64_t (*conv_tasks)(const ConvArgs&);
-  void (*conv)(const ConvArgs&, int64_t task, void* scratch);
+  // False: an intermediate value was not finite, and the output is only right where it spreads that no
+  // further than the definition does. Use `direct` instead.
+  bool (*conv)(const ConvArgs&, int64_t task, void* scratch);
 
-  // Bytes of the sums of one chunk, and of the scratch that one call of filter_grad() needs.
+  // The work is cut into chunks, whatever the number of threads; each sums into storage of its own, and
+  // combine() adds the chunks in their order. Either of its outputs may be absent (no data, null); false as
+  // for conv().
+  int64_t (*chunks)(const FilterGradArgs&);
   int64_t (*sum_bytes)(const FilterGradArgs&);
   int64_t (*filter_grad_scratch_bytes)(const FilterGradArgs&);
-  int64_t (*filter_grad_tasks)(const FilterGradArgs&);
   void (*filter_grad)(const FilterGradArgs&, int64_t chunk, void* sums, void* scratch);
-  // Either output may be absent (no data, null).
-  void (*combine)(const FilterGradArgs&, const void* sums, const View& d_filter, void* d_bias);
+  bool (*combine)(const FilterGradArgs&, const void* sums, const View& d_filter, void* d_bias);
 };
-FASTDA_DECLARE_KERNELS(RefinerConvKernels, refiner_conv)
+FASTDA_DECLARE_KERNELS(ConvKernels, direct)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd)
 
 }  // namespace fastda::cpu

@@ -390,9 +390,10 @@ void prepare_filter(const ConvArgs& a, const View& filter, void* prepared) {
 int64_t conv_tasks(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return direct_cut<S>(a).tasks; });
 }
-void conv(const ConvArgs& a, int64_t task, void* scratch) {
+bool conv(const ConvArgs& a, int64_t task, void* scratch) {
   with_types(a.dtype,
              [&]<typename T, typename S>() { conv_direct<T, S>(a, task, static_cast<char*>(scratch)); });
+  return true;
 }
 
 // Filter gradient.
@@ -416,6 +417,10 @@ struct GradSizes {
   }
   int64_t bytes() const { return carved<S>(packed) + carved<S>(grads) + carved<int64_t>(taps); }
   int64_t sum_bytes() const { return carved<S>(sums) + carved<double>(padded_k); }
+  int64_t chunks(const FilterGradArgs& a) const {
+    const int64_t tasks = a.height * a.width == 0 ? 0 : cuts.tasks;
+    return min(tasks, max(4, min(16, (8 << 20) / sum_bytes())));
+  }
 };
 
 // bias[k] += sum over q of grad[q][k], in double.
@@ -441,8 +446,8 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
   int64_t* offset = carve<int64_t>(scratch, sizes.taps);
   for (int64_t i = 0; i < sizes.sums; ++i) filter[i] = S(0);
   for (int64_t i = 0; i < sizes.padded_k; ++i) bias[i] = 0;
-  const int64_t p = a.kernel / 2, tasks = sizes.cuts.tasks;
-  for (int64_t task = tasks * chunk / a.chunks; task < tasks * (chunk + 1) / a.chunks; ++task) {
+  const int64_t p = a.kernel / 2, tasks = sizes.cuts.tasks, count = sizes.chunks(a);
+  for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
     const Block block = sizes.cuts.block(task, a.height, a.width);
     const int64_t columns = block.columns + 2 * p;
     // The gradient lies on the same grid as the packed input, with zeros where the grid has halo columns.
@@ -469,10 +474,10 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
 template <typename T, typename S>
 void combine_direct(const FilterGradArgs& a, const char* sums, const View& d_filter, T* d_bias) {
   const GradSizes<S> sizes(a);
-  const int64_t chunk_bytes = sizes.sum_bytes();
+  const int64_t chunk_bytes = sizes.sum_bytes(), count = sizes.chunks(a);
   const auto total = [&](int64_t offset, auto zero) {
     double sum = 0;
-    for (int64_t i = 0; i < a.chunks; ++i) {
+    for (int64_t i = 0; i < count; ++i) {
       decltype(zero) part;
       std::memcpy(&part, sums + i * chunk_bytes + offset, sizeof part);
       sum += double(part);
@@ -496,26 +501,30 @@ int64_t sum_bytes(const FilterGradArgs& a) {
 int64_t filter_grad_scratch_bytes(const FilterGradArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return GradSizes<S>(a).bytes(); });
 }
-int64_t filter_grad_tasks(const FilterGradArgs& a) {
-  return with_types(a.dtype, [&]<typename T, typename S>() { return grad_cut<S>(a).tasks; });
+int64_t chunks(const FilterGradArgs& a) {
+  return with_types(a.dtype, [&]<typename T, typename S>() { return GradSizes<S>(a).chunks(a); });
 }
 void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scratch) {
   with_types(a.dtype, [&]<typename T, typename S>() {
     grad_direct<T, S>(a, chunk, static_cast<char*>(sums), static_cast<char*>(scratch));
   });
 }
-void combine(const FilterGradArgs& a, const void* sums, const View& d_filter, void* d_bias) {
+bool combine(const FilterGradArgs& a, const void* sums, const View& d_filter, void* d_bias) {
   with_types(a.dtype, [&]<typename T, typename S>() {
     combine_direct<T, S>(a, static_cast<const char*>(sums), d_filter, static_cast<T*>(d_bias));
   });
+  return true;
 }
+
+bool serves(DType, int64_t, int64_t, int64_t, int64_t, int64_t) { return true; }
 
 }  // namespace
 
-extern const RefinerConvKernels refiner_conv;
-const RefinerConvKernels refiner_conv = {
-    prepared_bytes, conv_scratch_bytes,        prepare_filter,    conv_tasks,  conv,
-    sum_bytes,      filter_grad_scratch_bytes, filter_grad_tasks, filter_grad, combine,
+extern const ConvKernels direct;
+const ConvKernels direct = {
+    serves,  prepared_bytes, prepare_filter, conv_scratch_bytes,        conv_tasks,
+    conv,    chunks,         sum_bytes,      filter_grad_scratch_bytes, filter_grad,
+    combine,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA

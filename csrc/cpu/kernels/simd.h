@@ -39,6 +39,9 @@ FASTDA_INLINE Vec clamp_min(Vec x, Vec low) { return _mm512_max_ps(low, x); }
 FASTDA_INLINE Vec gate(Vec x, Vec g) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(g, _mm512_setzero_ps(), _CMP_NLE_UQ), x);
 }
+FASTDA_INLINE bool all_zero(Vec x) {  // and no NaN
+  return _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
+}
 
 FASTDA_INLINE Vec load_vec(const float* p) { return _mm512_loadu_ps(p); }
 FASTDA_INLINE Vec load_vec(const float* p, Mask m) { return _mm512_maskz_loadu_ps(m, p); }
@@ -121,6 +124,9 @@ FASTDA_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm256_fnmadd_ps(a, b, c); 
 FASTDA_INLINE Vec clamp_min(Vec x, Vec low) { return _mm256_max_ps(low, x); }
 FASTDA_INLINE Vec gate(Vec x, Vec g) {
   return _mm256_and_ps(_mm256_cmp_ps(g, _mm256_setzero_ps(), _CMP_NLE_UQ), x);
+}
+FASTDA_INLINE bool all_zero(Vec x) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ)) == 0xff;
 }
 
 FASTDA_INLINE Vec load_vec(const float* p) { return _mm256_loadu_ps(p); }

@@ -10,8 +10,7 @@
 // vectors of output channels) accumulator in registers; point t of every group of the block uses the same C x
 // K matrix, which stays in the first-level cache meanwhile. M of point t is written where V of point t - 1
 // lay.
-#include "cpu/kernels/winograd.h"
-
+#include "cpu/kernels/refiner_conv.h"
 #include "cpu/kernels/simd.h"
 
 #if FASTDA_SIMD
@@ -35,6 +34,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t padded(int64_t channels) { return round_up(channels, VL); }
 
 struct Grid {
   int64_t height, width, rows, cols, tiles, groups;
@@ -114,7 +114,8 @@ FASTDA_INLINE void weight_gradient_1d(const Vec* u, Vec* w) {
 // --- tiles of the input (6 x 6 pixels, overlapping) or of the output's gradient (4 x 4) into the workspace
 
 struct Source {
-  WinogradView x, gate;
+  View x, gate;
+  bool channels_last;
   int64_t channels;
 };
 
@@ -124,12 +125,11 @@ template <typename T, int R, typename F>
 FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image, int64_t c, int64_t y0,
                                int64_t x0, int64_t columns, float* strip, F&& f) {
   const bool gated = s.gate.data != nullptr;
-  const T* x = static_cast<const T*>(s.x.data) + image * s.x.stride_n + c * s.x.stride_c;
-  const T* g =
-      static_cast<const T*>(s.gate.data) + (gated ? image * s.gate.stride_n + c * s.gate.stride_c : 0);
-  const int64_t sx = s.x.stride_w, sg = s.gate.stride_w;
+  const T* x = static_cast<const T*>(s.x.data) + image * s.x.n + c * s.x.c;
+  const T* g = static_cast<const T*>(s.gate.data) + (gated ? image * s.gate.n + c * s.gate.c : 0);
+  const int64_t sx = s.x.w, sg = s.gate.w;
   const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, grid.height - y0);
-  if (s.x.stride_c == 1 && (!gated || s.gate.stride_c == 1)) {
+  if (s.channels_last) {
     const int64_t first = max(x0, 0), last = min(x0 + columns, grid.width);
     Vec d[R];
     for (int r = 0; r < R; ++r) d[r] = splat(0.0f);
@@ -139,15 +139,14 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
       if (!gated) {
         for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r) d[r] = load_vec(x + (y0 + r) * s.x.stride_h + i * sx);
+          for (int r = 0; r < R; ++r) d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx);
           f(i - x0, d);
         }
       } else {
         for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r)
-            d[r] = gate(load_vec(x + (y0 + r) * s.x.stride_h + i * sx),
-                        load_vec(g + (y0 + r) * s.gate.stride_h + i * sg));
+            d[r] = gate(load_vec(x + (y0 + r) * s.x.h + i * sx), load_vec(g + (y0 + r) * s.gate.h + i * sg));
           f(i - x0, d);
         }
       }
@@ -158,15 +157,14 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
         for (int r = 0; r < R; ++r) {
           d[r] = splat(0.0f);
           if (r < r0 || r >= r1) continue;
-          d[r] = load_vec(x + (y0 + r) * s.x.stride_h + i * sx, m);
-          if (gated) d[r] = gate(d[r], load_vec(g + (y0 + r) * s.gate.stride_h + i * sg, m));
+          d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx, m);
+          if (gated) d[r] = gate(d[r], load_vec(g + (y0 + r) * s.gate.h + i * sg, m));
         }
         f(i - x0, d);
       }
     }
     return;
   }
-  const bool planes = sx == 1 && (!gated || sg == 1);
   const int64_t channels = min(VL, s.channels - c);
   for (int64_t i = 0; i < columns; i += VL) {
     const int64_t width = min(VL, columns - i);
@@ -178,37 +176,21 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
         for (int k = 0; k < VL; ++k) line[k] = splat(0.0f);
         continue;
       }
-      const T* row = x + (y0 + r) * s.x.stride_h + (x0 + i) * sx;
-      const T* gate_row = gated ? g + (y0 + r) * s.gate.stride_h + (x0 + i) * sg : nullptr;
-      if (planes) {
-        Vec v[VL];
-        if (!gated) {
+      const T* row = x + (y0 + r) * s.x.h + x0 + i;
+      const T* gate_row = gated ? g + (y0 + r) * s.gate.h + x0 + i : nullptr;
+      Vec v[VL];
+      if (!gated) {
 #pragma GCC unroll 16
-          for (int k = 0; k < VL; ++k)
-            v[k] = k < channels ? load_vec(row + k * s.x.stride_c, m) : splat(0.0f);
-        } else {
-#pragma GCC unroll 16
-          for (int k = 0; k < VL; ++k)
-            v[k] = k < channels ? gate(load_vec(row + k * s.x.stride_c, m),
-                                       load_vec(gate_row + k * s.gate.stride_c, m))
-                                : splat(0.0f);
-        }
-        transpose(v);
-#pragma GCC unroll 16
-        for (int k = 0; k < VL; ++k) line[k] = v[k];
+        for (int k = 0; k < VL; ++k) v[k] = k < channels ? load_vec(row + k * s.x.c, m) : splat(0.0f);
       } else {
-        alignas(64) T a[VL * VL] = {}, b[VL * VL] = {};
-        for (int64_t j = max(first, 0); j < last; ++j) {
-          for (int64_t k = 0; k < channels; ++k) {
-            a[j * VL + k] = row[k * s.x.stride_c + j * sx];
-            if (gated) b[j * VL + k] = gate_row[k * s.gate.stride_c + j * sg];
-          }
-        }
-        for (int k = 0; k < VL; ++k) {
-          line[k] = load_vec(a + k * VL);
-          if (gated) line[k] = gate(line[k], load_vec(b + k * VL));
-        }
+#pragma GCC unroll 16
+        for (int k = 0; k < VL; ++k)
+          v[k] = k < channels ? gate(load_vec(row + k * s.x.c, m), load_vec(gate_row + k * s.gate.c, m))
+                              : splat(0.0f);
       }
+      transpose(v);
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k) line[k] = v[k];
     }
     for (int64_t j = 0; j < width; ++j) {
       Vec d[R];
@@ -296,9 +278,9 @@ void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, in
 
 // Visits all runs and channel vectors of a block, in the order in which the tensor's layout lies in memory.
 template <typename F>
-FASTDA_INLINE void each_run_and_vector(const WinogradView& x, const Grid& grid, int64_t begin, int64_t end,
+FASTDA_INLINE void each_run_and_vector(bool channels_last, const Grid& grid, int64_t begin, int64_t end,
                                        int64_t channels, F&& f) {
-  if (x.stride_c == 1) {
+  if (channels_last) {
     each_run(grid, begin, end, [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position) {
       for (int64_t c = 0; c < channels; c += VL) f(image, row, col, count, position, c);
     });
@@ -311,41 +293,23 @@ FASTDA_INLINE void each_run_and_vector(const WinogradView& x, const Grid& grid, 
   }
 }
 
+template <typename T>
 void transform_input(const Source& s, const Grid& grid, int64_t begin, int64_t end, const Workspace& v,
                      int64_t first_slot, Scratch& scratch) {
   each_run_and_vector(
-      s.x, grid, begin, end, s.channels,
+      s.channels_last, grid, begin, end, s.channels,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t c) {
-        switch (s.x.dtype) {
-          case DType::bf16:
-            return transform_input_run<bf16>(s, grid, image, row, col, count, position, c, v, first_slot,
-                                             scratch);
-          case DType::f16:
-            return transform_input_run<f16>(s, grid, image, row, col, count, position, c, v, first_slot,
-                                            scratch);
-          default:
-            return transform_input_run<float>(s, grid, image, row, col, count, position, c, v, first_slot,
-                                              scratch);
-        }
+        transform_input_run<T>(s, grid, image, row, col, count, position, c, v, first_slot, scratch);
       });
 }
 
+template <typename T>
 void transform_gradient(const Source& s, const Grid& grid, int64_t begin, int64_t end, const Workspace& v,
                         double* sums, Scratch& scratch) {
   each_run_and_vector(
-      s.x, grid, begin, end, s.channels,
+      s.channels_last, grid, begin, end, s.channels,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t c) {
-        switch (s.x.dtype) {
-          case DType::bf16:
-            return transform_gradient_run<bf16>(s, grid, image, row, col, count, position, c, v, sums,
-                                                scratch);
-          case DType::f16:
-            return transform_gradient_run<f16>(s, grid, image, row, col, count, position, c, v, sums,
-                                               scratch);
-          default:
-            return transform_gradient_run<float>(s, grid, image, row, col, count, position, c, v, sums,
-                                                 scratch);
-        }
+        transform_gradient_run<T>(s, grid, image, row, col, count, position, c, v, sums, scratch);
       });
 }
 
@@ -367,26 +331,25 @@ struct Prefetch {
   int size = 0, piece = 0;
   int64_t row = 0, index = 0, segments = 0;
 
-  void add(const WinogradView& x, const Grid& grid, int64_t channels, int64_t begin, int64_t end,
-           int64_t below) {
-    if (x.data == nullptr || (x.stride_c != 1 && x.stride_w != 1)) return;
-    const int64_t size_of = x.dtype == DType::f32 ? 4 : 2;
+  void add(const View& x, int64_t size_of, bool channels_last, const Grid& grid, int64_t channels,
+           int64_t begin, int64_t end, int64_t below) {
+    if (x.data == nullptr) return;
     for (int64_t tile = begin; tile < end && size < 64;) {
       const int64_t tile_row = tile / grid.cols, col = tile % grid.cols,
                     count = min(end - tile, grid.cols - col);
       tile += count;
       const int64_t y = tile_row % grid.rows * 4 + below, width = min(count * 4, grid.width - col * 4);
       Piece& p = pieces[size];
-      p.base = static_cast<const char*>(x.data) +
-               (tile_row / grid.rows * x.stride_n + y * x.stride_h + col * 4 * x.stride_w) * size_of;
+      p.base =
+          static_cast<const char*>(x.data) + (tile_row / grid.rows * x.n + y * x.h + col * 4 * x.w) * size_of;
       p.rows = min(4, grid.height - y);
-      p.row_stride = x.stride_h * size_of;
-      if (x.stride_c == 1) {
-        p.count = count, p.stride = 4 * x.stride_w * size_of, p.bytes = (3 * x.stride_w + channels) * size_of;
+      p.row_stride = x.h * size_of;
+      if (channels_last) {
+        p.count = count, p.stride = 4 * x.w * size_of, p.bytes = (3 * x.w + channels) * size_of;
         if (width < count * 4) --p.count;  // not past the row's end
       } else {
-        p.count = channels, p.stride = x.stride_c * size_of, p.bytes = width * size_of;
-        if (x.stride_h == width && p.rows > 0) p.bytes *= p.rows, p.rows = 1;  // the rows touch
+        p.count = channels, p.stride = x.c * size_of, p.bytes = width * size_of;
+        if (x.h == width && p.rows > 0) p.bytes *= p.rows, p.rows = 1;  // the rows touch
       }
       if (p.rows <= 0 || p.count <= 0) continue;
       segments += p.rows * p.count;
@@ -490,21 +453,21 @@ struct Epilogue {
   Vec low;
 
   template <typename... M>
-  FASTDA_INLINE Vec apply(const Epilogue& e, Vec x, int64_t residual, int64_t residual_gate,
-                          int64_t output_gate, M... m) {
-    if (e.residual) {
-      Vec r = load_vec(e.residual + residual, m...);
-      if (e.residual_gate) r = gate(r, load_vec(e.residual_gate + residual_gate, m...));
+  [[gnu::always_inline]] inline Vec apply(Vec x, int64_t at_residual, int64_t at_residual_gate,
+                                          int64_t at_output_gate, M... m) const {
+    if (residual) {
+      Vec r = load_vec(residual + at_residual, m...);
+      if (residual_gate) r = gate(r, load_vec(residual_gate + at_residual_gate, m...));
       x = x + r;
     }
-    x = clamp_min(x, e.low);
-    if (e.output_gate) x = gate(x, load_vec(e.output_gate + output_gate, m...));
+    x = clamp_min(x, low);
+    if (output_gate) x = gate(x, load_vec(output_gate + at_output_gate, m...));
     return x;
   }
 };
 
 // 36 points of one tile, VL channels -> 4 x 4 pixels.
-FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4]) {
+FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4], Vec& finite) {
   Vec s[4][6];
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
@@ -517,122 +480,92 @@ FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4]) {
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) output_1d(s[i], y[i]);
+  finite = fma((y[0][0] + y[0][3]) + (y[3][0] + y[3][3]), splat(0.0f), finite);
 }
 
+// `finite` stays zero where every value of the block is finite, and becomes NaN otherwise: what is not finite
+// in the 36 points shows in the corners of the 4 x 4 pixels.
 template <typename T>
-void output_run(const WinogradConv& p, const Grid& grid, int64_t image, int64_t row, int64_t col,
-                int64_t count, int64_t position, int64_t k, const Workspace& m, Scratch& scratch) {
-  const auto base = [&](const WinogradView& v) {
-    return v.data ? static_cast<T*>(v.data) + image * v.stride_n + k * v.stride_c + row * 4 * v.stride_h +
-                        col * 4 * v.stride_w
-                  : nullptr;
+void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row, int64_t col, int64_t count,
+                int64_t position, int64_t k, const Workspace& m, Scratch& scratch, Vec& finite) {
+  const auto base = [&](const View& v) {
+    return v.data ? static_cast<T*>(v.data) + image * v.n + k * v.c + row * 4 * v.h + col * 4 * v.w : nullptr;
   };
-  const WinogradView &vr = p.residual, &vq = p.residual_gate, &vg = p.output_gate, &vo = p.output;
+  const View &vr = p.residual, &vq = p.residual_gate, &vg = p.out_gate, &vo = p.out;
   const Epilogue<T> e{base(vr), base(vq), base(vg), base(vo), splat(p.relu ? 0.0f : -__builtin_inff())};
-  const int64_t channels = min(VL, p.channels_out - k), rows = min(4, grid.height - row * 4);
+  const T* bias = static_cast<const T*>(p.bias);
+  const int64_t channels = min(VL, p.out_channels - k), rows = min(4, grid.height - row * 4);
   const int64_t width = min(count * 4, grid.width - col * 4);
-  const auto same = [&](const WinogradView& v, bool last) {
-    return !v.data || (last ? v.stride_c : v.stride_w) == 1;
-  };
 
-  if (vo.stride_c == 1 && same(vr, true) && same(vq, true) && same(vg, true)) {
+  if (p.channels_last) {
     const Mask mask = lanes(0, channels);
-    const Vec bias = p.bias ? load_vec(p.bias + k, mask) : splat(0.0f);
+    const Vec b = bias ? load_vec(bias + k, mask) : splat(0.0f);
     for (int64_t q = 0; q < count; ++q) {
       Vec y[4][4];
-      output_tile(m.at(position + q, 0) + k, m.slot, y);
+      output_tile(m.at(position + q, 0) + k, m.slot, y, finite);
       if (channels == VL && rows == 4 && width >= q * 4 + 4) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
           for (int j = 0; j < 4; ++j) {
             const int64_t x = q * 4 + j;
-            store_vec(
-                e.output + i * vo.stride_h + x * vo.stride_w,
-                Epilogue<T>::apply(e, y[i][j] + bias, i * vr.stride_h + x * vr.stride_w,
-                                   i * vq.stride_h + x * vq.stride_w, i * vg.stride_h + x * vg.stride_w));
+            store_vec(e.output + i * vo.h + x * vo.w,
+                      e.apply(y[i][j] + b, i * vr.h + x * vr.w, i * vq.h + x * vq.w, i * vg.h + x * vg.w));
           }
       } else {
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < min(4, width - q * 4); ++j) {
             const int64_t x = q * 4 + j;
-            store_vec(e.output + i * vo.stride_h + x * vo.stride_w,
-                      Epilogue<T>::apply(e, y[i][j] + bias, i * vr.stride_h + x * vr.stride_w,
-                                         i * vq.stride_h + x * vq.stride_w, i * vg.stride_h + x * vg.stride_w,
-                                         mask),
-                      mask);
+            store_vec(
+                e.output + i * vo.h + x * vo.w,
+                e.apply(y[i][j] + b, i * vr.h + x * vr.w, i * vq.h + x * vq.w, i * vg.h + x * vg.w, mask),
+                mask);
           }
       }
     }
     return;
   }
 
-  const bool planes = vo.stride_w == 1 && same(vr, false) && same(vq, false) && same(vg, false);
   for (int64_t q = 0; q < count; q += VL / 4) {
     float* pixels = scratch.columns;  // [4 rows][VL pixels][VL channels]
     for (int64_t a = 0; a < min(VL / 4, count - q); ++a) {
       Vec y[4][4];
-      output_tile(m.at(position + q + a, 0) + k, m.slot, y);
+      output_tile(m.at(position + q + a, 0) + k, m.slot, y, finite);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) store_vec(pixels + ((i * VL) + a * 4 + j) * VL, y[i][j]);
     }
-    const int64_t columns = min(VL, width - q * 4);
-    const Mask mask = lanes(0, columns);
+    const Mask mask = lanes(0, width - q * 4);
     for (int64_t i = 0; i < rows; ++i) {
       Vec v[VL];
 #pragma GCC unroll 16
       for (int j = 0; j < VL; ++j) v[j] = load_vec(pixels + (i * VL + j) * VL);
       transpose(v);
       const int64_t x = q * 4;
-      if (planes) {
 #pragma GCC unroll 16
-        for (int c = 0; c < VL; ++c) {
-          if (c >= channels) break;
-          const Vec b = p.bias ? splat(p.bias[k + c]) : splat(0.0f);
-          store_vec(e.output + i * vo.stride_h + x + c * vo.stride_c,
-                    Epilogue<T>::apply(e, v[c] + b, i * vr.stride_h + x + c * vr.stride_c,
-                                       i * vq.stride_h + x + c * vq.stride_c,
-                                       i * vg.stride_h + x + c * vg.stride_c, mask),
-                    mask);
-        }
-      } else {
-        // Strides of neither layout: lane by lane through small buffers.
-        for (int64_t c = 0; c < channels; ++c) {
-          const auto gather = [&](const T* base, const WinogradView& view, T* to) {
-            for (int64_t j = 0; j < columns; ++j)
-              to[j] = base[i * view.stride_h + c * view.stride_c + (x + j) * view.stride_w];
-            return to;
-          };
-          alignas(64) T br[VL] = {}, bq[VL] = {}, bg[VL] = {}, bo[VL];
-          Epilogue<T> local = e;
-          if (e.residual) local.residual = gather(e.residual, vr, br);
-          if (e.residual_gate) local.residual_gate = gather(e.residual_gate, vq, bq);
-          if (e.output_gate) local.output_gate = gather(e.output_gate, vg, bg);
-          Vec value;
-          __builtin_memcpy(&value, &v[c], sizeof value);
-          store_vec(
-              bo, Epilogue<T>::apply(local, value + (p.bias ? splat(p.bias[k + c]) : splat(0.0f)), 0, 0, 0));
-          for (int64_t j = 0; j < columns; ++j)
-            e.output[i * vo.stride_h + c * vo.stride_c + (x + j) * vo.stride_w] = bo[j];
-        }
+      for (int c = 0; c < VL; ++c) {
+        if (c >= channels) break;
+        const Vec b = bias ? splat(load(bias + k + c)) : splat(0.0f);
+        store_vec(e.output + i * vo.h + x + c * vo.c,
+                  e.apply(v[c] + b, i * vr.h + x + c * vr.c, i * vq.h + x + c * vq.c, i * vg.h + x + c * vg.c,
+                          mask),
+                  mask);
       }
     }
   }
 }
 
-void transform_output(const WinogradConv& p, const Grid& grid, int64_t begin, int64_t end, const Workspace& m,
+template <typename T>
+bool transform_output(const ConvArgs& p, const Grid& grid, int64_t begin, int64_t end, const Workspace& m,
                       Scratch& scratch) {
+  Vec finite = splat(0.0f);
   each_run_and_vector(
-      p.output, grid, begin, end, p.channels_out,
+      p.channels_last, grid, begin, end, p.out_channels,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
-        switch (p.output.dtype) {
-          case DType::bf16: return output_run<bf16>(p, grid, image, row, col, count, position, k, m, scratch);
-          case DType::f16: return output_run<f16>(p, grid, image, row, col, count, position, k, m, scratch);
-          default: return output_run<float>(p, grid, image, row, col, count, position, k, m, scratch);
-        }
+        output_run<T>(p, grid, image, row, col, count, position, k, m, scratch, finite);
       });
+  return all_zero(finite);
 }
 
 // --- the table's functions
@@ -649,8 +582,6 @@ int64_t cache_floats() {
   return floats;
 }
 
-int64_t padded(int64_t channels) { return round_up(channels, VL); }
-
 // Groups per block: enough to use each point's matrix several times, few enough for the workspace to take a
 // fifth of the second-level cache. The weights take more than a quarter, and the tensors stream through the
 // rest.
@@ -658,17 +589,26 @@ int64_t block_groups(int64_t group_floats) {
   return max(6, min(21, cache_floats() * 22 / 100 / group_floats));
 }
 
-int64_t conv_group_floats(const WinogradConv& p) {
-  return Workspace(nullptr, max(padded(p.channels_in), padded(p.channels_out)), 37).group;
-}
-
-int64_t groups(int64_t n, int64_t height, int64_t width) { return Grid(n, height, width).groups; }
-
 int64_t weights_size(int64_t channels_in, int64_t channels_out) {
   return 36 * channels_in * padded(channels_out);
 }
 
-int64_t weight_vectors(int64_t channels_out) { return ceil_div(channels_out, VL); }
+// Few channels leave the transforms alone at work, and a map of less than a tile is mostly padding.
+bool serves(DType dtype, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
+            int64_t kernel) {
+  return kernel == 3 && dtype != DType::f64 && in_channels >= 16 && out_channels >= 16 && height >= 4 &&
+         width >= 4;
+}
+
+// Calls f.operator()<T>() with the element type: anything but double.
+template <typename F>
+void with_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::bf16: return f.template operator()<bf16>();
+    case DType::f16: return f.template operator()<f16>();
+    default: return f.template operator()<float>();
+  }
+}
 
 // Offset of the vector's column within one point's matrix, and the distance of its rows.
 void panel_of(int64_t vector, int64_t vectors, int64_t C, int64_t& offset, int64_t& stride) {
@@ -677,25 +617,34 @@ void panel_of(int64_t vector, int64_t vectors, int64_t C, int64_t& offset, int64
   offset = first * VL * C + (vector - first) * VL;
 }
 
-void transform_weights(DType dtype, const void* w, const int64_t* strides, int64_t K, int64_t C, bool rotate,
-                       float* packed, int64_t begin, int64_t end) {
-  const int64_t outputs = rotate ? C : K, inputs = rotate ? K : C, vectors = ceil_div(outputs, VL);
-  const int64_t stride_out = strides[rotate ? 1 : 0], stride_in = strides[rotate ? 0 : 1];
+// Blocks of a convolution, near `step` groups each.
+struct Blocks {
+  Grid grid;
+  int64_t group_floats, step, count;
+  explicit Blocks(const ConvArgs& p) : grid(p.batch, p.height, p.width) {
+    group_floats = Workspace(nullptr, max(padded(p.in_channels), padded(p.out_channels)), 37).group;
+    step = block_groups(group_floats);
+    count = ceil_div(grid.groups, step);
+  }
+  int64_t begin(int64_t block) const { return min(grid.groups * block / count * TILES, grid.tiles); }
+};
+
+int64_t prepared_bytes(const ConvArgs& p) { return 4 * weights_size(p.in_channels, p.out_channels); }
+
+template <typename T>
+void transform_filter(const ConvArgs& p, const View& filter, float* prepared) {
+  const int64_t inputs = p.in_channels, outputs = p.out_channels, vectors = ceil_div(outputs, VL);
   const int64_t size = inputs * vectors * VL;
-  for (int64_t v = begin; v < end; ++v) {
+  for (int64_t v = 0; v < vectors; ++v) {
     int64_t offset, stride;
     panel_of(v, vectors, inputs, offset, stride);
     for (int64_t c = 0; c < inputs; ++c) {
       alignas(64) float taps[9][VL] = {};
-      dispatch(dtype, [&]<typename T>() {
-        for (int64_t k = 0; k < min(VL, outputs - v * VL); ++k) {
-          const T* from = static_cast<const T*>(w) + (v * VL + k) * stride_out + c * stride_in;
-          for (int r = 0; r < 3; ++r)
-            for (int s = 0; s < 3; ++s)
-              taps[rotate ? 8 - (r * 3 + s) : r * 3 + s][k] =
-                  float(load(from + r * strides[2] + s * strides[3]));
-        }
-      });
+      for (int64_t k = 0; k < min(VL, outputs - v * VL); ++k) {
+        const T* from = static_cast<const T*>(filter.data) + (v * VL + k) * filter.n + c * filter.c;
+        for (int r = 0; r < 3; ++r)
+          for (int s = 0; s < 3; ++s) taps[r * 3 + s][k] = load(from + r * filter.h + s * filter.w);
+      }
       Vec half[6][3];
       for (int s = 0; s < 3; ++s) {
         Vec d[3], u[6];
@@ -706,43 +655,51 @@ void transform_weights(DType dtype, const void* w, const int64_t* strides, int64
       for (int i = 0; i < 6; ++i) {
         Vec u[6];
         weight_1d(half[i], u);
-        for (int j = 0; j < 6; ++j) store_vec(packed + (i * 6 + j) * size + offset + c * stride, u[j]);
+        for (int j = 0; j < 6; ++j) store_vec(prepared + (i * 6 + j) * size + offset + c * stride, u[j]);
       }
     }
   }
 }
-
-int64_t conv_workspace(const WinogradConv& p, int64_t groups) {
-  const int64_t group = conv_group_floats(p);
-  return int64_t(sizeof(Scratch) / 4) + min(groups, block_groups(group)) * group;
+void prepare_filter(const ConvArgs& p, const View& filter, void* prepared) {
+  with_type(p.dtype, [&]<typename T>() { transform_filter<T>(p, filter, static_cast<float*>(prepared)); });
 }
 
-void conv(const WinogradConv& p, int64_t group_begin, int64_t group_end, float* workspace) {
-  const Grid grid(p.n, p.height, p.width);
-  const int64_t step = block_groups(conv_group_floats(p));
-  Scratch& scratch = *reinterpret_cast<Scratch*>(workspace);
-  float* data = workspace + sizeof(Scratch) / 4;
+int64_t conv_scratch_bytes(const ConvArgs& p) {
+  const Blocks blocks(p);
+  return int64_t(sizeof(Scratch)) + 4 * min(blocks.grid.groups, blocks.step) * blocks.group_floats;
+}
+int64_t conv_tasks(const ConvArgs& p) { return Blocks(p).count; }
+
+template <typename T>
+bool conv_block(const ConvArgs& p, int64_t task, void* workspace) {
+  const Blocks blocks(p);
+  const Grid& grid = blocks.grid;
+  Scratch& scratch = *static_cast<Scratch*>(workspace);
+  float* data = reinterpret_cast<float*>(&scratch + 1);
   // Both lie in the same slots; their own numbers of channels set the distance of the tiles alone.
-  Workspace v(data, max(padded(p.channels_in), padded(p.channels_out)), 37), m = v;
-  v.channels = padded(p.channels_in);
-  m.channels = padded(p.channels_out);
-  const Source source{p.input, p.input_gate, p.channels_in};
-  const int64_t blocks = ceil_div(group_end - group_begin, step);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = group_begin + (group_end - group_begin) * b / blocks;
-    const int64_t last = group_begin + (group_end - group_begin) * (b + 1) / blocks;
-    const int64_t begin = first * TILES, end = min(last * TILES, grid.tiles);
-    transform_input(source, grid, begin, end, v, 1, scratch);
-    clear_rest(v, end - begin, 1);
-    Prefetch prefetch;
-    const WinogradView* const epilogue[] = {&p.residual, &p.residual_gate, &p.output_gate, &p.output};
-    for (const WinogradView* x : epilogue) prefetch.add(*x, grid, p.channels_out, begin, end, 0);
-    const int64_t next = min(end + (end - begin), min(group_end * TILES, grid.tiles));
-    prefetch.add(p.input, grid, p.channels_in, end, next, 1);
-    prefetch.add(p.input_gate, grid, p.channels_in, end, next, 1);
-    multiply_all(v, m, last - first, p.weights, p.channels_in, p.channels_out, prefetch);
-    transform_output(p, grid, begin, end, m, scratch);
-  }
+  Workspace v(data, max(padded(p.in_channels), padded(p.out_channels)), 37), m = v;
+  v.channels = padded(p.in_channels);
+  m.channels = padded(p.out_channels);
+  const Source source{p.x, p.x_gate, p.channels_last, p.in_channels};
+  const int64_t begin = blocks.begin(task), end = blocks.begin(task + 1);
+  transform_input<T>(source, grid, begin, end, v, 1, scratch);
+  clear_rest(v, end - begin, 1);
+  Prefetch prefetch;
+  const View* const outputs[] = {&p.residual, &p.residual_gate, &p.out_gate, &p.out};
+  for (const View* x : outputs)
+    prefetch.add(*x, sizeof(T), p.channels_last, grid, p.out_channels, begin, end, 0);
+  const int64_t next = task + 1 < blocks.count ? blocks.begin(task + 2) : end;
+  const View* const inputs[] = {&p.x, &p.x_gate};
+  for (const View* x : inputs)
+    prefetch.add(*x, sizeof(T), p.channels_last, grid, p.in_channels, end, next, 1);
+  multiply_all(v, m, ceil_div(end - begin, TILES), static_cast<const float*>(p.prepared), p.in_channels,
+               p.out_channels, prefetch);
+  return transform_output<T>(p, grid, begin, end, m, scratch);
+}
+bool conv(const ConvArgs& p, int64_t task, void* scratch) {
+  bool finite = false;
+  with_type(p.dtype, [&]<typename T>() { finite = conv_block<T>(p, task, scratch); });
+  return finite;
 }
 
 // --- weight gradient
@@ -810,82 +767,82 @@ void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, floa
   }
 }
 
-int64_t weight_gradient_chunks(const WinogradWeightGradient& p) {
-  return max(1, min(8, Grid(p.n, p.height, p.width).groups / 32));
+int64_t chunks(const FilterGradArgs& p) {
+  return max(1, min(8, Grid(p.batch, p.height, p.width).groups / 32));
+}
+// The bias' sums are doubles, behind the filter's.
+int64_t sum_floats(const FilterGradArgs& p) {
+  return weights_size(p.in_channels, p.out_channels) + 2 * padded(p.out_channels);
+}
+int64_t sum_bytes(const FilterGradArgs& p) { return 4 * sum_floats(p); }
+
+int64_t grad_group_floats(const FilterGradArgs& p) {
+  return Workspace(nullptr, padded(p.in_channels), 36).group +
+         Workspace(nullptr, padded(p.out_channels), 36).group;
+}
+int64_t filter_grad_scratch_bytes(const FilterGradArgs& p) {
+  const int64_t group = grad_group_floats(p);
+  return int64_t(sizeof(Scratch)) + 4 * block_groups(group) * group;
 }
 
-int64_t weight_gradient_matrix(const WinogradWeightGradient& p) {
-  return weights_size(p.channels_in, p.channels_out);
-}
-
-int64_t weight_gradient_partial(const WinogradWeightGradient& p) {
-  return weight_gradient_matrix(p) + 2 * padded(p.channels_out);  // the bias' sums are doubles
-}
-
-int64_t weight_gradient_step(const WinogradWeightGradient& p) {
-  const int64_t group = Workspace(nullptr, padded(p.channels_in), 36).group +
-                        Workspace(nullptr, padded(p.channels_out), 36).group;
-  return block_groups(group);
-}
-
-int64_t weight_gradient_workspace(const WinogradWeightGradient& p) {
-  const int64_t group = Workspace(nullptr, padded(p.channels_in), 36).group +
-                        Workspace(nullptr, padded(p.channels_out), 36).group;
-  return int64_t(sizeof(Scratch) / 4) + weight_gradient_step(p) * group;
-}
-
-void weight_gradient(const WinogradWeightGradient& p, int64_t chunk, float* partial, float* workspace) {
-  const Grid grid(p.n, p.height, p.width);
-  const int64_t chunks = weight_gradient_chunks(p), step = weight_gradient_step(p);
-  const int64_t group_begin = grid.groups * chunk / chunks, group_end = grid.groups * (chunk + 1) / chunks;
-  Scratch& scratch = *reinterpret_cast<Scratch*>(workspace);
-  const Workspace v(workspace + sizeof(Scratch) / 4, padded(p.channels_in), 36);
-  const Workspace z(v.data + step * v.group, padded(p.channels_out), 36);
-  double* sums = reinterpret_cast<double*>(partial + weight_gradient_matrix(p));
-  for (int64_t k = 0; k < padded(p.channels_out); ++k) sums[k] = 0;
-  const Source input{p.input, {}, p.channels_in}, grad{p.grad_output, p.grad_gate, p.channels_out};
+template <typename T>
+void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* workspace) {
+  const Grid grid(p.batch, p.height, p.width);
+  const int64_t count = chunks(p), step = block_groups(grad_group_floats(p));
+  const int64_t group_begin = grid.groups * chunk / count, group_end = grid.groups * (chunk + 1) / count;
+  Scratch& scratch = *static_cast<Scratch*>(workspace);
+  const Workspace v(reinterpret_cast<float*>(&scratch + 1), padded(p.in_channels), 36);
+  const Workspace z(v.data + step * v.group, padded(p.out_channels), 36);
+  double* sums = reinterpret_cast<double*>(partial + weights_size(p.in_channels, p.out_channels));
+  for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
+  const Source input{p.x, {}, p.channels_last, p.in_channels};
+  const Source grad{p.grad, p.grad_gate, p.channels_last, p.out_channels};
   const int64_t blocks = ceil_div(group_end - group_begin, step);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = group_begin + (group_end - group_begin) * b / blocks;
     const int64_t last = group_begin + (group_end - group_begin) * (b + 1) / blocks;
     const int64_t begin = first * TILES, end = min(last * TILES, grid.tiles);
-    transform_input(input, grid, begin, end, v, 0, scratch);
-    transform_gradient(grad, grid, begin, end, z, sums, scratch);
+    transform_input<T>(input, grid, begin, end, v, 0, scratch);
+    transform_gradient<T>(grad, grid, begin, end, z, sums, scratch);
     clear_rest(v, end - begin, 0);
     clear_rest(z, end - begin, 0);
     Prefetch prefetch;
     const int64_t next = min(end + (end - begin), min(group_end * TILES, grid.tiles));
-    prefetch.add(p.input, grid, p.channels_in, end, next, 1);
-    prefetch.add(p.grad_output, grid, p.channels_out, end, next, 0);
-    prefetch.add(p.grad_gate, grid, p.channels_out, end, next, 0);
-    accumulate_all(v, z, last - first, partial, p.channels_in, p.channels_out, b == 0, prefetch);
+    prefetch.add(p.x, sizeof(T), p.channels_last, grid, p.in_channels, end, next, 1);
+    const View* const grads[] = {&p.grad, &p.grad_gate};
+    for (const View* x : grads)
+      prefetch.add(*x, sizeof(T), p.channels_last, grid, p.out_channels, end, next, 0);
+    accumulate_all(v, z, last - first, partial, p.in_channels, p.out_channels, b == 0, prefetch);
   }
 }
+void filter_grad(const FilterGradArgs& p, int64_t chunk, void* sums, void* scratch) {
+  with_type(p.dtype, [&]<typename T>() { grad_chunk<T>(p, chunk, static_cast<float*>(sums), scratch); });
+}
 
-void weight_gradient_finish(const WinogradWeightGradient& p, const float* partials, int64_t chunks,
-                            int64_t c_begin, int64_t c_end, float* d_weight, float* d_bias) {
-  const int64_t C = p.channels_in, K = p.channels_out, vectors = ceil_div(K, VL), size = C * vectors * VL;
-  const int64_t distance = weight_gradient_partial(p);
-  if (d_bias && c_begin == 0) {
+template <typename T>
+bool combine_chunks(const FilterGradArgs& p, const float* partials, const View& d_filter, T* d_bias) {
+  const int64_t C = p.in_channels, K = p.out_channels, vectors = ceil_div(K, VL), size = C * vectors * VL;
+  const int64_t distance = sum_floats(p), count = chunks(p);
+  if (d_bias) {
     for (int64_t k = 0; k < K; ++k) {
       double sum = 0;
-      for (int64_t i = 0; i < chunks; ++i)
-        sum += reinterpret_cast<const double*>(partials + i * distance + weight_gradient_matrix(p))[k];
-      d_bias[k] = float(sum);
+      for (int64_t i = 0; i < count; ++i)
+        sum += reinterpret_cast<const double*>(partials + i * distance + weights_size(C, K))[k];
+      store(d_bias + k, float(sum));
     }
   }
-  if (!d_weight) return;
+  Vec finite = splat(0.0f);
   for (int64_t vector = 0; vector < vectors; ++vector) {
     int64_t offset, stride;
     panel_of(vector, vectors, C, offset, stride);
-    for (int64_t c = c_begin; c < c_end; ++c) {
+    for (int64_t c = 0; c < C; ++c) {
       Vec half[3][6];
       for (int j = 0; j < 6; ++j) {
         Vec u[6], w[3];
         for (int i = 0; i < 6; ++i) {
           const float* from = partials + (i * 6 + j) * size + offset + c * stride;
           u[i] = load_vec(from);
-          for (int64_t n = 1; n < chunks; ++n) u[i] = u[i] + load_vec(from + n * distance);
+          for (int64_t n = 1; n < count; ++n) u[i] = u[i] + load_vec(from + n * distance);
         }
         weight_gradient_1d(u, w);
         for (int r = 0; r < 3; ++r) half[r][j] = w[r];
@@ -894,34 +851,41 @@ void weight_gradient_finish(const WinogradWeightGradient& p, const float* partia
       for (int r = 0; r < 3; ++r) {
         Vec w[3];
         weight_gradient_1d(half[r], w);
-        for (int s = 0; s < 3; ++s) store_vec(taps[r * 3 + s], w[s]);
+        for (int s = 0; s < 3; ++s) {
+          store_vec(taps[r * 3 + s], w[s]);
+          finite = fma(w[s], splat(0.0f), finite);
+        }
       }
-      for (int64_t k = 0; k < min(VL, K - vector * VL); ++k)
-        for (int i = 0; i < 9; ++i) d_weight[((vector * VL + k) * C + c) * 9 + i] = taps[i][k];
+      for (int64_t k = 0; k < min(VL, K - vector * VL); ++k) {
+        T* to = static_cast<T*>(d_filter.data) + (vector * VL + k) * d_filter.n + c * d_filter.c;
+        for (int r = 0; r < 3; ++r)
+          for (int s = 0; s < 3; ++s) store(to + r * d_filter.h + s * d_filter.w, taps[r * 3 + s][k]);
+      }
     }
   }
+  return all_zero(finite);
+}
+bool combine(const FilterGradArgs& p, const void* sums, const View& d_filter, void* d_bias) {
+  bool finite = false;
+  with_type(p.dtype, [&]<typename T>() {
+    finite = combine_chunks<T>(p, static_cast<const float*>(sums), d_filter, static_cast<T*>(d_bias));
+  });
+  return finite;
 }
 
 }  // namespace
 
-extern const WinogradKernels winograd;
-const WinogradKernels winograd = {true,
-                                  weights_size,
-                                  transform_weights,
-                                  weight_vectors,
-                                  groups,
-                                  conv_workspace,
-                                  conv,
-                                  weight_gradient_chunks,
-                                  weight_gradient_partial,
-                                  weight_gradient_workspace,
-                                  weight_gradient,
-                                  weight_gradient_finish};
+extern const ConvKernels winograd;
+const ConvKernels winograd = {
+    serves,  prepared_bytes, prepare_filter, conv_scratch_bytes,        conv_tasks,
+    conv,    chunks,         sum_bytes,      filter_grad_scratch_bytes, filter_grad,
+    combine,
+};
 
 #else
 
-extern const WinogradKernels winograd;
-const WinogradKernels winograd = {};
+extern const ConvKernels winograd;
+const ConvKernels winograd = {};
 
 #endif
 }  // namespace fastda::cpu::FASTDA_ISA
