@@ -152,6 +152,11 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
                      const Tensor& d_weight, const Tensor& d_bias) {
   const bool want_weight = d_weight.dim() == 4, want_bias = d_bias.numel() > 0;
   if (!want_weight && !want_bias) return;
+  if (grad.numel() == 0) {
+    Tensor zeros[] = {d_weight, d_bias};
+    for (Tensor& t : zeros) torch::stable::zero_(t);
+    return;
+  }
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
   args.channels_last = channels_last;

@@ -104,7 +104,7 @@ void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* off
     const int64_t width = kv * lanes<S>;
     const MicroKernel<S> kernel = micro_kernel_for<S>(kv);
     const S* b = filter + k0 * taps * depth;
-    const int64_t group = max(1, int64_t(24 << 10) / int64_t(depth * width * sizeof(S)));
+    const int64_t group = max(1, int64_t(24 << 10) / int64_t(max(1, depth) * width * sizeof(S)));
     for (int64_t t = 0; t < taps; t += group) {
       const int64_t n = min(group, taps - t);
       for (int64_t q = 0; q < pixels; q += rows)
@@ -418,8 +418,7 @@ struct GradSizes {
   int64_t bytes() const { return carved<S>(packed) + carved<S>(grads) + carved<int64_t>(taps); }
   int64_t sum_bytes() const { return carved<S>(sums) + carved<double>(padded_k); }
   int64_t chunks(const FilterGradArgs& a) const {
-    const int64_t tasks = a.height * a.width == 0 ? 0 : cuts.tasks;
-    return min(tasks, max(4, min(16, (8 << 20) / sum_bytes())));
+    return min(cuts.tasks, max(4, min(16, (8 << 20) / sum_bytes())));
   }
 };
 
