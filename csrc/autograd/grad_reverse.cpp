@@ -4,6 +4,7 @@
 // size of the gradient, by multiplying in place one that nobody else holds. Every function here returns None
 // for a call that it leaves alone; fastda/ops/grad_reverse.py then checks the arguments and goes the general
 // way.
+#include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/alias.h>
@@ -18,6 +19,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/csrc/autograd/variable.h>
+#include <torch/csrc/dynamo/compiled_autograd.h>
 #include <torch/version.h>
 
 #include <mutex>
@@ -28,14 +30,17 @@ namespace {
 
 using at::Tensor;
 using c10::DispatchKey;
+using torch::autograd::InputMetadata;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
+using torch::dynamo::autograd::CompiledNodeArgs;
+using torch::dynamo::autograd::SwapSavedVariables;
 
 // -scale as it was at the forward pass: a number if the host knows it, else a tensor of its own, 0-dim or
 // shaped to broadcast over dim 0.
 struct Factor {
-  double number = 0;
+  c10::IValue number = 0.0;
   Tensor tensor;
 };
 
@@ -45,20 +50,20 @@ const c10::DispatchKeySet kForeign({DispatchKey::Python, DispatchKey::PythonTLSS
                                     DispatchKey::FuncTorchDynamicLayerFrontMode,
                                     DispatchKey::FuncTorchDynamicLayerBackMode,
                                     DispatchKey::FuncTorchGradWrapper, DispatchKey::FuncTorchBatched,
-                                    DispatchKey::FuncTorchVmapMode, DispatchKey::Tracer,
-                                    DispatchKey::Conjugate});
+                                    DispatchKey::FuncTorchVmapMode, DispatchKey::Batched,
+                                    DispatchKey::VmapMode, DispatchKey::Tracer, DispatchKey::Conjugate});
 
 bool foreign_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has_any(kForeign); }
-
-bool autocast() {
-  return c10::impl::tls_local_dispatch_key_set().included_.has_any(c10::autocast_dispatch_keyset);
-}
 
 // A plain strided tensor of a real floating dtype.
 bool plain(const Tensor& t) {
   return t.defined() && t.layout() == c10::kStrided && at::isFloatingType(t.scalar_type()) &&
-         !t.key_set().has_any(kForeign) && !t._fw_grad(0).defined();
+         !t.key_set().has_any(kForeign) && !t.is_inference() && !t._fw_grad(0).defined();
 }
+
+// Whether a backward pass may use raw kernels and write into its own memory: no graph of it is recorded, and
+// no vmap over several gradients, mode or tensor subclass is watching.
+bool unobserved(const Tensor& grad) { return !c10::GradMode::is_enabled() && !foreign_mode() && plain(grad); }
 
 // Whether autograd records `x` now.
 bool recorded(const Tensor& x) { return c10::GradMode::is_enabled() && x.requires_grad(); }
@@ -78,7 +83,7 @@ std::optional<Factor> factor_of(PyObject* scale, const Tensor& x) {
       return factor;
     }
     if (s.device() != x.device()) return std::nullopt;
-    factor.tensor = (x.dim() == 0 ? s.to(x.scalar_type()) : s).neg();
+    factor.tensor = s.neg();
     return factor;
   }
   if (x.dim() == 0 || s.device() != x.device() || s.size(0) != x.size(0)) return std::nullopt;
@@ -91,17 +96,31 @@ std::optional<Factor> factor_of(PyObject* scale, const Tensor& x) {
 // The rule by which the autograd engine itself adds into a gradient in place: nobody else sees the tensor or
 // its memory. Memory that torch did not allocate may have owners which no count shows.
 bool owned(const Tensor& grad) {
-  return !c10::GradMode::is_enabled() && grad.use_count() == 1 && grad.has_storage() &&
-         grad.storage().use_count() == 1 && grad.storage().allocator() != nullptr &&
-         grad.layout() == c10::kStrided && grad.is_non_overlapping_and_dense();
+  return unobserved(grad) && grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1 &&
+         grad.storage().allocator() != nullptr && grad.is_non_overlapping_and_dense();
 }
 
-Tensor times(Tensor grad, const Factor& factor) {
+Tensor times(Tensor grad, const c10::IValue& number, const Tensor& tensor) {
   const bool in_place = owned(grad);
-  if (!factor.tensor.defined()) return in_place ? grad.mul_(factor.number) : grad.mul(factor.number);
-  if (in_place && (factor.tensor.dim() == 0 || factor.tensor.scalar_type() == grad.scalar_type()))
-    return grad.mul_(factor.tensor);
-  return grad.mul(factor.tensor).to(grad.scalar_type());
+  if (tensor.defined()) return in_place ? grad.mul_(tensor) : grad.mul(tensor).to(grad.scalar_type());
+  return in_place ? grad.mul_(number.toScalar()) : grad.mul(number.toScalar());
+}
+
+// Compiled autograd puts into its graph a call of `function` on the node's gradients and its state.
+variable_list compiled_call(const Node& node, const variable_list& grads, SwapSavedVariables& saved,
+                            torch::dynamo::autograd::functional_apply_t function,
+                            std::vector<c10::IValue> state) {
+  using namespace torch::dynamo::autograd;
+  std::vector<at::TypePtr> types;
+  for (const auto& value : state)
+    types.push_back(value.isTensor() ? at::TypePtr(at::TensorType::get()) : value.type());
+  PyObject* compiler = saved.get_py_compiler();
+  const auto& interface = getPyCompilerInterface();
+  const auto name = interface->bind_function(compiler, node.name(), std::move(function), std::move(types),
+                                             /*is_custom_function=*/true);
+  return interface->call_function(
+      compiler, "apply_functional", name, grads, state,
+      IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(get_input_metadata(node.next_edges())));
 }
 
 struct GradReverseBackward final : Node {
@@ -109,57 +128,34 @@ struct GradReverseBackward final : Node {
 
   variable_list apply(variable_list&& grads) override {
     variable_list out(1);
-    if (grads[0].defined() && task_should_compute_output(0)) out[0] = times(std::move(grads[0]), factor);
+    if (grads[0].defined() && task_should_compute_output(0))
+      out[0] = times(std::move(grads[0]), factor.number, factor.tensor);
+    return out;
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(factor.number);
+    args.collect(factor.tensor);
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
+    saved.before(factor.number);
+    saved.before(factor.tensor);
+    std::vector<c10::IValue> state{factor.number};
+    if (factor.tensor.defined()) state.emplace_back(factor.tensor);
+    const auto function = [](const variable_list& grads, const std::vector<c10::IValue>& state) {
+      const Tensor tensor = state.size() > 1 ? state[1].toTensor() : Tensor();
+      return variable_list{grads[0].defined() ? times(grads[0], state[0], tensor) : Tensor()};
+    };
+    auto out = compiled_call(*this, grads, saved, function, std::move(state));
+    saved.after(factor.number);
+    saved.after(factor.tensor);
     return out;
   }
 
   std::string name() const override { return "GradReverseBackward"; }
 
   Factor factor;
-};
-
-struct GradReverseLinearBackward final : Node {
-  variable_list apply(variable_list&& grads) override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    variable_list out(3);
-    const Tensor grad = std::move(grads[0]);
-    if (!grad.defined()) return out;
-    const bool differentiable = c10::GradMode::is_enabled();
-    const Tensor rows = grad.dim() == 2 ? grad : grad.reshape({number_of_rows, grad.size(-1)});
-    if (task_should_compute_output(0)) {
-      const Tensor w = weight.unpack();
-      TORCH_CHECK(w.defined(), released);
-      Tensor dx;
-      if (differentiable) {
-        dx = at::mm(rows, w).mul(factor);
-      } else {
-        dx = at::empty({number_of_rows, w.size(1)}, grad.options());
-        dx.addmm_(rows, w, /*beta=*/0, /*alpha=*/factor);
-      }
-      out[0] = grad.dim() == 2 ? dx : dx.view(x_shape);
-    }
-    if (task_should_compute_output(1)) {
-      const Tensor saved = x.unpack();
-      TORCH_CHECK(saved.defined(), released);
-      out[1] = at::mm(rows.t(), saved.dim() == 2 ? saved : saved.reshape({number_of_rows, saved.size(-1)}));
-    }
-    if (task_should_compute_output(2)) out[2] = rows.sum(0);
-    return out;
-  }
-
-  void release_variables() override {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    x.reset_data();
-    weight.reset_data();
-  }
-
-  std::string name() const override { return "GradReverseLinearBackward"; }
-
-  static constexpr const char* released = "grad_reverse_linear: the saved tensors are gone";
-  double factor = 0;
-  int64_t number_of_rows = 0;
-  c10::DimVector x_shape;
-  SavedVariable x, weight;
 };
 
 // torch keeps nodes in std::shared_ptr up to some version, in c10::intrusive_ptr later.
@@ -172,15 +168,9 @@ auto make_node(Args&&... args) {
     return c10::make_intrusive<T>(std::forward<Args>(args)...);
 }
 
-// grad_reverse(x, scale) -> view of x, or None.
-PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  if (count != 2 || !THPVariable_CheckExact(args[0]) || foreign_mode()) Py_RETURN_NONE;
-  const Tensor& x = THPVariable_Unpack(args[0]);
-  if (!plain(x) || !recorded(x)) Py_RETURN_NONE;
-  auto factor = factor_of(args[1], x);
-  if (!factor) Py_RETURN_NONE;
-  auto node = make_node<GradReverseBackward>(std::move(*factor));
+// A view of x whose gradient is reversed; x requires grad.
+Tensor reversed(const Tensor& x, Factor factor) {
+  auto node = make_node<GradReverseBackward>(std::move(factor));
   node->set_next_edges(torch::autograd::collect_next_edges(x));
   Tensor y;
   {
@@ -193,7 +183,93 @@ PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count) {
   // to raise.
   torch::autograd::impl::get_view_autograd_meta(y)->set_creation_meta(
       torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);
-  return THPVariable_Wrap(std::move(y));
+  return y;
+}
+
+// Gradients of x, weight and bias where `needs` has bits 1, 2 and 4. x may be undefined if bit 2 is not set.
+variable_list linear_backward(const Tensor& grad, const c10::IValue& factor, int64_t needs,
+                              const Tensor& weight, const Tensor& x) {
+  variable_list out(3);
+  if (!grad.defined()) return out;
+  const auto as_rows = [](const Tensor& t) {
+    return t.dim() == 2 ? t : t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2);
+  };
+  const Tensor rows = as_rows(grad);
+  if (needs & 1) {
+    Tensor dx;
+    if (unobserved(grad)) {
+      dx = at::empty({rows.size(0), weight.size(1)}, grad.options());
+      dx.addmm_(rows, weight, /*beta=*/0, /*alpha=*/factor.toScalar());
+    } else {
+      dx = at::mm(rows, weight).mul(factor.toScalar());
+    }
+    c10::SymDimVector shape(grad.sym_sizes());
+    shape.back() = weight.sym_size(1);
+    out[0] = grad.dim() == 2 ? dx : dx.view_symint(shape);
+  }
+  // For second derivatives x stands behind its reversal.
+  if (needs & 2) out[1] = at::mm(rows.t(), as_rows(recorded(x) ? reversed(x, Factor{factor, {}}) : x));
+  if (needs & 4) out[2] = rows.sum(0);
+  return out;
+}
+
+struct GradReverseLinearBackward final : Node {
+  variable_list apply(variable_list&& grads) override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return linear_backward(grads[0], factor, needs(), weight.unpack(), x.unpack());
+  }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    x.reset_data();
+    weight.reset_data();
+  }
+
+  void compiled_args(CompiledNodeArgs& args) const override {
+    args.collect(factor);
+    args.collect(weight, /*is_output=*/false);
+    args.collect(x, /*is_output=*/false);
+    args.collect(needs());
+  }
+
+  variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
+    saved.before(factor);
+    saved.before(weight);
+    saved.before(x);
+    std::vector<c10::IValue> state{factor, needs(), weight.unpack()};
+    if (needs() & 2) state.emplace_back(x.unpack());
+    const auto function = [](const variable_list& grads, const std::vector<c10::IValue>& state) {
+      return linear_backward(grads[0], state[0], state[1].toInt(), state[2].toTensor(),
+                             state.size() > 3 ? state[3].toTensor() : Tensor());
+    };
+    auto out = compiled_call(*this, grads, saved, function, std::move(state));
+    saved.after(factor);
+    saved.after(weight);
+    saved.after(x);
+    return out;
+  }
+
+  std::string name() const override { return "GradReverseLinearBackward"; }
+
+  int64_t needs() const {
+    int64_t bits = 0;
+    for (int i = 0; i < 3; ++i) bits |= int64_t(task_should_compute_output(i)) << i;
+    return bits;
+  }
+
+  c10::IValue factor = 0.0;
+  SavedVariable x, weight;
+};
+
+// grad_reverse(x, scale) -> view of x, or None.
+PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2 || !THPVariable_CheckExact(args[0]) || foreign_mode()) Py_RETURN_NONE;
+  const Tensor& x = THPVariable_Unpack(args[0]);
+  if (!plain(x) || !recorded(x)) Py_RETURN_NONE;
+  auto factor = factor_of(args[1], x);
+  if (!factor) Py_RETURN_NONE;
+  return THPVariable_Wrap(reversed(x, std::move(*factor)));
   END_HANDLE_TH_ERRORS
 }
 
@@ -202,12 +278,18 @@ PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count
   HANDLE_TH_ERRORS
   if (count != 4 || !THPVariable_CheckExact(args[0]) || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
   if ((args[2] != Py_None && !THPVariable_CheckExact(args[2])) || foreign_mode()) Py_RETURN_NONE;
-  const Tensor& x = THPVariable_Unpack(args[0]);
-  const Tensor& weight = THPVariable_Unpack(args[1]);
-  const Tensor bias = args[2] == Py_None ? Tensor() : THPVariable_Unpack(args[2]);
+  Tensor x = THPVariable_Unpack(args[0]);
+  Tensor weight = THPVariable_Unpack(args[1]);
+  Tensor bias = args[2] == Py_None ? Tensor() : THPVariable_Unpack(args[2]);
   if (!plain(x) || !recorded(x) || !plain(weight) || (bias.defined() && !plain(bias))) Py_RETURN_NONE;
+  const auto device_type = x.device().type();
+  if (at::autocast::is_autocast_enabled(device_type)) {
+    // What autocast would do to the operands of a linear layer, with its cache of cast weights.
+    const auto dtype = at::autocast::get_autocast_dtype(device_type);
+    for (Tensor* t : {&x, &weight, &bias}) *t = at::autocast::cached_cast(dtype, *t, device_type);
+  }
   if (x.dim() == 0 || weight.dim() != 2 || weight.size(1) != x.size(-1) ||
-      weight.scalar_type() != x.scalar_type() || weight.device() != x.device() || autocast())
+      weight.scalar_type() != x.scalar_type() || weight.device() != x.device())
     Py_RETURN_NONE;
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != weight.size(0) ||
                          bias.scalar_type() != x.scalar_type() || bias.device() != x.device()))
@@ -218,15 +300,13 @@ PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count
   auto node = make_node<GradReverseLinearBackward>();
   node->factor = factor->number;
   node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
-  node->x_shape = x.sizes();
-  node->number_of_rows = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) node->number_of_rows *= x.size(i);
   if (node->should_compute_output(1)) node->x = SavedVariable(x, /*is_output=*/false);
   node->weight = SavedVariable(weight, /*is_output=*/false);
   Tensor y;
   {
     pybind11::gil_scoped_release no_gil;
     at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     y = at::linear(x, weight, bias.defined() ? std::optional<Tensor>(bias) : std::nullopt);
   }
   node->add_input_metadata(y);

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastda import compat
 
 
 def composite_backward(
@@ -24,3 +27,14 @@ def composite_backward(
             torch.autograd.grad(function(*leaves), wanted, grad, create_graph=True, materialize_grads=True)
         )
     return [next(grads) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)]
+
+
+def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """What autocast makes of the operands of a product: its lower precision, float64 left alone."""
+    dtype = compat.autocast_dtype(x.device.type)
+    if dtype is None:
+        return (x, *tensors)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (x, *tensors)
+    )

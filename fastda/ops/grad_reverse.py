@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastda import backend, compat, reference
+from fastda.ops.common import autocast
 
 _node = backend.autograd_module
-_raw_backward = torch.ops.fastda.grad_reverse_backward.default if backend.native is not None else None
 
 
 def _check_scale(op: str, x: Tensor, scale: float | Tensor) -> None:
@@ -56,13 +56,10 @@ def _check_x(op: str, x: Tensor) -> None:
 
 def _factor(x: Tensor, scale: float | Tensor) -> float | Tensor:
     """−scale as it is now: a later in-place change of the scale must not reach a recorded gradient."""
-    if not isinstance(scale, Tensor):
-        return -scale
-    if scale.dim() == 0:
+    if isinstance(scale, Tensor) and scale.dim() == 0:
         if scale.device.type == "cpu" and not is_compiling():
             return -scale.item()
-        if x.device.type == "cpu" or x.dim() == 0:
-            scale = scale.to(x.device, x.dtype)
+        scale = scale.to(x.device)
     return -scale
 
 
@@ -78,20 +75,21 @@ class _GradReverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # Made of differentiable operators, so that a second derivative is the reversal again.
         if not ctx.saved_tensors:
             return grad * ctx.factor, None, None
         (factor,) = ctx.saved_tensors
-        if ctx.serving == "triton" and not torch.is_grad_enabled():
-            return backend.kernels("triton").grad_reverse_backward(grad, -factor), None, None
-        return _times(grad, factor), None, None
-
-
-def _times(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad * factor in grad's dtype, `factor` 0-dim or one value per entry of dim 0."""
-    if factor.dim() == 0 or grad.dim() == 1:
-        return (grad * factor).to(grad.dtype)
-    return (grad * factor.view(-1, *(1 for _ in grad.shape[1:]))).to(grad.dtype)
+        if (
+            factor.dim() == 0
+            or torch.is_grad_enabled()
+            or is_compiling()
+            or compat.transforms_active()
+            or type(grad) is not Tensor
+        ):
+            # Differentiable operators, so that a second derivative is the reversal again; a compiler fuses
+            # them with what stands around them.
+            factor = factor.view(-1, *(1 for _ in grad.shape[1:])) if factor.dim() else factor
+            return (grad * factor).to(grad.dtype), None, None
+        return backend.kernels(ctx.serving).grad_reverse_backward(grad, -factor), None, None
 
 
 def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
@@ -132,24 +130,34 @@ class _GradReverseLinear(torch.autograd.Function):
     """For a factor known to the host: it becomes the alpha of the product grad · weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: float, serving: str
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.factor = factor
+        ctx.factor, ctx.serving = factor, serving
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        rows = grad.reshape(-1, grad.shape[-1])
+        n = x.shape[:-1].numel()
+        rows = grad.reshape(n, weight.shape[0])
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            # beta is 0: what stands in for the summand is never read.
-            dx = torch.addmm(weight[0], rows, weight, beta=0, alpha=ctx.factor).view(x.shape)
+            if torch.is_grad_enabled():
+                dx = (rows @ weight) * ctx.factor
+            else:
+                # beta is 0: what stands in for the summand is never read.
+                dx = torch.addmm(weight.new_empty(1), rows, weight, beta=0, alpha=ctx.factor)
+            dx = dx.view(x.shape)
         if ctx.needs_input_grad[1]:
-            dw = rows.t() @ x.reshape(-1, x.shape[-1])
+            if torch.is_grad_enabled() and x.requires_grad:
+                # For second derivatives x stands behind its reversal.
+                x = _GradReverse.apply(x, ctx.factor, ctx.serving)
+            dw = rows.t() @ x.reshape(n, x.shape[-1])
         if ctx.needs_input_grad[2]:
             db = rows.sum(0)
-        return dx, dw, db, None
+        return dx, dw, db, None, None
 
 
 def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -161,7 +169,7 @@ def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
         if t.device != x.device:
             raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
-        if t.dtype != x.dtype and compat.autocast_dtype(x.device.type) is None:
+        if t.dtype != x.dtype:
             raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {t.dtype}")
     if x.dim() == 0:
         raise ValueError(f"{op}: x must be (..., in_features), got a 0-dim tensor")
@@ -181,7 +189,7 @@ def grad_reverse_linear(
 
     Args:
         x: (..., I), floating-point.
-        weight: (O, I), the dtype and device of `x` (under autocast any floating dtype).
+        weight: (O, I), the dtype and device of `x`; under autocast any that `F.linear` takes there.
         bias: (O) or None.
         scale: as in `grad_reverse`; a float or a 0-dim CPU tensor costs nothing, others one pass over the
             gradient.
@@ -198,16 +206,17 @@ def grad_reverse_linear(
             return y
     _check_x("grad_reverse_linear", x)
     _check_scale("grad_reverse_linear", x, scale)
+    x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias)
     serving = backend.select(x)
     if serving == "reference":
         return reference.grad_reverse_linear(x, weight, bias, scale)
     if torch.is_grad_enabled() and x.requires_grad:
         factor = _factor(x, scale)
-        if isinstance(factor, Tensor) or is_compiling() or compat.autocast_dtype(x.device.type) is not None:
+        if isinstance(factor, Tensor) or is_compiling():
             x = _GradReverse.apply(x, factor, serving)
         else:
-            return _GradReverseLinear.apply(x, weight, bias, factor)
+            return _GradReverseLinear.apply(x, weight, bias, factor, serving)
     return F.linear(x, weight, bias)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastda import backend, compat, reference
-from fastda.ops.common import composite_backward
+from fastda.ops.common import autocast, composite_backward
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -37,17 +37,6 @@ def _check_like(op: str, x: Tensor, name: str, t: Tensor | None, shape: tuple[in
         raise TypeError(f"{op}: {name} must have the dtype of x, {x.dtype}, got {t.dtype}")
     if t.device != x.device:
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
-
-
-def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """What autocast makes of a convolution's operands: all in the lower precision, float64 left alone."""
-    dtype = compat.autocast_dtype(x.device.type)
-    if dtype is None:
-        return (x, *tensors)
-    return tuple(
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in (x, *tensors)
-    )
 
 
 class _ConvSame(torch.autograd.Function):
@@ -151,7 +140,7 @@ def conv_same(
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
     """
-    x, weight, bias, residual = _autocast(x, weight, bias, residual)
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
     out_channels = weight.shape[0]
     _check_like("conv_same", x, "weight", weight, None)
@@ -198,7 +187,7 @@ def checked_refiner_block(
     recompute: bool,
 ) -> Tensor:
     """`refiner_block` with a choice: `recompute` the inner activation in backward instead of keeping it."""
-    x, weight1, bias1, weight2, bias2 = _autocast(x, weight1, bias1, weight2, bias2)
+    x, weight1, bias1, weight2, bias2 = autocast(x, weight1, bias1, weight2, bias2)
     _check("refiner_block", x, "weight1", weight1)
     shape2 = (x.shape[1], weight1.shape[0])
     if (
