@@ -1,60 +1,88 @@
-"""Interleaved timing: on a shared machine no time is a result; the ratio of contenders taken in turn is."""
+"""How contenders are timed: on a shared machine no time is a result, a ratio of contenders taken in turn is.
+
+A provider makes a case's contenders. `fastda bench` has those that need torch alone; `python -m benchmarks`,
+in the repository, adds those that need further packages.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
+import hashlib
+import json
+import math
+import os
+import platform
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastda
-from fastda import reference, verify
+from fastda import backend, verify
+from fastda.cli import write_file
+from fastda.workloads import WORKLOADS, Call, Case, Formula
 
 
-class Timing(NamedTuple):
-    """Seconds per call of one contender over all rounds."""
+class Ratio(NamedTuple):
+    """A peer's time over ours: the median over the rounds and its 95 % bootstrap interval."""
 
-    median: float
-    minimum: float
-    rounds: int
+    ratio: float
+    low: float
+    high: float
 
 
 def interleave(
-    contenders: Mapping[str, Callable[[], object]],
+    contenders: Mapping[str, Call],
     *,
     rounds: int = 20,
-    min_seconds: float = 0.005,
+    seconds: float = 0.0,
+    min_sample: float = 0.005,
+    clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Time the contenders in turn, in an order shuffled every round; return each round's seconds per call.
+    """Time the contenders in turn, in an order shuffled every round; return seconds per call, by round.
 
-    A sample repeats its call until it lasts at least `min_seconds`. Warm-up runs come first and are dropped.
+    A sample repeats its call until it lasts at least `min_sample` seconds. Where that takes several, one call
+    that is not timed comes first, so that no contender pays for the caches that another left. There are at
+    least `rounds` rounds, and up to five times as many while `seconds` have not passed.
     """
     repeats = {}
     for name, call in contenders.items():
         call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        repeats[name] = max(1, round(min_seconds / max(once, 1e-7)))
+        once = math.inf
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            once = min(once, time.perf_counter() - start)
+            if once > min_sample:
+                break
+        repeats[name] = max(1, math.ceil(min_sample / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(seed).shuffle
     enabled = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(rounds):
+        begin = time.perf_counter()
+        for done in range(5 * rounds):
+            if done >= rounds and time.perf_counter() - begin > seconds:
+                break
             shuffle(order)
             for name in order:
                 call, n = contenders[name], repeats[name]
-                start = time.perf_counter()
+                if n > 1:
+                    call()
+                start = clock()
                 for _ in range(n):
                     call()
-                samples[name].append((time.perf_counter() - start) / n)
+                samples[name].append((clock() - start) / n)
             gc.collect(0)
     finally:
         if enabled:
@@ -62,62 +90,368 @@ def interleave(
     return samples
 
 
-def summarise(samples: list[float]) -> Timing:
-    return Timing(median(samples), min(samples), len(samples))
+def compare(
+    peer: Sequence[float], ours: Sequence[float], floor: Sequence[float] | None = None, seed: int = 0
+) -> Ratio:
+    """Peer's time over ours, of the same rounds.
+
+    With `floor`, the times of the work without what both add to it, the ratio is that of the medians of what
+    is added, infinite where ours adds nothing that can be measured.
+    """
+    p, o = (torch.tensor(list(t), dtype=torch.float64) for t in (peer, ours))
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randint(len(p), (2000, len(p)), generator=generator)
+    draws[0] = torch.arange(len(p))
+
+    def medians(values: Tensor) -> Tensor:
+        return values[draws].quantile(0.5, dim=1)
+
+    if floor is None:
+        ratios = medians(p / o)
+    else:
+        f = torch.tensor(list(floor), dtype=torch.float64)
+        ours_added = medians(o - f)
+        ratios = torch.where(ours_added > 0, medians(p - f) / ours_added, torch.inf)
+    low, high = (ratios.kthvalue(k).values.item() for k in (50, 1951))
+    return Ratio(ratios[0].item(), low, high)
 
 
-def ratio(peer: list[float], ours: list[float]) -> float:
-    """Median over rounds of peer time / our time: above 1 means that ours is faster."""
-    return median(p / o for p, o in zip(peer, ours, strict=True))
+def spread(samples: Sequence[float]) -> float:
+    """The interquartile range as a share of the median."""
+    t = torch.tensor(list(samples), dtype=torch.float64)
+    low, middle, high = (t.quantile(q).item() for q in (0.25, 0.5, 0.75))
+    return (high - low) / middle
 
 
-def training_step(
-    function: Callable[..., Any], arguments: Mapping[str, Any], names: Sequence[str]
-) -> Callable[[], object]:
-    """A call of `function(**arguments)` and of its first output's gradients for the arguments `names`."""
-    arguments = {
-        n: v.requires_grad_(n in names) if isinstance(v, Tensor) else v for n, v in arguments.items()
+class Task:
+    """A case with its inputs; providers ask it for calls to time."""
+
+    def __init__(self, case: Case, device: str = "cpu", seed: int = 0) -> None:
+        self.case, self.device, self.seed = case, device, seed
+        self.workload = next(w for w in WORKLOADS if w.name == case.workload)
+        self.dtype: torch.dtype = getattr(torch, case.dtype)
+        tensors = self.workload.tensors or next(
+            op.tensors for op in verify.OPERATORS if op.name == self.workload.op
+        )
+        self.shapes = tensors(self.workload.options, *case.sizes)
+        self.grads = list(self.shapes) if self.workload.grads is None else list(self.workload.grads)
+        # Memory formats matter to convolutions.
+        self.has_formats = any("weight" in n and len(s) == 4 for n, s in self.shapes.items())
+
+    def arguments(self, layout: str = "contiguous") -> dict[str, Any]:
+        """The same values at every call, in tensors of their own."""
+        generator = torch.Generator().manual_seed(self.seed)
+        arguments = dict(self.workload.options)
+        for name, shape in self.shapes.items():
+            gain = math.prod(shape[1:]) ** -0.5 if "weight" in name else 1.0
+            x = (torch.randn(shape, generator=generator) * gain).to(self.device, self.dtype)
+            x = verify.lay_out(x, layout)
+            train = self.case.mode == "backward" and name in self.grads
+            arguments[name] = nn.Parameter(x) if train else x
+        return arguments
+
+    def call(self, function: Formula, layout: str = "contiguous") -> Call:
+        """`function(**arguments)`, with all gradients where the case asks for them."""
+        arguments = self.arguments(layout)
+        return self.bound(functools.partial(self.workload.around(function), **arguments), arguments)
+
+    def bound(self, forward: Callable[[], Any], arguments: Mapping[str, Any]) -> Call:
+        """The case's call for `forward`, which has its arguments."""
+        if self.case.mode == "forward":
+            return forward
+        inputs = [arguments[name] for name in self.grads]
+        weights = [arguments[name] for name in self.grads if "weight" in name]
+
+        def step() -> object:
+            # As after an optimizer's step: what was prepared from the old weights is of no use.
+            torch.autograd.graph.increment_version(weights)
+            out = forward()
+            out = out[0] if isinstance(out, tuple) else out
+            return torch.autograd.grad(out, inputs, grad)
+
+        with torch.enable_grad():
+            out = forward()
+            grad = torch.ones_like(out[0] if isinstance(out, tuple) else out)
+        return step
+
+    def cost(self) -> dict[str, float]:
+        """Floating-point operations as the definition counts them, and bytes that must move at least once."""
+        arguments = {n: v for n, v in self.arguments().items() if isinstance(v, Tensor)}
+        with torch.no_grad():
+            formula = self.workload.formulas["eager"]
+            out = self.workload.around(formula)(**self.arguments())
+        outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor)]
+        size = sum(t.nbytes for t in (*arguments.values(), *outs))
+        train = self.case.mode == "backward"
+        if train:  # its inputs again, the output's gradient, and the gradients
+            size += size + sum(arguments[name].nbytes for name in self.grads)
+        flops = self.workload.flops(*self.case.sizes) if self.workload.flops else 0.0
+        return {"flops": flops * (3 if train else 1), "bytes": float(size)}
+
+
+Contenders = Iterator[tuple[str, Call]]
+Provider = Callable[[Task], Contenders]
+
+
+def _fastda(task: Task) -> Contenders:
+    """What fastda chooses by itself; other backends that serve the device follow."""
+    w = task.workload
+
+    def call(layout: str) -> Call:
+        if w.fused is None:
+            return task.call(getattr(fastda, w.op), layout)
+        arguments = task.arguments(layout)
+        return task.bound(w.fused(**arguments), arguments)
+
+    yield "fastda", call("contiguous")
+    if task.has_formats:
+        yield "fastda channels_last", call("channels_last")
+    if task.case.threads > 1:
+        yield "fastda, 1 thread", with_threads(1, task.case.threads, call("contiguous"))
+    serving = backend.info()["devices"][task.device]["serving"]
+    for name in backend.BACKENDS:
+        if name not in (serving, "reference") and backend.why_not(name, task.device) is None:
+            with backend.use_backend(name):
+                yield f"fastda {name}", forced(name, call("contiguous"))
+
+
+def forced(name: str, call: Call) -> Call:
+    def run() -> object:
+        with backend.use_backend(name):
+            return call()
+
+    return run
+
+
+def with_threads(threads: int, otherwise: int, call: Call) -> Call:
+    def run() -> object:
+        torch.set_num_threads(threads)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(otherwise)
+
+    return run
+
+
+def _eager(task: Task) -> Contenders:
+    """Eager PyTorch, contiguous and channels_last."""
+    for label, formula in task.workload.formulas.items():
+        yield label, task.call(formula)
+        if task.has_formats:
+            yield f"{label} channels_last", task.call(formula, "channels_last")
+    if task.workload.floor is not None:
+        yield FLOOR, task.call(task.workload.floor)
+
+
+FLOOR = "without the operator"
+
+
+class Frozen(nn.Module):
+    """A formula with all arguments but the first as parameters, for compilers that fold weights."""
+
+    def __init__(self, formula: Formula, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.formula, self.options = formula, {}
+        self.first = next(n for n, v in arguments.items() if isinstance(v, Tensor))
+        for name, value in arguments.items():
+            if not isinstance(value, Tensor):
+                self.options[name] = value
+            elif name != self.first:
+                self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.formula(**{self.first: x}, **dict(self.named_parameters()), **self.options)
+
+
+def _compiled(task: Task) -> Contenders:
+    """torch.compile, for the shape; frozen for inference."""
+    formula = task.workload.formulas["eager"]
+    for layout in ("contiguous", "channels_last") if task.has_formats else ("contiguous",):
+        if task.case.mode == "forward":
+            arguments = task.arguments(layout)
+            model = Frozen(task.workload.around(formula), arguments).eval()
+            compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+            call: Call = functools.partial(compiled, arguments[model.first])
+        else:
+            compiled = torch.compile(task.workload.around(formula), dynamic=False)
+            arguments = task.arguments(layout)
+            call = task.bound(functools.partial(compiled, **arguments), arguments)
+        call()
+        yield "torch.compile" + (" channels_last" if layout == "channels_last" else ""), call
+
+
+# In the order in which they are built.
+PROVIDERS: dict[str, Provider] = {"fastda": _fastda, "eager": _eager, "compile": _compiled}
+
+
+def measure(
+    case: Case,
+    providers: Mapping[str, Provider],
+    *,
+    rounds: int = 20,
+    seconds: float = 2.0,
+    device: str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """One case: seconds per call of every contender, and the ratios of all to `fastda`.
+
+    One thread is timed by the process's CPU time, which a neighbour on the core does not lengthen; several
+    threads, and other devices, by the clock on the wall.
+    """
+    # glibc hands large blocks back to the system, and gets them again page by page, until it has seen one of
+    # this size freed: as in a training, where there are larger tensors than an operator's alone.
+    torch.empty(30 << 20, dtype=torch.uint8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    absent: dict[str, str] = {}
+    contenders: dict[str, Call] = {}
+    try:
+        with contextlib.ExitStack() as stack:
+            if case.mode == "forward":
+                stack.enter_context(torch.no_grad())
+            task = Task(case, device, seed)
+            for name, provider in providers.items():
+                try:
+                    for label, call in provider(task):
+                        contenders[label] = call if device == "cpu" else _synchronized(call)
+                except Exception as error:
+                    # A contender that is not installed or does not do this is a note beside the others' row.
+                    absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            by_cpu = case.threads == 1 and device == "cpu"
+            start = time.perf_counter(), time.process_time()
+            samples = interleave(
+                contenders,
+                rounds=rounds,
+                seconds=seconds,
+                clock=time.process_time if by_cpu else time.perf_counter,
+                seed=seed,
+            )
+            wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+            cost = task.cost()
+    finally:
+        torch.set_num_threads(before)
+        torch._dynamo.reset()
+    row: dict[str, Any] = {
+        "id": case.id,
+        "case": asdict(case),
+        "clock": "CPU time" if by_cpu else "wall time",
+        "rounds": len(next(iter(samples.values()))),
+        "seconds": wall,
+        "contenders": {
+            name: {"median": median(t), "minimum": min(t), "spread": spread(t)} for name, t in samples.items()
+        },
+        "absent": absent,
+        **cost,
     }
-    inputs = [arguments[name] for name in names]
+    if "fastda" in samples:
+        ours, floor = samples["fastda"], samples.get(FLOOR)
+        for name, t in samples.items():
+            row["contenders"][name]["ratio"] = compare(t, ours)._asdict()
+            if floor is not None and name != FLOOR:
+                row["contenders"][name]["added"] = median(a - b for a, b in zip(t, floor, strict=True))
+                row["contenders"][name]["added_ratio"] = compare(t, ours, floor)._asdict()
+        row["best"] = min(
+            (name for name in samples if not name.startswith("fastda") and name != FLOOR),
+            key=lambda name: median(samples[name]),
+            default=None,
+        )
+    row["warnings"] = list(_warnings(row, cpu / wall))
+    return row
 
-    def forward() -> Tensor:
-        out = function(**arguments)
-        return out[0] if isinstance(out, tuple) else out
 
-    grad = torch.ones_like(forward())
-    return lambda: torch.autograd.grad(forward(), inputs, grad)
+def _warnings(row: dict[str, Any], busy: float) -> Iterator[str]:
+    noisy = [name for name, c in row["contenders"].items() if c["spread"] > 0.15]
+    if noisy:
+        yield f"half of the rounds spread over more than 15 % of the median: {', '.join(noisy)}"
+    if row["clock"] == "CPU time" and busy < 0.9:
+        yield f"the core was shared: {100 * busy:.0f} % of the time was this process's"
+    best = row["contenders"].get(row.get("best"), {}).get("ratio")
+    if best and best["high"] - best["low"] > 0.1 * best["ratio"]:
+        half = 50 * (best["high"] - best["low"]) / best["ratio"]
+        yield f"the ratio to {row['best']} is known to ±{half:.0f} % only"
 
 
-def jobs(ops: Sequence[str], quick: bool) -> list[tuple[verify.Operator, verify.Sizes]]:
-    """What `fastda bench` measures: every shape of every operator, or the first of each."""
-    chosen = [op for op in verify.OPERATORS if op.name in ops]
-    return [(op, sizes) for op in chosen for sizes in (op.bench[:1] if quick else op.bench)]
+def _synchronized(call: Call) -> Call:
+    def run() -> object:
+        out = call()
+        torch.accelerator.synchronize()
+        return out
+
+    return run
 
 
-def measure(op: verify.Operator, sizes: verify.Sizes, rounds: int = 20, seed: int = 0) -> dict[str, Any]:
-    """Forward and backward in float32 against eager PyTorch at the better of its two layouts."""
-    options = op.options[0] if op.bench_options is None else op.bench_options
-    exact, names = verify.draw_arguments(op, options, sizes, torch.float32, seed)
-
-    def step(module: Any, layout: str) -> Callable[[], object]:
-        laid_out = {
-            n: verify.lay_out(v.float(), layout) if isinstance(v, Tensor) else v for n, v in exact.items()
+def machine(threads: Iterable[int] = (1,)) -> dict[str, Any]:
+    """Versions, the processor, and its measured peaks: products of 1536² matrices and copies of 128 MiB."""
+    info = backend.info()
+    peaks = {}
+    before = torch.get_num_threads()
+    for t in sorted(set(threads)):
+        torch.set_num_threads(t)
+        a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
+        source, target = torch.randn(1 << 25), torch.empty(1 << 25)
+        calls = {
+            "matmul": functools.partial(torch.mm, a, b),
+            "copy": functools.partial(target.copy_, source),
         }
-        return training_step(getattr(module, op.name), laid_out, names)
-
-    contenders = {"fastda": step(fastda, "contiguous"), "contiguous": step(reference, "contiguous")}
-    if any(exact[name].dim() == 4 for name in names):
-        contenders["channels_last"] = step(reference, "channels_last")
-    samples = interleave(contenders, rounds=rounds, seed=seed)
-    best = min((name for name in contenders if name != "fastda"), key=lambda name: median(samples[name]))
+        times = interleave(calls, rounds=10, clock=time.process_time if t == 1 else time.perf_counter)
+        peaks[str(t)] = {
+            "gflops": 2e-9 * 1536**3 / min(times["matmul"]),
+            "gbs": 2e-9 * source.nbytes / min(times["copy"]),
+        }
+    torch.set_num_threads(before)
     return {
-        "op": op.name,
-        "options": verify.describe(options),
-        "sizes": sizes,
-        "dtype": "float32",
-        "ratio": ratio(samples[best], samples["fastda"]),
-        "ratio_of_minima": min(samples[best]) / min(samples["fastda"]),
-        "fastda": summarise(samples["fastda"])._asdict(),
-        "eager": summarise(samples[best])._asdict(),
-        "eager_layout": best,
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "system": platform.platform(),
+        "isa": info["cpu_isa"] or "reference only",
+        "held": {name: os.environ[name] for name in HELD if name in os.environ},
+        "fastda": info["fastda"],
+        "torch": info["torch"],
+        "python": info["python"],
+        "peaks": peaks,
+        "fingerprint": fingerprint(),
     }
+
+
+# What holds peers to an instruction set; read when they are loaded.
+HELD = ("FASTDA_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def fingerprint() -> str:
+    """Of everything that is measured: another build or another torch is another thing."""
+    digest = hashlib.sha256(f"{torch.__version__} {[os.environ.get(n) for n in HELD]}".encode())
+    root = Path(fastda.__file__).parent
+    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".so", ".pyd")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def run(
+    todo: Sequence[Case], providers: Mapping[str, Provider], folder: Path | None = None, **settings: Any
+) -> Iterator[dict[str, Any]]:
+    """Measure the cases in turn.
+
+    With `folder`, each result is kept there, and a run that was interrupted goes on where it stopped, unless
+    the build, the contenders or the settings are others.
+    """
+    same = {"fingerprint": fingerprint(), "providers": list(providers), "settings": settings}
+    for case in todo:
+        path = folder / f"{case.id}.json" if folder else None
+        if path and path.exists():
+            kept = json.loads(path.read_text())
+            if kept["same"] == same:
+                yield kept
+                continue
+        row = measure(case, providers, **settings) | {"same": same}
+        if path:
+            write_file(path, json.dumps(row, indent=1) + "\n")
+        yield row

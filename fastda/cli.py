@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +26,6 @@ def _parser() -> argparse.ArgumentParser:
     shared.add_argument("--json", metavar="FILE", help="write all results as JSON; - for standard output")
     shared.add_argument("--out", metavar="DIR", type=Path, help="write the JSON to DIR/<command>.json")
     shared.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
-    shared.add_argument("--op", action="append", metavar="NAME", help="only this operator; repeatable")
 
     info = commands.add_parser("info", help="what is built, and which kernels serve which device")
     info.add_argument("--json", action="store_true", help="print JSON")
@@ -39,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Compare every operator with its reference in float64, values and all gradients, over "
         "odd shapes, dtypes, layouts and backends. Exits with 1 if any error exceeds its tolerance.",
     )
+    verify.add_argument("--op", action="append", metavar="NAME", help="only this operator; repeatable")
     verify.add_argument(
         "--backend", action="append", choices=backend.BACKENDS, help="only this backend; repeatable"
     )
@@ -47,13 +47,13 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         parents=[shared],
-        help="time every operator against eager PyTorch",
-        description="Time forward and backward of every operator against its reference in eager PyTorch, "
-        "taken in turn in one process. A ratio above 1 means that fastda is faster.",
+        help="time every operator against PyTorch at its best",
+        description="Time every operator against what people run otherwise: eager PyTorch, contiguous and "
+        "channels_last, and torch.compile, taken in turn in one process. Above 1, fastda is "
+        "faster. With --out, an interrupted run goes on where it stopped.",
     )
-    bench.add_argument("--quick", action="store_true", help="one shape an operator; takes about a minute")
-    bench.add_argument("--rounds", type=int, default=20, help="rounds per shape (default: 20)")
-    bench.set_defaults(run=_bench)
+    add_bench_arguments(bench, ["fastda", "eager", "compile"])
+    bench.set_defaults(run=run_bench)
     return parser
 
 
@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return args.run(args)
-    except _UsageError as error:
+    except UsageError as error:
         print(f"fastda {args.command}: {error}", file=sys.stderr)
         return 2
 
 
-class _UsageError(Exception):
+class UsageError(Exception):
     pass
 
 
@@ -86,12 +86,12 @@ def _rich() -> tuple[Any, Any]:
         import rich.progress
         import rich.table
     except ImportError:
-        raise _UsageError(
+        raise UsageError(
             "needs the package rich for its tables: pip install 'fastda-kernels[cli]' (or pip install rich)"
         ) from None
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
-        console.width = 120  # a log has no edge to wrap at
+        console.width = 160  # a log has no edge to wrap at
     return console, rich
 
 
@@ -112,7 +112,7 @@ def _operators(wanted: Sequence[str] | None) -> Sequence[str]:
     known = [op.name for op in verify.OPERATORS]
     for name in wanted or ():
         if name not in known:
-            raise _UsageError(f"--op must be one of {', '.join(known)}, got {name}")
+            raise UsageError(f"--op must be one of {', '.join(known)}, got {name}")
     return wanted or known
 
 
@@ -121,12 +121,12 @@ def _write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.json == "-":
         sys.stdout.write(text)
     elif args.json:
-        _write_file(Path(args.json), text)
+        write_file(Path(args.json), text)
     if args.out:
-        _write_file(args.out / f"{args.command}.json", text)
+        write_file(args.out / f"{args.command}.json", text)
 
 
-def _write_file(path: Path, text: str) -> None:
+def write_file(path: Path, text: str) -> None:
     """All or nothing: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -204,31 +204,147 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if failed or not rows else 0
 
 
-def _bench(args: argparse.Namespace) -> int:
-    from fastda import bench
+def add_bench_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -> None:
+    """What `fastda bench` and `python -m benchmarks` share."""
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a family or an operator (default: all)")
+    parser.add_argument("--peers", type=_words, metavar="A,B", help=f"contenders, of {', '.join(peers)}")
+    parser.add_argument("--threads", type=_numbers, default=[], metavar="1,2", help="numbers of threads")
+    parser.add_argument(
+        "--shapes",
+        type=_shapes,
+        default=[],
+        metavar="NxCx…",
+        help="sizes other than the usual, as in the table",
+    )
+    parser.add_argument("--dtype", type=_words, default=["float32"], metavar="A,B", help="default: float32")
+    parser.add_argument(
+        "--mode", type=_words, default=[], metavar="A,B", help="forward, backward (both ways)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu (default: cpu)")
+    parser.add_argument("--rounds", type=int, help="rounds per case at least (default: 20, --quick: 10)")
+    parser.add_argument(
+        "--quick", action="store_true", help="one size an operator, eager peers; about a minute"
+    )
 
+
+def _words(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in _words(text)]
+
+
+def _shapes(text: str) -> list[tuple[int, ...]]:
+    return [tuple(int(size) for size in word.replace("×", "x").split("x")) for word in _words(text)]
+
+
+def run_bench(args: argparse.Namespace, peers: Mapping[str, Any] | None = None) -> int:
+    """Measure what the arguments say and print a table per family; `peers`: providers beyond torch's own."""
+    from fastda import bench, workloads
+
+    providers = {**bench.PROVIDERS, **(peers or {})}
     console, rich = _rich()
-    if args.rounds < 1:
-        raise _UsageError(f"--rounds must be at least 1, got {args.rounds}")
-    info = backend.info()
-    jobs = bench.jobs(_operators(args.op), quick=args.quick)
-    rows = [
-        bench.measure(*job, rounds=args.rounds, seed=args.seed)
-        for job in _progress(rich, console, jobs, len(jobs), "bench")
-    ]
-    title = f"forward + backward, eager time / fastda time ({_setting(info)})"
-    table = rich.table.Table(title=title, title_justify="left")
-    for name in ("operator", "sizes", "fastda", "eager", "ratio", "rounds"):
-        table.add_column(name, justify="left" if name in ("operator", "sizes") else "right")
-    for row in rows:
-        times = [f"{1e3 * row[who]['median']:.3f} ms" for who in ("fastda", "eager")]
-        colour = "green" if row["ratio"] >= 1 else "red"
-        sizes = "×".join(map(str, row["sizes"]))
-        table.add_row(row["op"], sizes, *times, f"[{colour}]{row['ratio']:.2f}[/{colour}]", str(args.rounds))
-    console.print(table)
-    console.print("eager: the faster of contiguous and channels_last. Times are medians; only ratios travel.")
-    _write(args, {"info": info, "seed": args.seed, "rounds": args.rounds, "rows": rows})
+    rounds = (10 if args.quick else 20) if args.rounds is None else args.rounds
+    wanted = args.peers or (["eager"] if args.quick else list(providers))
+    _check("--peers", wanted, providers)
+    _check("NAME", args.names, [n for w in workloads.WORKLOADS for n in (w.family, w.op, w.name)])
+    _check("--dtype", args.dtype, ("float32", "float64", "bfloat16", "float16"))
+    _check("--mode", args.mode, ("forward", "backward"))
+    _check("--device", [args.device], backend.info()["devices"])
+    for option, values in (("--rounds", [rounds]), ("--threads", args.threads)):
+        for value in values:
+            if value < 1:
+                raise UsageError(f"{option} must be at least 1, got {value}")
+    try:
+        todo = workloads.cases(
+            args.names,
+            shapes=args.shapes,
+            dtypes=args.dtype,
+            threads=args.threads,
+            modes=args.mode,
+            quick=args.quick,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    chosen = {name: providers[name] for name in ("fastda", *wanted) if name in providers}
+    stamp = bench.machine({case.threads for case in todo})
+    results = bench.run(
+        todo,
+        chosen,
+        args.out / "cases" if args.out else None,
+        rounds=rounds,
+        seconds=0.5 if args.quick else 2.0,
+        device=args.device,
+        seed=args.seed,
+    )
+    rows = list(_progress(rich, console, results, len(todo), "bench"))
+    _print_bench(console, rich, {w.name: w.family for w in workloads.WORKLOADS}, stamp, rows)
+    _write(args, {"machine": stamp, "seed": args.seed, "rows": rows})
     return 0
+
+
+def _check(option: str, values: Iterable[str], known: Iterable[str]) -> None:
+    known = list(dict.fromkeys(known))
+    for value in values:
+        if value not in known:
+            raise UsageError(f"{option} must be one of {', '.join(known)}, got {value}")
+
+
+def _print_bench(
+    console: Any, rich: Any, families: Mapping[str, str], stamp: dict[str, Any], rows: list[Any]
+) -> None:
+    for family in dict.fromkeys(families[row["case"]["workload"]] for row in rows):
+        members = [row for row in rows if families[row["case"]["workload"]] == family]
+        others = dict.fromkeys(name for row in members for name in row["contenders"] if name != "fastda")
+        table = rich.table.Table(title=f"{family}: time of each / time of fastda", title_justify="left")
+        for name in ("operator", "sizes", "mode"):
+            table.add_column(name, no_wrap=True)
+        for name in ("threads", "fastda ms", "GFLOP/s", "% of peak", "GB/s", *others):
+            table.add_column(name, justify="right")
+        for row in members:
+            case, ours = row["case"], row["contenders"]["fastda"]
+            peak = stamp["peaks"].get(str(case["threads"]))
+            speed = 1e-9 * row["flops"] / ours["median"]
+            table.add_row(
+                case["workload"],
+                "×".join(map(str, case["sizes"])),
+                case["mode"],
+                str(case["threads"]),
+                f"{1e3 * ours['median']:.3f}",
+                f"{speed:.0f}" if row["flops"] else "",
+                f"{100 * speed / peak['gflops']:.0f}" if row["flops"] and peak else "",
+                f"{1e-9 * row['bytes'] / ours['median']:.1f}",
+                *(_cell(row, name, "ratio") for name in others),
+            )
+            if "added_ratio" in ours:
+                added = f"{1e3 * ours['added']:.4f}"
+                cells = (_cell(row, name, "added_ratio") for name in others)
+                table.add_row("", "", "  added", "", added, "", "", "", *cells)
+        console.print(table)
+    for row in rows:
+        for name, why in row["absent"].items():
+            console.print(f"{row['id']}: without {name}: {why}", style="dim", highlight=False, soft_wrap=True)
+        for warning in row["warnings"]:
+            console.print(f"{row['id']}: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    held = " ".join(f"{name}={value}" for name, value in stamp["held"].items())
+    peaks = "; ".join(
+        f"{t} thread{'s' * (t != '1')}: {p['gflops']:.0f} GFLOP/s, {p['gbs']:.1f} GB/s"
+        for t, p in stamp["peaks"].items()
+    )
+    console.print(f"{stamp['processor']}, {stamp['isa']}, torch {stamp['torch']} {held}".rstrip())
+    console.print(f"measured peaks: {peaks}. In brackets: 95 % interval. Only ratios travel.")
+
+
+def _cell(row: dict[str, Any], name: str, what: str) -> str:
+    r = row["contenders"].get(name, {}).get(what)
+    if r is None:
+        return ""
+    colour = "green" if r["ratio"] >= 1 else "red"
+    text = f"[{colour}]{r['ratio']:.2f}[/{colour}]"
+    if name == row["best"]:
+        text += f"\n\\[{r['low']:.2f}–{r['high']:.2f}]"
+    return text
 
 
 def _setting(info: dict[str, Any]) -> str:

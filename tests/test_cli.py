@@ -52,7 +52,15 @@ def test_no_command_shows_the_help_and_fails(capsys):
     ("argv", "message"),
     [
         (("verify", "--op", "nothing"), "--op must be one of grad_reverse"),
-        (("bench", "--op", "nothing"), "--op must be one of grad_reverse"),
+        (("bench", "nothing"), "NAME must be one of grad_reverse"),
+        (("bench", "--peers", "eager,mkl"), "--peers must be one of fastda, eager, compile, got mkl"),
+        (
+            ("bench", "--dtype", "int8"),
+            "--dtype must be one of float32, float64",
+        ),
+        (("bench", "--device", "tpu"), "--device must be one of cpu"),
+        (("bench", "--threads", "0"), "--threads must be at least 1, got 0"),
+        (("bench", "grad_reverse", "--shapes", "1x2x3x4x5"), "no operator takes the shape 1x2x3x4x5"),
         (("bench", "--rounds", "0"), "--rounds must be at least 1, got 0"),
     ],
 )
@@ -99,20 +107,23 @@ def test_verify_fails_when_a_tolerance_is_exceeded(capsys, monkeypatch, tmp_path
 
 def test_a_file_is_written_whole_or_not_at_all(monkeypatch, tmp_path):
     target = tmp_path / "report.json"
-    cli._write_file(target, "old")
+    cli.write_file(target, "old")
     monkeypatch.setattr(cli.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        cli._write_file(target, "new")
+        cli.write_file(target, "new")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
 
 
 def test_bench_reports_interleaved_ratios(capsys, tmp_path):
-    argv = ("bench", "--quick", "--op", "grad_reverse", "--rounds", "3", "--out", str(tmp_path))
+    argv = ("bench", "grad_reverse", "--quick", "--rounds", "3", "--shapes", "8x4", "--out", str(tmp_path))
     status, _, err = run(capsys, *argv)
     assert status == 0
     assert "grad_reverse" in err
     (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert row["ratio"] > 0
-    assert row["fastda"]["rounds"] == 3
-    assert row["fastda"]["minimum"] <= row["fastda"]["median"]
+    assert row["case"]["sizes"] == [8, 4]
+    assert row["rounds"] >= 3
+    for contender in row["contenders"].values():
+        assert 0 < contender["minimum"] <= contender["median"]
+        assert contender["ratio"]["low"] <= contender["ratio"]["ratio"] <= contender["ratio"]["high"]
+    assert row["contenders"]["fastda"]["ratio"] == {"ratio": 1, "low": 1, "high": 1}

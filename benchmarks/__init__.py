@@ -1,0 +1,1 @@
+"""Benchmarks against more than torch: inference engines, published layers, other revisions of fastda."""
