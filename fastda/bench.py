@@ -183,8 +183,8 @@ class Task:
         outs = [o for o in (out if isinstance(out, tuple) else (out,)) if isinstance(o, Tensor)]
         size = sum(t.nbytes for t in (*arguments.values(), *outs))
         train = self.case.mode == "backward"
-        if train:  # its inputs again, the output's gradient, and the gradients
-            size += size + sum(arguments[name].nbytes for name in self.grads)
+        if train:
+            size += sum(t.nbytes for t in (*outs, *(arguments[name] for name in self.grads)))
         flops = self.workload.flops(*self.case.sizes) if self.workload.flops else 0.0
         return {"flops": flops * (3 if train else 1), "bytes": float(size)}
 
@@ -356,20 +356,24 @@ def measure(
             key=lambda name: median(samples[name]),
             default=None,
         )
-    row["warnings"] = list(_warnings(row, cpu / wall))
+    row["warnings"] = _warnings(row, cpu / wall)
     return row
 
 
-def _warnings(row: dict[str, Any], busy: float) -> Iterator[str]:
+def _warnings(row: dict[str, Any], busy: float) -> dict[str, str]:
+    warnings = {}
     noisy = [name for name, c in row["contenders"].items() if c["spread"] > 0.15]
     if noisy:
-        yield f"half of the rounds spread over more than 15 % of the median: {', '.join(noisy)}"
+        warnings["spread"] = (
+            f"half of the rounds spread over more than 15 % of the median: {', '.join(noisy)}"
+        )
     if row["clock"] == "CPU time" and busy < 0.9:
-        yield f"the core was shared: {100 * busy:.0f} % of the time was this process's"
+        warnings["shared"] = f"the core was shared: {100 * busy:.0f} % of the time was this process's"
     best = row["contenders"].get(row.get("best"), {}).get("ratio")
     if best and best["high"] - best["low"] > 0.1 * best["ratio"]:
         half = 50 * (best["high"] - best["low"]) / best["ratio"]
-        yield f"the ratio to {row['best']} is known to ±{half:.0f} % only"
+        warnings["interval"] = f"the ratio to {row['best']} is known to ±{half:.0f} % only"
+    return warnings
 
 
 def _synchronized(call: Call) -> Call:

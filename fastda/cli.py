@@ -82,6 +82,7 @@ def _rich() -> tuple[Any, Any]:
     """A console on standard error, where progress and tables go, and the rich package."""
     try:
         import rich
+        import rich.box
         import rich.console
         import rich.progress
         import rich.table
@@ -297,10 +298,13 @@ def _print_bench(
     for family in dict.fromkeys(families[row["case"]["workload"]] for row in rows):
         members = [row for row in rows if families[row["case"]["workload"]] == family]
         others = dict.fromkeys(name for row in members for name in row["contenders"] if name != "fastda")
-        table = rich.table.Table(title=f"{family}: time of each / time of fastda", title_justify="left")
-        for name in ("operator", "sizes", "mode"):
+        title = f"{family}: time of each / time of fastda, above 1 fastda is faster"
+        table = rich.table.Table(
+            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
+        for name in ("operator", "sizes", "mode", "best peer [95 % interval]"):
             table.add_column(name, no_wrap=True)
-        for name in ("threads", "fastda ms", "GFLOP/s", "% of peak", "GB/s", *others):
+        for name in ("threads", "fastda ms", "GFLOP/s", "% of peak", "GB/s", *map(_short, others)):
             table.add_column(name, justify="right")
         for row in members:
             case, ours = row["case"], row["contenders"]["fastda"]
@@ -310,6 +314,7 @@ def _print_bench(
                 case["workload"],
                 "×".join(map(str, case["sizes"])),
                 case["mode"],
+                _best(row, "ratio"),
                 str(case["threads"]),
                 f"{1e3 * ours['median']:.3f}",
                 f"{speed:.0f}" if row["flops"] else "",
@@ -318,22 +323,32 @@ def _print_bench(
                 *(_cell(row, name, "ratio") for name in others),
             )
             if "added_ratio" in ours:
-                added = f"{1e3 * ours['added']:.4f}"
                 cells = (_cell(row, name, "added_ratio") for name in others)
-                table.add_row("", "", "  added", "", added, "", "", "", *cells)
+                added = f"{1e3 * ours['added']:.3f}"
+                table.add_row("", "", "  added", _best(row, "added_ratio"), "", added, "", "", "", *cells)
+        for column in [c for c in table.columns if not any(c._cells)]:
+            table.columns.remove(column)
         console.print(table)
-    for row in rows:
-        for name, why in row["absent"].items():
-            console.print(f"{row['id']}: without {name}: {why}", style="dim", highlight=False, soft_wrap=True)
-        for warning in row["warnings"]:
-            console.print(f"{row['id']}: {warning}", style="yellow", highlight=False, soft_wrap=True)
+    absent = dict.fromkeys(f"without {name}: {why}" for row in rows for name, why in row["absent"].items())
+    for line in absent:
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+    warned = [row["warnings"] for row in rows]
+    for kind in dict.fromkeys(kind for warnings in warned for kind in warnings):
+        lines = [f"{row['id']}: {row['warnings'][kind]}" for row in rows if kind in row["warnings"]]
+        console.print(
+            f"{len(lines)} of {len(rows)} cases are noisy, as", lines[0], style="yellow", soft_wrap=True
+        )
     held = " ".join(f"{name}={value}" for name, value in stamp["held"].items())
     peaks = "; ".join(
         f"{t} thread{'s' * (t != '1')}: {p['gflops']:.0f} GFLOP/s, {p['gbs']:.1f} GB/s"
         for t, p in stamp["peaks"].items()
     )
     console.print(f"{stamp['processor']}, {stamp['isa']}, torch {stamp['torch']} {held}".rstrip())
-    console.print(f"measured peaks: {peaks}. In brackets: 95 % interval. Only ratios travel.")
+    console.print(f"measured peaks: {peaks}. CL: channels_last. Times are medians; only ratios travel.")
+
+
+def _short(name: str) -> str:
+    return name.replace("channels_last", "CL").replace("torch.compile", "compile")
 
 
 def _cell(row: dict[str, Any], name: str, what: str) -> str:
@@ -341,10 +356,16 @@ def _cell(row: dict[str, Any], name: str, what: str) -> str:
     if r is None:
         return ""
     colour = "green" if r["ratio"] >= 1 else "red"
-    text = f"[{colour}]{r['ratio']:.2f}[/{colour}]"
-    if name == row["best"]:
-        text += f"\n\\[{r['low']:.2f}–{r['high']:.2f}]"
-    return text
+    return f"[{colour}]{r['ratio']:.2f}[/{colour}]"
+
+
+def _best(row: dict[str, Any], what: str) -> str:
+    if row["best"] is None:
+        return ""
+    r = row["contenders"][row["best"]][what]
+    return (
+        f"{_cell(row, row['best'], what)} [dim]\\[{r['low']:.2f}–{r['high']:.2f}][/dim] {_short(row['best'])}"
+    )
 
 
 def _setting(info: dict[str, Any]) -> str:

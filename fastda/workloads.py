@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastda
 from fastda.nn import Refiner
 
 Call = Callable[[], object]
@@ -52,7 +51,7 @@ class Workload:
     @property
     def name(self) -> str:
         kind = self.options.get("kind")
-        return f"{self.op}[{kind}]" if kind else self.op
+        return f"{self.op}.{kind}" if kind else self.op
 
 
 class _Reverse(torch.autograd.Function):
@@ -311,8 +310,7 @@ def cases(
     """Cases of the families, operators or workloads in `names` (all), at their own sizes unless `shapes` says
     others. A shape is for the workloads that have as many sizes; ValueError if there are none.
     """
-    there = [w for w in WORKLOADS if w.fused or hasattr(fastda, w.op)]
-    chosen = [w for w in there if not names or {w.family, w.op, w.name} & set(names)]
+    chosen = [w for w in WORKLOADS if not names or {w.family, w.op, w.name} & set(names)]
     found = []
     for w in chosen:
         own = w.sizes[:1] if quick else w.sizes
