@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch.autograd import forward_ad
 
-# torch.compile traces this one natively, with a guard; the public-looking alternatives break the graph.
 _interpreter_stack = torch._C._functorch.peek_interpreter_stack
 
 
@@ -16,6 +15,11 @@ def transforms_active() -> bool:
     custom Function's backward without a word, and `torch.func.jvp` gives zeros for it.
     """
     return _interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: the call is evaluated while
+# it traces (traced itself, it would always answer True). Compiled code is guarded on both levels anyway.
+transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:

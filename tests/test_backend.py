@@ -135,6 +135,27 @@ def test_transforms_take_the_reference():
     assert chosen == ["reference"] * 3
 
 
+@native
+def test_compiled_code_takes_the_kernels_and_transforms_in_it_the_reference():
+    def f(x):
+        return x * 3 if backend.select(x) == "cpp" else x * 5
+
+    x = torch.ones(3)
+    ways = {
+        3: (f,),
+        5: (
+            torch.func.vmap(f),
+            torch.func.grad(lambda x: f(x).sum()),
+            lambda x: torch.func.jvp(f, (x,), (x,))[1],
+        ),
+    }
+    for expected, functions in ways.items():
+        for function in functions:
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            assert torch.equal(compiled(x), expected * x)
+            assert torch.equal(function(x), expected * x)
+
+
 BROKEN = """
 import importlib.abc, importlib.util, sys
 class Broken(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -233,8 +233,9 @@ def _scale(op: str, name: str, scale: float | Tensor, x: Tensor) -> tuple[Tensor
         return scale.to(x.device), 0.0
     if not isinstance(scale, (float, int)):
         raise TypeError(f"{op}: {name} must be a float or a 0-dim tensor, got {type(scale).__name__}")
-    if is_compiling():  # a float in an operator's schema would be compiled again for every value
-        return torch.full((), scale, dtype=torch.float64, device=x.device), 0.0
+    if is_compiling():
+        # A float in an operator's schema, or filling a tensor, would be compiled again for every value.
+        return scale * torch.ones((), dtype=torch.float64, device=x.device), 0.0
     return None, float(scale)
 
 
