@@ -4,6 +4,7 @@
 
 #include "common/isa.h"
 #include "common/tensor.h"
+#include "cpu/kernels/peak.h"
 
 STABLE_TORCH_LIBRARY(fastda, m) {
   // Gradient reversal.
@@ -74,8 +75,19 @@ namespace {
 
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastda::isa_name(fastda::cpu_isa())); }
 
+PyObject* multiply_add(PyObject*, PyObject* rounds) {
+  const long long n = PyLong_AsLongLong(rounds);
+  if (n == -1 && PyErr_Occurred()) return nullptr;
+  PyThreadState* released = PyEval_SaveThread();
+  const int64_t flops = fastda::cpu::peak_kernels().multiply_add(n);
+  PyEval_RestoreThread(released);
+  return PyLong_FromLongLong(flops);
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels of this process use."},
+    {"multiply_add", multiply_add, METH_O,
+     "Run that many rounds of float32 multiply-adds in registers; return the floating-point operations."},
     {nullptr, nullptr, 0, nullptr},
 };
 

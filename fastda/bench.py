@@ -17,6 +17,7 @@ import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -39,31 +40,42 @@ class Ratio(NamedTuple):
     high: float
 
 
+Sampler = Callable[[int], float]  # seconds that n calls take
+
+
+def timed(call: Call, clock: Callable[[], float] = time.perf_counter) -> Sampler:
+    """Several calls are timed after one that is not, so that none pays for the caches that another left."""
+
+    def sample(n: int) -> float:
+        if n > 1:
+            call()
+        start = clock()
+        for _ in range(n):
+            call()
+        return clock() - start
+
+    return sample
+
+
 def interleave(
-    contenders: Mapping[str, Call],
+    contenders: Mapping[str, Sampler],
     *,
     rounds: int = 20,
     seconds: float = 0.0,
     min_sample: float = 0.005,
-    clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Time the contenders in turn, in an order shuffled every round; return seconds per call, by round.
 
-    A sample repeats its call until it lasts at least `min_sample` seconds. Where that takes several, one call
-    that is not timed comes first, so that no contender pays for the caches that another left. There are at
-    least `rounds` rounds, and up to five times as many while `seconds` have not passed.
+    A sample repeats its call until it lasts `min_sample` seconds or more. There are at least `rounds`
+    rounds, and up to five times as many while `seconds` have not passed.
     """
     repeats = {}
-    for name, call in contenders.items():
-        call()
-        once = math.inf
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            once = min(once, time.perf_counter() - start)
-            if once > min_sample:
-                break
+    for name, sample in contenders.items():
+        sample(1)
+        once = sample(1)
+        if once < min_sample:
+            once = min(once, *(sample(1) for _ in range(3)))
         repeats[name] = max(1, math.ceil(min_sample / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     order, shuffle = list(contenders), random.Random(seed).shuffle
@@ -76,13 +88,7 @@ def interleave(
                 break
             shuffle(order)
             for name in order:
-                call, n = contenders[name], repeats[name]
-                if n > 1:
-                    call()
-                start = clock()
-                for _ in range(n):
-                    call()
-                samples[name].append((clock() - start) / n)
+                samples[name].append(contenders[name](repeats[name]) / repeats[name])
             gc.collect(0)
     finally:
         if enabled:
@@ -96,7 +102,7 @@ def compare(
     """Peer's time over ours, of the same rounds.
 
     With `floor`, the times of the work without what both add to it, the ratio is that of the medians of what
-    is added, infinite where ours adds nothing that can be measured.
+    is added; at most 1000, which also stands for an addition of ours that cannot be measured.
     """
     p, o = (torch.tensor(list(t), dtype=torch.float64) for t in (peer, ours))
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +117,7 @@ def compare(
     else:
         f = torch.tensor(list(floor), dtype=torch.float64)
         ours_added = medians(o - f)
-        ratios = torch.where(ours_added > 0, medians(p - f) / ours_added, torch.inf)
+        ratios = torch.where(ours_added > 0, medians(p - f) / ours_added, torch.inf).clamp(max=1000)
     low, high = (ratios.kthvalue(k).values.item() for k in (50, 1951))
     return Ratio(ratios[0].item(), low, high)
 
@@ -137,6 +143,14 @@ class Task:
         self.grads = list(self.shapes) if self.workload.grads is None else list(self.workload.grads)
         # Memory formats matter to convolutions.
         self.has_formats = any("weight" in n and len(s) == 4 for n, s in self.shapes.items())
+
+    @property
+    def by_cpu_time(self) -> bool:
+        """One thread is timed by the process's CPU time, which a neighbour on the core does not lengthen."""
+        return self.case.threads == 1 and self.device == "cpu"
+
+    def clock(self) -> Callable[[], float]:
+        return time.process_time if self.by_cpu_time else time.perf_counter
 
     def arguments(self, layout: str = "contiguous") -> dict[str, Any]:
         """The same values at every call, in tensors of their own."""
@@ -203,16 +217,17 @@ def _fastda(task: Task) -> Contenders:
         arguments = task.arguments(layout)
         return task.bound(w.fused(**arguments), arguments)
 
-    yield "fastda", call("contiguous")
-    if task.has_formats:
+    layout = task.case.layout
+    yield "fastda", call(layout)
+    if task.has_formats and layout == "contiguous":
         yield "fastda channels_last", call("channels_last")
     if task.case.threads > 1:
-        yield "fastda, 1 thread", with_threads(1, task.case.threads, call("contiguous"))
+        yield "fastda, 1 thread", with_threads(1, task.case.threads, call(layout))
     serving = backend.info()["devices"][task.device]["serving"]
     for name in backend.BACKENDS:
         if name not in (serving, "reference") and backend.why_not(name, task.device) is None:
             with backend.use_backend(name):
-                yield f"fastda {name}", forced(name, call("contiguous"))
+                yield f"fastda {name}", forced(name, call(layout))
 
 
 def forced(name: str, call: Call) -> Call:
@@ -294,70 +309,74 @@ def measure(
     device: str = "cpu",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One case: seconds per call of every contender, and the ratios of all to `fastda`.
-
-    One thread is timed by the process's CPU time, which a neighbour on the core does not lengthen; several
-    threads, and other devices, by the clock on the wall.
-    """
-    # glibc hands large blocks back to the system, and gets them again page by page, until it has seen one of
-    # this size freed: as in a training, where there are larger tensors than an operator's alone.
-    torch.empty(30 << 20, dtype=torch.uint8)
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
+    """One case: seconds per call of every contender, and the ratios of all to `fastda`."""
+    keep_freed_memory()
     absent: dict[str, str] = {}
-    contenders: dict[str, Call] = {}
-    try:
-        with contextlib.ExitStack() as stack:
-            if case.mode == "forward":
-                stack.enter_context(torch.no_grad())
-            task = Task(case, device, seed)
-            for name, provider in providers.items():
-                try:
-                    for label, call in provider(task):
-                        contenders[label] = call if device == "cpu" else _synchronized(call)
-                except Exception as error:
-                    # A contender that is not installed or does not do this is a note beside the others' row.
-                    absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            by_cpu = case.threads == 1 and device == "cpu"
-            start = time.perf_counter(), time.process_time()
-            samples = interleave(
-                contenders,
-                rounds=rounds,
-                seconds=seconds,
-                clock=time.process_time if by_cpu else time.perf_counter,
-                seed=seed,
-            )
-            wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-            cost = task.cost()
-    finally:
-        torch.set_num_threads(before)
-        torch._dynamo.reset()
+    contenders: dict[str, Sampler] = {}
+    with task_settings(case):
+        task = Task(case, device, seed)
+        clock = task.clock()
+        for name, provider in providers.items():
+            try:
+                for label, call in provider(task):
+                    contenders[label] = timed(call if device == "cpu" else _synchronized(call), clock)
+            except Exception as error:
+                if name == "fastda":
+                    raise
+                # A contender that is not installed or does not do this is a note beside the others' row.
+                absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        row = result(task, contenders, rounds=rounds, seconds=seconds, seed=seed)
+    torch._dynamo.reset()
+    return row | {"absent": absent}
+
+
+def result(task: Task, contenders: Mapping[str, Sampler], **settings: Any) -> dict[str, Any]:
+    """Time the contenders of a task; one of them is `fastda`."""
+    case = task.case
+    start = time.perf_counter(), time.process_time()
+    samples = interleave(contenders, **settings)
+    wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
+    ours, floor = samples["fastda"], samples.get(FLOOR)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, t in samples.items():
+        rows[name] = {"median": median(t), "minimum": min(t), "spread": spread(t)}
+        rows[name]["ratio"] = compare(t, ours)._asdict()
+        if floor is not None and name != FLOOR:
+            rows[name]["added"] = median(a - b for a, b in zip(t, floor, strict=True))
+            rows[name]["added_ratio"] = compare(t, ours, floor)._asdict()
+    peers = [name for name in samples if not name.startswith("fastda") and name != FLOOR]
     row: dict[str, Any] = {
         "id": case.id,
         "case": asdict(case),
-        "clock": "CPU time" if by_cpu else "wall time",
-        "rounds": len(next(iter(samples.values()))),
+        "clock": "CPU time" if task.by_cpu_time else "wall time",
+        "rounds": len(ours),
         "seconds": wall,
-        "contenders": {
-            name: {"median": median(t), "minimum": min(t), "spread": spread(t)} for name, t in samples.items()
-        },
-        "absent": absent,
-        **cost,
+        "best": min(peers, key=lambda name: rows[name]["median"], default=None),
+        "contenders": rows,
+        **task.cost(),
     }
-    if "fastda" in samples:
-        ours, floor = samples["fastda"], samples.get(FLOOR)
-        for name, t in samples.items():
-            row["contenders"][name]["ratio"] = compare(t, ours)._asdict()
-            if floor is not None and name != FLOOR:
-                row["contenders"][name]["added"] = median(a - b for a, b in zip(t, floor, strict=True))
-                row["contenders"][name]["added_ratio"] = compare(t, ours, floor)._asdict()
-        row["best"] = min(
-            (name for name in samples if not name.startswith("fastda") and name != FLOOR),
-            key=lambda name: median(samples[name]),
-            default=None,
-        )
-    row["warnings"] = _warnings(row, cpu / wall)
-    return row
+    return row | {"warnings": _warnings(row, cpu / wall)}
+
+
+@contextlib.contextmanager
+def task_settings(case: Case) -> Iterator[None]:
+    """The case's number of threads, and no gradients where it wants none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        with torch.set_grad_enabled(case.mode != "forward"):
+            yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def keep_freed_memory() -> None:
+    """As in a training, where there are larger tensors than an operator's alone.
+
+    glibc hands large blocks back to the system, and gets them again page by page, until it has seen one of
+    this size freed.
+    """
+    torch.empty(30 << 20, dtype=torch.uint8)
 
 
 def _warnings(row: dict[str, Any], busy: float) -> dict[str, str]:
@@ -386,24 +405,13 @@ def _synchronized(call: Call) -> Call:
 
 
 def machine(threads: Iterable[int] = (1,)) -> dict[str, Any]:
-    """Versions, the processor, and its measured peaks: products of 1536² matrices and copies of 128 MiB."""
+    """Versions, the processor, and its measured peaks.
+
+    `gflops`: float32 multiply-adds in registers, with the instruction set that the kernels use (a product of
+    1536² matrices where there are no kernels); `gbs`: read and written by copies of 128 MiB.
+    """
     info = backend.info()
-    peaks = {}
-    before = torch.get_num_threads()
-    for t in sorted(set(threads)):
-        torch.set_num_threads(t)
-        a, b = torch.randn(1536, 1536), torch.randn(1536, 1536)
-        source, target = torch.randn(1 << 25), torch.empty(1 << 25)
-        calls = {
-            "matmul": functools.partial(torch.mm, a, b),
-            "copy": functools.partial(target.copy_, source),
-        }
-        times = interleave(calls, rounds=10, clock=time.process_time if t == 1 else time.perf_counter)
-        peaks[str(t)] = {
-            "gflops": 2e-9 * 1536**3 / min(times["matmul"]),
-            "gbs": 2e-9 * source.nbytes / min(times["copy"]),
-        }
-    torch.set_num_threads(before)
+    peaks = {str(t): {"gflops": _peak_gflops(t), "gbs": _copy_gbs(t)} for t in sorted(set(threads))}
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -416,6 +424,29 @@ def machine(threads: Iterable[int] = (1,)) -> dict[str, Any]:
         "peaks": peaks,
         "fingerprint": fingerprint(),
     }
+
+
+def _peak_gflops(threads: int) -> float:
+    clock = time.process_time if threads == 1 else time.perf_counter
+    if backend.native is None:
+        a = torch.randn(1536, 1536)
+        call = with_threads(threads, torch.get_num_threads(), functools.partial(torch.mm, a, a))
+        times = interleave({"matmul": timed(call, clock)}, rounds=10)["matmul"]
+        return 2e-9 * 1536**3 / min(times)
+    rounds, best = 1 << 20, 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(15):
+            start = clock()
+            flops = sum(pool.map(backend.native.multiply_add, [rounds] * threads))
+            best = max(best, 1e-9 * flops / (clock() - start))
+    return best
+
+
+def _copy_gbs(threads: int) -> float:
+    source, target = torch.randn(1 << 25), torch.empty(1 << 25)
+    call = with_threads(threads, torch.get_num_threads(), functools.partial(target.copy_, source))
+    clock = time.process_time if threads == 1 else time.perf_counter
+    return 2e-9 * source.nbytes / min(interleave({"copy": timed(call, clock)}, rounds=10)["copy"])
 
 
 # What holds peers to an instruction set; read when they are loaded.

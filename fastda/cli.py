@@ -221,6 +221,13 @@ def add_bench_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -
     parser.add_argument(
         "--mode", type=_words, default=[], metavar="A,B", help="forward, backward (both ways)"
     )
+    parser.add_argument(
+        "--layout",
+        type=_words,
+        default=["contiguous"],
+        metavar="A,B",
+        help="of fastda's input; peers have both",
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu (default: cpu)")
     parser.add_argument("--rounds", type=int, help="rounds per case at least (default: 20, --quick: 10)")
     parser.add_argument(
@@ -252,6 +259,7 @@ def run_bench(args: argparse.Namespace, peers: Mapping[str, Any] | None = None) 
     _check("NAME", args.names, [n for w in workloads.WORKLOADS for n in (w.family, w.op, w.name)])
     _check("--dtype", args.dtype, ("float32", "float64", "bfloat16", "float16"))
     _check("--mode", args.mode, ("forward", "backward"))
+    _check("--layout", args.layout, ("contiguous", "channels_last"))
     _check("--device", [args.device], backend.info()["devices"])
     for option, values in (("--rounds", [rounds]), ("--threads", args.threads)):
         for value in values:
@@ -264,6 +272,7 @@ def run_bench(args: argparse.Namespace, peers: Mapping[str, Any] | None = None) 
             dtypes=args.dtype,
             threads=args.threads,
             modes=args.mode,
+            layouts=args.layout,
             quick=args.quick,
         )
     except ValueError as error:
@@ -356,7 +365,11 @@ def _cell(row: dict[str, Any], name: str, what: str) -> str:
     if r is None:
         return ""
     colour = "green" if r["ratio"] >= 1 else "red"
-    return f"[{colour}]{r['ratio']:.2f}[/{colour}]"
+    return f"[{colour}]{_number(r['ratio'])}[/{colour}]"
+
+
+def _number(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else ">100"
 
 
 def _best(row: dict[str, Any], what: str) -> str:

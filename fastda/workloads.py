@@ -7,6 +7,7 @@ it from there.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -166,21 +167,21 @@ def _block(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Te
 def _network(x: Tensor, **p: Tensor) -> Tensor:
     """Parameters by their names in `fastda.nn.Refiner`'s state_dict, dots written as underscores."""
     y = F.relu(F.conv2d(x, p["first_weight"], p["first_bias"], padding=1), inplace=True)
-    for i in range(4):
+    for i in range((len(p) - 4) // 4):
         names = (f"blocks_{i}_{n}" for n in ("conv1_weight", "conv1_bias", "conv2_weight", "conv2_bias"))
         y = _block(y, *(p[name] for name in names))
     return F.conv2d(y, p["last_weight"], p["last_bias"])
 
 
-def _fused_network(x: Tensor, **p: Tensor) -> Call:
-    model = Refiner.gaze()
-    named = {name: p[name.replace(".", "_")] for name, _ in model.named_parameters()}
+def _refiner(parameters: Mapping[str, Tensor]) -> Refiner:
+    model = Refiner(1, 64, (len(parameters) - 4) // 4, 3)
+    named = {name: parameters[name.replace(".", "_")] for name, _ in model.named_parameters()}
     model.load_state_dict(named, assign=True)
-    return functools.partial(model, x)
+    return model
 
 
-def _network_shapes(options: Options, n: int, h: int, w: int) -> dict[str, Sizes]:
-    parameters = Refiner.gaze().named_parameters()
+def _network_shapes(options: Options, n: int, blocks: int, h: int, w: int) -> dict[str, Sizes]:
+    parameters = Refiner(1, 64, blocks, 3).named_parameters()
     shapes = {name.replace(".", "_"): tuple(p.shape) for name, p in parameters}
     return {"x": (n, 1, h, w), **shapes}
 
@@ -267,15 +268,15 @@ WORKLOADS = (
     Workload(
         "refiner",
         "refiner",
-        ((1, 35, 55), (32, 35, 55)),
+        ((1, 4, 35, 55), (32, 4, 35, 55)),
         formulas={"eager": _network},
         modes=("forward", "backward"),
         threads=(1, 2),
         tensors=_network_shapes,
-        fused=_fused_network,
-        flops=lambda n, h, w: (
+        fused=lambda x, **p: functools.partial(_refiner(p), x),
+        flops=lambda n, blocks, h, w: (
             _conv_flops(n, 1, 64, 3, h, w)
-            + 8 * _conv_flops(n, 64, 64, 3, h, w)
+            + 2 * blocks * _conv_flops(n, 64, 64, 3, h, w)
             + _conv_flops(n, 64, 1, 1, h, w)
         ),
     ),
@@ -291,11 +292,13 @@ class Case:
     dtype: str = "float32"
     threads: int = 1
     mode: str = "backward"  # "forward", without gradients; or "backward", a forward and all gradients
+    layout: str = "contiguous"  # what fastda is given; its peers have both
 
     @property
     def id(self) -> str:
         sizes = "x".join(map(str, self.sizes))
-        return f"{self.workload}-{sizes}-{self.dtype}-{self.mode}-{self.threads}t"
+        layout = "" if self.layout == "contiguous" else f"-{self.layout}"
+        return f"{self.workload}-{sizes}-{self.dtype}-{self.mode}-{self.threads}t{layout}"
 
 
 def cases(
@@ -305,6 +308,7 @@ def cases(
     dtypes: Sequence[str] = ("float32",),
     threads: Sequence[int] = (),
     modes: Sequence[str] = (),
+    layouts: Sequence[str] = ("contiguous",),
     quick: bool = False,
 ) -> list[Case]:
     """Cases of the families, operators or workloads in `names` (all), at their own sizes unless `shapes` says
@@ -317,11 +321,14 @@ def cases(
         lengths = {len(s) for s in w.sizes}
         sizes = [s for s in shapes if len(s) in lengths] if shapes else own
         counts = [t for t in w.threads if t <= (os.cpu_count() or 1)]
-        for s in sizes:
-            for dtype in dtypes:
-                for mode in modes or (w.modes[-1:] if quick else w.modes):
-                    for t in threads or (counts[:1] if quick else counts):
-                        found.append(Case(w.name, s, dtype, t, mode))
+        axes = (
+            sizes,
+            dtypes,
+            threads or (counts[:1] if quick else counts),
+            modes or (w.modes[-1:] if quick else w.modes),
+            layouts,
+        )
+        found += [Case(w.name, *values) for values in itertools.product(*axes)]
     for s in shapes:
         if not any(len(s) == len(own) for w in chosen for own in w.sizes):
             known = ", ".join(f"{w.name} {'x'.join(map(str, w.sizes[0]))}" for w in chosen)
