@@ -4,6 +4,7 @@
 // size of the gradient, by multiplying in place one that nobody else holds. Every function here returns None
 // for a call that it leaves alone; fastda/ops/grad_reverse.py then checks the arguments and goes the general
 // way.
+#include <ATen/ScalarOps.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -37,21 +38,13 @@ using torch::autograd::variable_list;
 using torch::dynamo::autograd::CompiledNodeArgs;
 using torch::dynamo::autograd::SwapSavedVariables;
 
-// -scale as it was at the forward pass: a number if the host knows it, else a tensor of its own, 0-dim or
-// shaped to broadcast over dim 0.
-struct Factor {
-  c10::IValue number = 0.0;
-  Tensor tensor;
-};
-
 // Tracing, transforms and tensor modes see every operator; they have to go the general way.
-const c10::DispatchKeySet kForeign({DispatchKey::Python, DispatchKey::PythonTLSSnapshot,
-                                    DispatchKey::PythonDispatcher, DispatchKey::Functionalize,
-                                    DispatchKey::FuncTorchDynamicLayerFrontMode,
-                                    DispatchKey::FuncTorchDynamicLayerBackMode,
-                                    DispatchKey::FuncTorchGradWrapper, DispatchKey::FuncTorchBatched,
-                                    DispatchKey::FuncTorchVmapMode, DispatchKey::Batched,
-                                    DispatchKey::VmapMode, DispatchKey::Tracer, DispatchKey::Conjugate});
+const c10::DispatchKeySet kForeign(
+    {DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::PythonDispatcher,
+     DispatchKey::Functionalize, DispatchKey::FuncTorchDynamicLayerFrontMode,
+     DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::FuncTorchGradWrapper,
+     DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchVmapMode, DispatchKey::Batched,
+     DispatchKey::VmapMode, DispatchKey::Tracer, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
 
 bool foreign_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has_any(kForeign); }
 
@@ -68,29 +61,27 @@ bool unobserved(const Tensor& grad) { return !c10::GradMode::is_enabled() && !fo
 // Whether autograd records `x` now.
 bool recorded(const Tensor& x) { return c10::GradMode::is_enabled() && x.requires_grad(); }
 
-std::optional<Factor> factor_of(PyObject* scale, const Tensor& x) {
-  Factor factor;
-  if (PyFloat_Check(scale)) {
-    factor.number = -PyFloat_AS_DOUBLE(scale);
-    return factor;
-  }
+// -scale, where the host knows it without waiting for a device.
+std::optional<double> number_of(PyObject* scale) {
+  if (PyFloat_Check(scale)) return -PyFloat_AS_DOUBLE(scale);
   if (!THPVariable_CheckExact(scale)) return std::nullopt;
   const Tensor& s = THPVariable_Unpack(scale);
-  if (!plain(s) || s.requires_grad() || s.dim() > 1) return std::nullopt;
-  if (s.dim() == 0) {
-    if (s.is_cpu()) {
-      factor.number = -s.item<double>();
-      return factor;
-    }
-    if (s.device() != x.device()) return std::nullopt;
-    factor.tensor = s.neg();
-    return factor;
-  }
-  if (x.dim() == 0 || s.device() != x.device() || s.size(0) != x.size(0)) return std::nullopt;
+  if (s.dim() != 0 || !s.is_cpu() || !plain(s) || s.requires_grad()) return std::nullopt;
+  return -s.item<double>();
+}
+
+// -scale as it is now, in a tensor of its own: 0-dim, or shaped to broadcast over dim 0 of x.
+Tensor factor_of(PyObject* scale, const Tensor& x) {
+  // Multiplying by a 0-dim tensor is what PyTorch makes of multiplying by a number, every time anew.
+  if (const auto number = number_of(scale)) return c10::scalar_to_tensor(*number);
+  if (!THPVariable_CheckExact(scale)) return {};
+  const Tensor& s = THPVariable_Unpack(scale);
+  if (!plain(s) || s.requires_grad() || s.dim() > 1 || s.device() != x.device()) return {};
+  if (s.dim() == 0) return s.neg();
+  if (x.dim() == 0 || s.size(0) != x.size(0)) return {};
   c10::DimVector shape(x.dim(), 1);
   shape[0] = s.size(0);
-  factor.tensor = s.neg().view(shape);
-  return factor;
+  return s.neg().view(shape);
 }
 
 // The rule by which the autograd engine itself adds into a gradient in place: nobody else sees the tensor or
@@ -100,10 +91,8 @@ bool owned(const Tensor& grad) {
          grad.storage().allocator() != nullptr && grad.is_non_overlapping_and_dense();
 }
 
-Tensor times(Tensor grad, const c10::IValue& number, const Tensor& tensor) {
-  const bool in_place = owned(grad);
-  if (tensor.defined()) return in_place ? grad.mul_(tensor) : grad.mul(tensor).to(grad.scalar_type());
-  return in_place ? grad.mul_(number.toScalar()) : grad.mul(number.toScalar());
+Tensor times(Tensor grad, const Tensor& factor) {
+  return owned(grad) ? grad.mul_(factor) : grad.mul(factor).to(grad.scalar_type());
 }
 
 // Compiled autograd puts into its graph a call of `function` on the node's gradients and its state.
@@ -124,38 +113,29 @@ variable_list compiled_call(const Node& node, const variable_list& grads, SwapSa
 }
 
 struct GradReverseBackward final : Node {
-  explicit GradReverseBackward(Factor f) : factor(std::move(f)) {}
+  explicit GradReverseBackward(Tensor f) : factor(std::move(f)) {}
 
   variable_list apply(variable_list&& grads) override {
     variable_list out(1);
-    if (grads[0].defined() && task_should_compute_output(0))
-      out[0] = times(std::move(grads[0]), factor.number, factor.tensor);
+    if (grads[0].defined() && task_should_compute_output(0)) out[0] = times(std::move(grads[0]), factor);
     return out;
   }
 
-  void compiled_args(CompiledNodeArgs& args) const override {
-    args.collect(factor.number);
-    args.collect(factor.tensor);
-  }
+  void compiled_args(CompiledNodeArgs& args) const override { args.collect(factor); }
 
   variable_list apply_with_saved(const variable_list& grads, SwapSavedVariables& saved) override {
-    saved.before(factor.number);
-    saved.before(factor.tensor);
-    std::vector<c10::IValue> state{factor.number};
-    if (factor.tensor.defined()) state.emplace_back(factor.tensor);
+    saved.before(factor);
     const auto function = [](const variable_list& grads, const std::vector<c10::IValue>& state) {
-      const Tensor tensor = state.size() > 1 ? state[1].toTensor() : Tensor();
-      return variable_list{grads[0].defined() ? times(grads[0], state[0], tensor) : Tensor()};
+      return variable_list{grads[0].defined() ? times(grads[0], state[0].toTensor()) : Tensor()};
     };
-    auto out = compiled_call(*this, grads, saved, function, std::move(state));
-    saved.after(factor.number);
-    saved.after(factor.tensor);
+    auto out = compiled_call(*this, grads, saved, function, {factor});
+    saved.after(factor);
     return out;
   }
 
   std::string name() const override { return "GradReverseBackward"; }
 
-  Factor factor;
+  Tensor factor;
 };
 
 // torch keeps nodes in std::shared_ptr up to some version, in c10::intrusive_ptr later.
@@ -169,7 +149,7 @@ auto make_node(Args&&... args) {
 }
 
 // A view of x whose gradient is reversed; x requires grad.
-Tensor reversed(const Tensor& x, Factor factor) {
+Tensor reversed(const Tensor& x, Tensor factor) {
   auto node = make_node<GradReverseBackward>(std::move(factor));
   node->set_next_edges(torch::autograd::collect_next_edges(x));
   Tensor y;
@@ -208,7 +188,10 @@ variable_list linear_backward(const Tensor& grad, const c10::IValue& factor, int
     out[0] = grad.dim() == 2 ? dx : dx.view_symint(shape);
   }
   // For second derivatives x stands behind its reversal.
-  if (needs & 2) out[1] = at::mm(rows.t(), as_rows(recorded(x) ? reversed(x, Factor{factor, {}}) : x));
+  if (needs & 2) {
+    const Tensor columns = recorded(x) ? reversed(x, c10::scalar_to_tensor(factor.toScalar())) : x;
+    out[1] = at::mm(rows.t(), as_rows(columns));
+  }
   if (needs & 4) out[2] = rows.sum(0);
   return out;
 }
@@ -267,9 +250,9 @@ PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2 || !THPVariable_CheckExact(args[0]) || foreign_mode()) Py_RETURN_NONE;
   const Tensor& x = THPVariable_Unpack(args[0]);
   if (!plain(x) || !recorded(x)) Py_RETURN_NONE;
-  auto factor = factor_of(args[1], x);
-  if (!factor) Py_RETURN_NONE;
-  return THPVariable_Wrap(reversed(x, std::move(*factor)));
+  Tensor factor = factor_of(args[1], x);
+  if (!factor.defined()) Py_RETURN_NONE;
+  return THPVariable_Wrap(reversed(x, std::move(factor)));
   END_HANDLE_TH_ERRORS
 }
 
@@ -294,11 +277,11 @@ PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count
   if (bias.defined() && (bias.dim() != 1 || bias.size(0) != weight.size(0) ||
                          bias.scalar_type() != x.scalar_type() || bias.device() != x.device()))
     Py_RETURN_NONE;
-  auto factor = factor_of(args[3], x);
-  if (!factor || factor->tensor.defined()) Py_RETURN_NONE;
+  const auto factor = number_of(args[3]);
+  if (!factor) Py_RETURN_NONE;
 
   auto node = make_node<GradReverseLinearBackward>();
-  node->factor = factor->number;
+  node->factor = *factor;
   node->set_next_edges(torch::autograd::collect_next_edges(x, weight, bias));
   if (node->should_compute_output(1)) node->x = SavedVariable(x, /*is_output=*/false);
   node->weight = SavedVariable(weight, /*is_output=*/false);

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastda import backend, compat, reference
 from fastda.ops.common import autocast
@@ -112,7 +112,7 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
 
     Source: Ganin and Lempitsky, arXiv 1409.7495, section 3.
     """
-    if _node is not None and backend._forced is None and not is_compiling():
+    if _node is not None and backend._forced is None and not is_dynamo_compiling():
         y = _node.grad_reverse(x, scale)
         if y is not None:
             return y
@@ -200,7 +200,7 @@ def grad_reverse_linear(
     Saved for backward: x, weight, the scale. Double backward works. Raises as `grad_reverse`, and ValueError
     or TypeError for a weight or bias that does not fit `x`.
     """
-    if _node is not None and backend._forced is None and not is_compiling():
+    if _node is not None and backend._forced is None and not is_dynamo_compiling():
         y = _node.grad_reverse_linear(x, weight, bias, scale)
         if y is not None:
             return y
