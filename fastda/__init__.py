@@ -10,6 +10,7 @@ from fastda.ops.patch_loss import (
     self_regularization,
 )
 from fastda.ops.refiner_conv import conv_same, refiner_block
+from fastda.optimize import optimize
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "grad_reverse",
     "grad_reverse_linear",
     "info",
+    "optimize",
     "patch_discriminator_loss",
     "patch_generator_loss",
     "patch_head_discriminator_loss",

@@ -43,3 +43,13 @@ def as_channels_last(x: torch.Tensor) -> torch.Tensor:
 def convolution_tf32() -> bool:
     """Whether the user lets float32 convolutions round their operands to TF32 on a CUDA device."""
     return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009 (mypy)
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether calling `module` does more than its forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

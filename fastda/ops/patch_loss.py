@@ -335,6 +335,14 @@ def patch_generator_loss(
     return _apply(op, serving, options, fake_logits, weight)[0]
 
 
+def one_side_loss(logits: Tensor, kind: str, real: bool, label_smoothing: float = 0.0) -> Tensor:
+    """The discriminator's mean loss on one batch alone, real or fake, for at least one patch."""
+    none = logits.detach()[:0]
+    batches = (logits, none) if real else (none, logits)
+    loss = patch_discriminator_loss(*batches, kind, reduction="sum", label_smoothing=label_smoothing)
+    return loss / (logits.numel() // logits.shape[1])
+
+
 def _check_pair(op: str, refined: Tensor, synthetic: Tensor) -> tuple[Tensor, Tensor]:
     _check_tensor(op, "refined", refined)
     _check_tensor(op, "synthetic", synthetic)
