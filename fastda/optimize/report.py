@@ -84,8 +84,10 @@ class Report:
 
         def ratio(call: Callable[[nn.Module], object]) -> float:
             calls = {name: functools.partial(call, model) for name, model in models.items()}
-            samples = bench.interleave(calls, rounds=rounds, seed=seed)
-            return bench.ratio(samples["original"], samples["fastda"])
+            samples = bench.interleave(
+                {n: bench.timed(c) for n, c in calls.items()}, rounds=rounds, seed=seed
+            )
+            return bench.compare(samples["original"], samples["fastda"]).ratio
 
         with torch.random.fork_rng():
             results = []

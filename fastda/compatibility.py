@@ -1,0 +1,235 @@
+"""Familiar spellings: layers of other libraries under their names and signatures, served by fastda.
+
+Each does what its namesake does where that is right. Its docstring says where the two differ; the namesakes'
+known bugs are not here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastda.nn import GradientReversal
+from fastda.ops.grad_reverse import grad_reverse
+from fastda.ops.patch_loss import one_side_loss
+
+__all__ = [
+    "GANLoss",
+    "GradientReverseLayer",
+    "ImageHistoryBuffer",
+    "ImagePool",
+    "RevGrad",
+    "ReverseLayerF",
+    "WarmStartGradientReverseLayer",
+]
+
+
+class RevGrad(GradientReversal):
+    """pytorch-revgrad's layer: the gradient times −alpha.
+
+    Differs: alpha is the attribute `scale` and may be a 0-dim tensor; the input is not kept for backward.
+    """
+
+    def __init__(self, alpha: float | Tensor = 1.0) -> None:
+        super().__init__(alpha)
+
+
+class ReverseLayerF:
+    """The Function of the most copied DANN code: `ReverseLayerF.apply(x, alpha)`."""
+
+    @staticmethod
+    def apply(x: Tensor, alpha: float | Tensor) -> Tensor:
+        return grad_reverse(x, alpha)
+
+
+class GradientReverseLayer(nn.Module):
+    """tllib's layer, called with the input and, if not 1, the coefficient.
+
+    Differs: the result is a view, not a copy, so no in-place operation directly behind it.
+    """
+
+    def forward(self, input: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
+        return grad_reverse(input, coeff)
+
+
+class WarmStartGradientReverseLayer(nn.Module):
+    """tllib's layer, whose coefficient rises from `lo` to `hi`.
+
+    After i steps it is 2(hi − lo) / (1 + exp(−alpha·i / max_iters)) − (hi − lo) + lo. It goes on rising after
+    max_iters: with tllib's alpha of 1 it has come less than half of the way there, Ganin's schedule is
+    alpha=10. With `auto_step`, every forward in training mode is a step.
+
+    Differs: iter_num is saved with the state_dict, so that a resumed training does not start over (a
+    state_dict without it loads too); a forward in evaluation mode is no step; the result is a view.
+    """
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        lo: float = 0.0,
+        hi: float = 1.0,
+        max_iters: float = 1000.0,
+        auto_step: bool = False,
+    ) -> None:
+        super().__init__()
+        self.alpha, self.lo, self.hi, self.max_iters, self.auto_step = alpha, lo, hi, max_iters, auto_step
+        self.iter_num = 0
+
+    def forward(self, input: Tensor) -> Tensor:
+        progress = self.iter_num / self.max_iters
+        coeff = (
+            2 * (self.hi - self.lo) / (1 + math.exp(-self.alpha * progress)) - (self.hi - self.lo) + self.lo
+        )
+        if self.auto_step and self.training:
+            self.step()
+        return grad_reverse(input, coeff)
+
+    def step(self) -> None:
+        """One training step has been taken."""
+        self.iter_num += 1
+
+    def get_extra_state(self) -> int:
+        return self.iter_num
+
+    def set_extra_state(self, state: int) -> None:
+        self.iter_num = state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}_extra_state", 0)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+class GANLoss(nn.Module):
+    """CycleGAN's and pix2pix's loss: `criterion(prediction, target_is_real)`, a mean over `prediction`.
+
+    gan_mode: `lsgan` (squared error to the label), `vanilla` (BCE of logits), `wgangp` (∓ the mean).
+    target_real_label, target_fake_label: kept as 0-dim buffers, in the state_dict as there.
+
+    Differs: half precision is summed in float32, and the result is then float32. Labels are read when the
+    module is made and when a state_dict is loaded; labels off the side they stand for (real below ½, fake
+    above) are computed by the loss functions that the namesake uses.
+    """
+
+    real_label: Tensor
+    fake_label: Tensor
+
+    def __init__(self, gan_mode: str, target_real_label: float = 1.0, target_fake_label: float = 0.0) -> None:
+        super().__init__()
+        kinds = {"lsgan": "lsgan", "vanilla": "bce", "wgangp": "wgan"}
+        if gan_mode not in kinds:
+            raise NotImplementedError(
+                f"GANLoss: gan_mode must be one of {', '.join(kinds)}, got {gan_mode!r}"
+            )
+        self.gan_mode, self._kind = gan_mode, kinds[gan_mode]
+        self.register_buffer("real_label", torch.tensor(float(target_real_label)))
+        self.register_buffer("fake_label", torch.tensor(float(target_fake_label)))
+        self._labels = (float(target_fake_label), float(target_real_label))
+
+    def forward(self, prediction: Tensor, target_is_real: bool) -> Tensor:
+        label = self._labels[bool(target_is_real)]
+        smoothing = 0.0 if self._kind == "wgan" else 2 * abs(label - bool(target_is_real))
+        if smoothing > 1 or prediction.numel() == 0:
+            prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+            target = torch.full_like(prediction, label)
+            if self._kind == "wgan":
+                return -prediction.mean() if target_is_real else prediction.mean()
+            loss = F.mse_loss if self._kind == "lsgan" else F.binary_cross_entropy_with_logits
+            return loss(prediction, target)
+        patches = prediction.reshape(1, 1, 1, -1)
+        return one_side_loss(patches, self._kind, bool(target_is_real), smoothing)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        self._labels = (self.fake_label.item(), self.real_label.item())
+
+    def extra_repr(self) -> str:
+        return repr(self.gan_mode)
+
+
+class ImagePool:
+    """CycleGAN's history: `query(images)` returns as many images, about half of them earlier ones.
+
+    Until `pool_size` images are stored, an image is stored and returned. From then on it is returned with
+    probability ½; else a stored one is, whose place it takes. pool_size=0 returns the images themselves.
+
+    Differs: stored and returned images are copies, so that changing a batch later changes no history, and a
+    stored image keeps no batch alive; choices follow `torch.manual_seed`, not Python's `random`.
+    """
+
+    def __init__(self, pool_size: int) -> None:
+        if isinstance(pool_size, bool) or not isinstance(pool_size, int) or pool_size < 0:
+            raise ValueError(f"ImagePool: pool_size must be an int of at least 0, got {pool_size!r}")
+        self.pool_size = pool_size
+        self.images: list[Tensor] = []
+
+    @property
+    def num_imgs(self) -> int:
+        return len(self.images)
+
+    @torch.no_grad()
+    def query(self, images: Tensor) -> Tensor:
+        if self.pool_size == 0:
+            return images
+        images = images.detach().clone()
+        keep = torch.rand(len(images)) > 0.5
+        places = torch.randint(self.pool_size, (len(images),))
+        for i, image in enumerate(images):
+            if len(self.images) < self.pool_size:
+                self.images.append(image.clone())
+            elif keep[i]:
+                earlier, self.images[places[i]] = self.images[places[i]], image.clone()
+                images[i] = earlier
+        return images
+
+
+class ImageHistoryBuffer:
+    """The buffer of the SimGAN repositories, with their two long method names.
+
+    Images come and go as NumPy arrays where they came as such, as tensors otherwise. `fastda.nn.
+    ImageHistoryBuffer` does both steps in one `query`.
+
+    Differs: it fills (there `np.append`'s result is dropped, and the history stays empty for ever); it never
+    holds more than max_size; stored images are copies; choices follow `torch.manual_seed`.
+
+    Args:
+        shape: of the stored images, (0, C, H, W); the 0 is not used.
+        max_size: how many images are kept.
+        batch_size: of the training; half of it is the default of the two methods.
+    """
+
+    def __init__(self, shape: tuple[int, ...], max_size: int, batch_size: int) -> None:
+        if max_size < 1 or batch_size < 1:
+            raise ValueError(
+                "ImageHistoryBuffer: max_size and batch_size must be at least 1, "
+                f"got {max_size} and {batch_size}"
+            )
+        self.max_size, self.batch_size = max_size, batch_size
+        self.image_history_buffer = torch.empty(0, *shape[1:])
+        self._numpy = False
+
+    def add_to_image_history_buffer(self, images: Any, nb_to_add: int | None = None) -> None:
+        """Store the first `nb_to_add` images; those without room replace stored ones chosen at random."""
+        self._numpy = not isinstance(images, Tensor)
+        shape = tuple(self.image_history_buffer.shape[1:])
+        new = torch.as_tensor(images).detach()[: nb_to_add or self.batch_size // 2].clone()
+        if tuple(new.shape[1:]) != shape:
+            raise ValueError(
+                f"ImageHistoryBuffer: images must be (N, {', '.join(map(str, shape))}), "
+                f"got {tuple(torch.as_tensor(images).shape)}"
+            )
+        stored = self.image_history_buffer.to(new)
+        room = self.max_size - len(stored)
+        stored = torch.cat([stored, new[:room]])
+        rest = new[room:][: self.max_size]
+        stored[torch.randperm(len(stored))[: len(rest)]] = rest
+        self.image_history_buffer = stored
+
+    def get_from_image_history_buffer(self, nb_to_get: int | None = None) -> Any:
+        """`nb_to_get` different stored images at random, or all that there are."""
+        count = nb_to_get or self.batch_size // 2
+        chosen = self.image_history_buffer[torch.randperm(len(self.image_history_buffer))[:count]]
+        return chosen.cpu().numpy() if self._numpy else chosen

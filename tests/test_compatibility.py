@@ -1,0 +1,196 @@
+"""fastda.compatibility beside its namesakes' behaviour, and where it is better."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastda
+from fastda import compatibility
+from fastda.compatibility import (
+    GANLoss,
+    GradientReverseLayer,
+    ImageHistoryBuffer,
+    ImagePool,
+    ReverseLayerF,
+    RevGrad,
+    WarmStartGradientReverseLayer,
+)
+
+pytestmark = pytest.mark.isa_independent
+
+
+def gradient(function, shape=(3, 4)):
+    x = torch.randn(shape, requires_grad=True)
+    y = function(x)
+    assert torch.equal(y, x)
+    assert y.data_ptr() == x.data_ptr()
+    (g,) = torch.autograd.grad(y.sum(), x)
+    assert (g == g.flatten()[0]).all()
+    return g.flatten()[0].item()
+
+
+def test_every_name_has_a_docstring_and_is_exported():
+    for name in compatibility.__all__:
+        assert getattr(compatibility, name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (RevGrad(), -1.0),
+        (RevGrad(alpha=0.25), -0.25),
+        (RevGrad(torch.tensor(0.5)), -0.5),
+        (lambda x: ReverseLayerF.apply(x, 0.125), -0.125),
+        (GradientReverseLayer(), -1.0),
+        (lambda x: GradientReverseLayer()(x, 2.0), -2.0),
+    ],
+)
+def test_reversals(function, expected):
+    assert gradient(function) == expected
+
+
+def test_the_warm_start_is_tllibs():
+    layer = WarmStartGradientReverseLayer(alpha=10.0, lo=0.1, hi=0.9, max_iters=20, auto_step=True)
+    for i in range(25):
+        expected = 2.0 * (0.9 - 0.1) / (1.0 + math.exp(-10.0 * i / 20)) - (0.9 - 0.1) + 0.1
+        assert gradient(layer) == pytest.approx(-expected, rel=1e-6)
+        layer.eval()
+        gradient(layer)
+        assert layer.train().iter_num == i + 1
+    manual = WarmStartGradientReverseLayer()
+    gradient(manual)
+    assert manual.iter_num == 0
+    manual.step()
+    assert gradient(manual) == pytest.approx(-(2 / (1 + math.exp(-0.001)) - 1), rel=1e-4)
+
+
+def test_the_warm_start_resumes(tmp_path):
+    model = nn.Sequential(nn.Linear(2, 2), WarmStartGradientReverseLayer(auto_step=True))
+    for _ in range(7):
+        model(torch.randn(1, 2))
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    again = nn.Sequential(nn.Linear(2, 2), WarmStartGradientReverseLayer())
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again[1].iter_num == 7
+    # tllib's own checkpoints have no such entry.
+    again.load_state_dict({k: v for k, v in model.state_dict().items() if "extra" not in k})
+    assert again[1].iter_num == 0
+
+
+def original_gan_loss(gan_mode, prediction, is_real, labels):
+    target = torch.full_like(prediction, labels[0] if is_real else labels[1])
+    if gan_mode == "lsgan":
+        return F.mse_loss(prediction, target)
+    if gan_mode == "vanilla":
+        return F.binary_cross_entropy_with_logits(prediction, target)
+    return -prediction.mean() if is_real else prediction.mean()
+
+
+@pytest.mark.parametrize("gan_mode", ["lsgan", "vanilla", "wgangp"])
+@pytest.mark.parametrize("labels", [(1.0, 0.0), (0.9, 0.1), (0.3, 0.8)])
+@pytest.mark.parametrize("shape", [(2, 1, 9, 7), (3, 4, 5, 6), (8, 1), (5,)])
+def test_gan_loss(gan_mode, labels, shape):
+    criterion = GANLoss(gan_mode, *labels)
+    prediction = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    for is_real in (True, False):
+        got, expected = (
+            criterion(prediction, is_real),
+            original_gan_loss(gan_mode, prediction, is_real, labels),
+        )
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in (got, expected)))
+
+
+def test_gan_loss_edges():
+    assert GANLoss("lsgan")(torch.empty(0, 1, 3, 3), True).isnan()
+    half = torch.full((1, 1, 64, 64), 200.0, dtype=torch.float16)
+    assert GANLoss("lsgan")(half, False) == 40000.0
+    transposed = torch.randn(2, 3, 4, 5).transpose(0, 3)
+    torch.testing.assert_close(GANLoss("vanilla")(transposed, True), F.softplus(-transposed).mean())
+    with pytest.raises(
+        NotImplementedError, match="GANLoss: gan_mode must be one of lsgan, vanilla, wgangp, got"
+    ):
+        GANLoss("hinge")
+
+
+def test_gan_loss_takes_labels_from_a_checkpoint():
+    criterion = GANLoss("lsgan")
+    assert list(criterion.state_dict()) == ["real_label", "fake_label"]
+    criterion.load_state_dict({"real_label": torch.tensor(0.75), "fake_label": torch.tensor(0.0)})
+    x = torch.randn(2, 1, 3, 3)
+    torch.testing.assert_close(criterion(x, True), ((x - 0.75) ** 2).mean())
+
+
+def test_image_pool_fills_then_mixes():
+    pool = ImagePool(50)
+    first = torch.arange(50.0).view(50, 1, 1, 1).expand(50, 3, 2, 2)
+    assert torch.equal(pool.query(first), first)
+    assert pool.num_imgs == 50
+    earlier, replaced = 0, 0
+    for step in range(100):
+        batch = torch.full((10, 3, 2, 2), 1000.0 + step)
+        returned = pool.query(batch)
+        assert returned.shape == batch.shape
+        earlier += (returned[:, 0, 0, 0] != 1000.0 + step).sum().item()
+        replaced += sum((image == 1000.0 + step).all().item() for image in pool.images)
+    assert pool.num_imgs == 50
+    # Binomial with 1,000 trials: within five standard deviations; an image may be stored and drawn again.
+    assert abs(earlier - 500) < 80
+    assert 400 < replaced < 580
+
+
+def test_image_pool_keeps_copies_and_no_graph():
+    pool = ImagePool(2)
+    batch = torch.ones(2, 1, 2, 2, requires_grad=True)
+    returned = pool.query(batch * 1)
+    assert not returned.requires_grad
+    returned.zero_()
+    assert all((image == 1).all() for image in pool.images)
+    assert all(image.untyped_storage().nbytes() == 16 for image in pool.images)
+    assert ImagePool(0).query(batch) is batch
+    for bad in (-1, 2.0, True):
+        with pytest.raises(ValueError, match="ImagePool: pool_size must be an int of at least 0, got "):
+            ImagePool(bad)
+
+
+def test_image_history_buffer_fills_and_replaces():
+    history = ImageHistoryBuffer((0, 1, 2, 2), 6, 4)
+    assert len(history.get_from_image_history_buffer()) == 0
+    for step in range(5):
+        history.add_to_image_history_buffer(torch.full((4, 1, 2, 2), float(step)))
+        assert len(history.image_history_buffer) == min(2 * (step + 1), 6)
+    values = history.image_history_buffer[:, 0, 0, 0].tolist()
+    assert values.count(4.0) == 2
+    got = history.get_from_image_history_buffer(6)
+    assert sorted(got[:, 0, 0, 0].tolist()) == sorted(values)
+    assert len(history.get_from_image_history_buffer()) == 2
+    history.add_to_image_history_buffer(torch.full((40, 1, 2, 2), 9.0), nb_to_add=40)
+    assert (history.image_history_buffer == 9.0).all()
+    assert len(history.image_history_buffer) == 6
+
+
+def test_image_history_buffer_speaks_numpy_to_who_does():
+    history = ImageHistoryBuffer((0, 1, 2, 2), 8, 4)
+    images = torch.randn(4, 1, 2, 2).numpy()
+    history.add_to_image_history_buffer(images, 3)
+    got = history.get_from_image_history_buffer(3)
+    assert type(got) is type(images)
+    assert {tuple(i.ravel()) for i in got} == {tuple(i.ravel()) for i in images[:3]}
+    images[:] = 0
+    assert (history.image_history_buffer != 0).all()
+    with pytest.raises(ValueError, match=r"images must be \(N, 1, 2, 2\), got \(4, 1, 3, 3\)"):
+        history.add_to_image_history_buffer(torch.randn(4, 1, 3, 3))
+    with pytest.raises(ValueError, match="max_size and batch_size must be at least 1, got 0 and 4"):
+        ImageHistoryBuffer((0, 1, 2, 2), 0, 4)
+
+
+def test_optimize_finds_nothing_left_to_do():
+    model = nn.Sequential(
+        RevGrad(), GradientReverseLayer(), WarmStartGradientReverseLayer(), GANLoss("lsgan")
+    )
+    report = fastda.optimize(model)
+    assert not report.replaced
+    assert not report.left
