@@ -99,7 +99,9 @@ def test_refiner_block_matches_reference(sizes):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sizes", [(2, 20, 33, 3, 13, 11), (2, 5, 7, 3, 5, 9)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(2, 20, 33, 3, 13, 11), (2, 20, 17, 7, 13, 9), (2, 5, 7, 3, 5, 9)], ids=str
+)
 def test_layouts_and_views(sizes, layout):
     arguments = images_as(conv(sizes, residual=True), LAYOUTS[layout])
     check_against_reference("conv_same", arguments)
@@ -158,20 +160,22 @@ def test_no_input_channels():
 # Of millions of activations a few fall on the other side of a ReLU's edge, and the gradient there is
 # right and far from the float64 reference's. These compare with a reference that takes fastda's own gates.
 @pytest.mark.parametrize(
-    "shape",
+    "shape, k",
     [
-        (1, 64, 35, 55),
-        (3, 64, 37, 53),
-        pytest.param((32, 64, 35, 55), marks=pytest.mark.slow),
-        pytest.param((2, 64, 224, 224), marks=pytest.mark.slow),
+        ((1, 64, 35, 55), 3),
+        ((3, 64, 37, 53), 3),
+        pytest.param((32, 64, 35, 55), 3, marks=pytest.mark.slow),
+        pytest.param((2, 64, 224, 224), 3, marks=pytest.mark.slow),
+        ((1, 64, 29, 33), 7),
+        pytest.param((2, 64, 112, 112), 7, marks=pytest.mark.slow),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
-def test_block_accuracy_with_the_same_gates(shape, memory_format):
+def test_block_accuracy_with_the_same_gates(shape, k, memory_format):
     c = shape[1]
     x = torch.randn(shape).contiguous(memory_format=memory_format)
-    weights = [torch.randn(c, c, 3, 3) * (2 / (9 * c)) ** 0.5 for _ in range(2)]
+    weights = [torch.randn(c, c, k, k) * (2 / (k * k * c)) ** 0.5 for _ in range(2)]
     biases = [0.1 * torch.randn(c) for _ in range(2)]
     grad = torch.randn(shape).contiguous(memory_format=memory_format)
     y, inner = torch.ops.fastda.refiner_block(x, weights[0], biases[0], weights[1], biases[1], True)
@@ -182,8 +186,8 @@ def test_block_accuracy_with_the_same_gates(shape, memory_format):
     leaves = [t.double().requires_grad_() for t in (x, weights[0], biases[0], weights[1], biases[1])]
     exact_x, w1, b1, w2, b2 = leaves
     exact = reference.refiner_block(*leaves)
-    gated = F.conv2d(exact_x, w1, b1, padding=1) * (inner > 0)
-    gated = (exact_x + F.conv2d(gated, w2, b2, padding=1)) * (y > 0)
+    gated = F.conv2d(exact_x, w1, b1, padding=k // 2) * (inner > 0)
+    gated = (exact_x + F.conv2d(gated, w2, b2, padding=k // 2)) * (y > 0)
     right = torch.autograd.grad(gated, leaves, grad.double())
 
     def relative_l2(a, b):
@@ -198,7 +202,7 @@ def test_block_accuracy_with_the_same_gates(shape, memory_format):
         assert relative_l2(got[i], right[i]) <= 2e-6
 
 
-@pytest.mark.parametrize("sizes", [(2, 20, 33, 3, 13, 11), (2, 5, 7, 3, 6, 9), (1, 3, 4, 7, 9, 8)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 20, 33, 3, 13, 11), (1, 17, 20, 7, 9, 8), (2, 5, 7, 3, 6, 9)], ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 def test_nan_and_inf_go_where_the_definition_takes_them(sizes, value, memory_format):

@@ -94,11 +94,11 @@ MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channel
 
 template <typename Args>
 const ConvKernels& kernels_for(const Args& a) {
-  const ConvKernels& winograd = winograd_kernels();
-  return winograd.serves &&
-                 winograd.serves(a.dtype, a.in_channels, a.out_channels, a.height, a.width, a.kernel)
-             ? winograd
-             : direct_kernels();
+  for (const ConvKernels* kernels : {&winograd_kernels(), &winograd_large_kernels()})
+    if (kernels->serves &&
+        kernels->serves(a.dtype, a.in_channels, a.out_channels, a.height, a.width, a.kernel))
+      return *kernels;
+  return direct_kernels();
 }
 
 // Everything that a convolution is fused with.

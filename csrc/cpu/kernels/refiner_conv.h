@@ -1,7 +1,7 @@
 // Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter gradient.
 //
-// Two implementations of one table: `direct` serves every case, `winograd` (F(4x4, 3x3), float32 arithmetic)
-// is faster where it applies.
+// Three implementations of one table: `direct` serves every case; `winograd` (3 x 3 filters) and
+// `winograd_large` (7 x 7, 11 x 11, …), both in float32 arithmetic, are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -68,5 +68,6 @@ struct ConvKernels {
 };
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 
 }  // namespace fastda::cpu
