@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -452,7 +451,7 @@ def patch_head_discriminator_loss(
             the two filters counts), else 1; the dtype of the features. Under autocast all are cast, as
             `F.conv2d` casts its own.
         kind, reduction, label_smoothing, return_accuracy: as in `patch_discriminator_loss`. For `none` the
-            logits are materialised.
+            reference serves.
 
     Returns: as `patch_discriminator_loss`. Where a gradient is wanted, those of features, weight and bias are
     computed in the same pass and kept, with the arguments, for backward. Double backward works.
@@ -486,8 +485,7 @@ def patch_head_discriminator_loss(
         raise ValueError(f"{op}: bias must be {(rows,)} for kind={kind!r}, got {tuple(bias.shape)}")
     serving = backend.select(real_features)
     if serving == "reference" or reduction == "none":
-        module = reference.patch_head_discriminator_loss if serving == "reference" else _unfused_head
-        return module(
+        return reference.patch_head_discriminator_loss(
             real_features,
             fake_features,
             weight,
@@ -500,14 +498,6 @@ def patch_head_discriminator_loss(
     options = (KINDS.index(kind), REDUCTIONS.index(reduction), float(label_smoothing))
     results = _apply(op, serving, options, real_features, fake_features, weight, bias)
     return results if return_accuracy else results[0]
-
-
-def _unfused_head(
-    real: Tensor, fake: Tensor, weight: Tensor, bias: Tensor | None, kind: str, **options: Any
-) -> Any:
-    return patch_discriminator_loss(
-        F.conv2d(real, weight, bias), F.conv2d(fake, weight, bias), kind, **options
-    )
 
 
 def _grad_like(x: Tensor, need: bool) -> Tensor:
