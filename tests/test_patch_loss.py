@@ -88,7 +88,7 @@ def plain(kind, real, fake, real_weight, fake_weight, smoothing):
     right, wrong = 1 - smoothing / 2, smoothing / 2
 
     def soft(y):
-        return y.clamp(min=0) + torch.log1p(torch.exp(-y.abs()))
+        return torch.logaddexp(y, torch.zeros_like(y))
 
     def mean(terms, weight):
         weight = torch.ones_like(terms) if weight is None else weight.double().expand_as(terms)
@@ -165,7 +165,8 @@ def test_huge_logits_stay_finite(kind, dtype):
     exact = [x.detach().double().requires_grad_() for x in (real, fake)]
     expected = reference.patch_discriminator_loss(*exact, kind, reduction="sum")
     assert loss.isfinite()
-    assert error(loss, expected).within(tolerance("patch_discriminator_loss", "value", dtype))
+    # A wgan loss is a difference of terms as large as the logits.
+    assert error(loss, expected, size).within(tolerance("patch_discriminator_loss", "value", dtype))
     for actual, right in zip(grad(loss, (real, fake)), grad(expected, exact), strict=True):
         assert error(actual, right).within(tolerance("patch_discriminator_loss", "grad", dtype))
 
@@ -854,7 +855,7 @@ def test_gradient_penalties_reach_every_parameter(kind, penalty, fused):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_200_steps_follow_the_loss_curve_of_the_reference(kind):
-    """Adversarial training of a small refiner, float32, from one seed, with the operators and with PyTorch."""
+    """Adversarial training of a small refiner, float32, one seed, with the operators and with PyTorch."""
 
     def curve(module):
         torch.manual_seed(5)

@@ -13,7 +13,9 @@
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
 
-constexpr int block = 512;
+// Patches (or pixels) a block: 32 additions in a lane round little, and the buffers take 8 KiB at most.
+template <typename S>
+constexpr int block = 32 * lanes<S>;
 
 template <typename S>
 struct Bits;
@@ -128,7 +130,7 @@ inline IntVec<S> first_lanes(int n) {
 
 template <typename S>
 struct Block {
-  alignas(64) S z[block], weight[block], term[block], slope[block];
+  alignas(64) S z[block<S>], weight[block<S>], term[block<S>], slope[block<S>];
 };
 
 // Scores b.z[0, n) become b.term, b.slope (times factor) and their sums. A patch of weight zero is taken out,
@@ -236,10 +238,10 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
   const auto run = weight ? evaluate_of<S, true>(s.term.formula) : evaluate_of<S, false>(s.term.formula);
   PatchSums sums{0, 0, 0};
   Block<S> b;
-  for (int64_t first = begin; first < end; first += block) {
-    const int n = int(end - first < block ? end - first : block);
+  for (int64_t first = begin; first < end; first += block<S>) {
+    const int n = int(end - first < block<S> ? end - first : block<S>);
     // What fills the last vector must not trap or be slow, no more.
-    for (int i = n; i < block && i < n + lanes<S>; ++i) b.z[i] = b.weight[i] = 0;
+    for (int i = n; i < block<S> && i < n + lanes<S>; ++i) b.z[i] = b.weight[i] = 0;
     for_runs(s.patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
       const T* x = logits + image * s.image + patch * s.patch;
       const T* fake = x + s.channel;
@@ -291,9 +293,9 @@ PatchSums head_of(const PatchHead& h, int64_t begin, int64_t end, double* weight
   const auto run = evaluate_of<S, false>(h.term.formula);
   PatchSums sums{0, 0, 0};
   Block<S> b;
-  for (int64_t first = begin; first < end; first += block) {
-    const int n = int(end - first < block ? end - first : block);
-    for (int i = n; i < block && i < n + lanes<S>; ++i) b.z[i] = 0;
+  for (int64_t first = begin; first < end; first += block<S>) {
+    const int n = int(end - first < block<S> ? end - first : block<S>);
+    for (int i = n; i < block<S> && i < n + lanes<S>; ++i) b.z[i] = 0;
     for_runs(h.patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
       const T* x = features + image * h.image + patch * h.patch;
       S* z = b.z + at;
@@ -361,8 +363,8 @@ template <typename S>
 double weight_sum_of(const PatchSide& s, int64_t begin, int64_t end) {
   const S* weight = static_cast<const S*>(s.weight);
   double sum = 0;
-  for (int64_t first = begin; first < end; first += block)
-    for_runs(s.patches, first, int(end - first < block ? end - first : block),
+  for (int64_t first = begin; first < end; first += block<S>)
+    for_runs(s.patches, first, int(end - first < block<S> ? end - first : block<S>),
              [&](int64_t image, int64_t patch, int, int count) {
                const S* w = weight + image * s.weight_image + patch * s.weight_patch;
                double part[8] = {};  // short chains of additions round less
@@ -376,8 +378,8 @@ double weight_sum_of(const PatchSide& s, int64_t begin, int64_t end) {
 template <typename T, typename S, bool A, bool B>
 double l1_of(const T* a, const T* b, S* grad_a, S* grad_b, S factor, int64_t n) {
   double total = 0;
-  for (int64_t first = 0; first < n; first += block) {
-    const int count = int(n - first < block ? n - first : block);
+  for (int64_t first = 0; first < n; first += block<S>) {
+    const int count = int(n - first < block<S> ? n - first : block<S>);
     S sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int i = 0; i < count; ++i) {
