@@ -22,6 +22,11 @@ def transforms_active() -> bool:
 transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def exporting_to_onnx() -> bool:
+    """True inside torch.onnx.export, which knows the operators that the reference is made of, not ours."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast wants on this device, None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

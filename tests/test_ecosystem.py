@@ -1,0 +1,335 @@
+"""A model that `fastda.optimize` has served, in what surrounds models: compilers, exporters, trainers.
+
+Single operators under torch.compile, export, autocast and DDP stand in their families' tests.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from common import compiled
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fastda
+from fastda import backend
+from fastda.compatibility import GANLoss, RevGrad
+
+pytestmark = pytest.mark.isa_independent
+ROOT = Path(__file__).resolve().parents[1]
+native = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
+
+
+class Block(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+class Refiner(nn.Module):
+    """Residual blocks, a convolution with its ReLU, one without, and a reversal before a head."""
+
+    def __init__(self, channels=8, blocks=2):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(1, channels, 3, padding=1), nn.ReLU(inplace=True))
+        self.blocks = nn.Sequential(*(Block(channels) for _ in range(blocks)))
+        self.last = nn.Conv2d(channels, 1, 3, padding=1)
+        self.domain = nn.Sequential(RevGrad(0.5), nn.Flatten(), nn.LazyLinear(1))
+
+    def forward(self, x):
+        h = self.blocks(self.first(x))
+        return self.last(h), self.domain(h.mean((2, 3)))
+
+
+def pair(**options):
+    """The model as its author wrote it, and a copy that is served."""
+    original = Refiner(**options)
+    original(torch.randn(1, 1, 6, 5))  # the lazy layer takes its shape
+    model = copy.deepcopy(original)
+    report = fastda.optimize(model)
+    assert len(report.replaced) == 2 + len(model.blocks)
+    return model, original
+
+
+def gradients(model, x):
+    x = x.detach().clone().requires_grad_()
+    refined, domain = model(x)
+    weight = torch.linspace(-1, 2, refined.numel(), dtype=refined.dtype, device=refined.device)
+    loss = (refined * weight.view(refined.shape)).sum() + domain.square().sum()
+    return [refined.detach(), *torch.autograd.grad(loss, [x, *model.parameters()])]
+
+
+def assert_same(actual, expected, rtol=2e-4):
+    for a, e in zip(actual, expected, strict=True):
+        assert (a - e).norm() <= rtol * e.norm() + 1e-6
+
+
+# -- compilers and exporters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend_name", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compile_without_a_break_and_with_dynamic_shapes(backend_name):
+    model, original = pair()
+    fast, counter = compiled(model, backend_name, dynamic=True)
+
+    def call(x):
+        return fast(x)
+
+    call.parameters = model.parameters
+    for shape in ((2, 1, 9, 8), (3, 1, 12, 7)):
+        x = torch.randn(shape)
+        assert_same(gradients(call, x), gradients(original, x))
+    assert counter.frame_count == 1
+
+
+@native
+def test_a_compiled_model_sees_a_later_hook():
+    torch._dynamo.reset()
+    model, _ = pair()
+    fast = torch.compile(model, backend="eager")
+    x = torch.randn(2, 1, 9, 8)
+    before = fast(x)[0]
+    model.blocks[0].conv1.register_forward_hook(lambda module, inputs, output: output + 1)
+    after = fast(x)[0]
+    torch.testing.assert_close(after, model(x)[0])
+    assert not torch.allclose(after, before)
+
+
+@native
+def test_aotinductor_packages_load_and_run(tmp_path):
+    """The package calls fastda's operators, in this process, where they are registered."""
+    model, original = pair(channels=4, blocks=1)
+    x = torch.randn(2, 1, 8, 6)
+    with torch.no_grad():
+        program = torch.export.export(model.eval(), (x,), dynamic_shapes={"x": {0: torch.export.Dim("n")}})
+        assert "fastda" in str(program.graph)
+        options = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "refiner.pt2"), inductor_configs=options
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        for n in (2, 5):
+            x = torch.randn(n, 1, 8, 6)
+            for got, expected in zip(loaded(x), original(x), strict=True):
+                torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx_has_standard_operators_alone(tmp_path):
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript, which torch exports with, is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    model, original = pair()
+    path = str(tmp_path / "refiner.onnx")
+    x = torch.randn(2, 1, 9, 8)
+    shapes = {"x": {0: torch.export.Dim("n"), 2: torch.export.Dim("h"), 3: torch.export.Dim("w")}}
+    torch.onnx.export(model.eval(), (x,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    graph = onnx.load(path).graph
+    assert {node.domain for node in graph.node} <= {"", "ai.onnx"}
+    assert "Conv" in {node.op_type for node in graph.node}
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for shape in ((2, 1, 9, 8), (1, 1, 35, 55)):
+        x = torch.randn(shape)
+        got = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        for a, e in zip(got, original(x), strict=True):
+            torch.testing.assert_close(torch.from_numpy(a), e.detach(), rtol=1e-4, atol=1e-5)
+    assert backend.select(x) != "reference" or backend.native is None or backend._forced
+
+
+# -- precision, memory, determinism --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_gradscaler(dtype):
+    """As close to float32 as the original under the same autocast."""
+    model, original = pair()
+    exact = copy.deepcopy(original)
+    criterion = GANLoss("lsgan")
+    x = torch.rand(4, 1, 12, 10)
+
+    def step(model, enabled):
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**8)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            refined, domain = model(x)
+            loss = criterion(refined, True) + domain.float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        grads = [p.grad.clone() for p in model.parameters()]
+        scaler.step(optimizer)
+        scaler.update()
+        assert not enabled or refined.dtype == dtype
+        return grads, [p.detach().clone() for p in model.parameters()]
+
+    right, _ = step(exact, False)
+    (got, after), (theirs, _) = step(model, True), step(original, True)
+
+    def error(grads):
+        return sum((a - e).norm() ** 2 for a, e in zip(grads, right, strict=True)).sqrt()
+
+    assert error(got) <= 2 * error(theirs) + 1e-6
+    assert all(a.isfinite().all() for a in after)
+
+
+def test_activation_checkpointing():
+    model, _ = pair()
+    x = torch.randn(2, 1, 9, 8)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            h = checkpoint(self.inner.first, x, use_reentrant=False)
+            for block in self.inner.blocks:
+                h = checkpoint(block, h, use_reentrant=False)
+            return self.inner.last(h), self.inner.domain(h.mean((2, 3)))
+
+    for a, e in zip(gradients(Checkpointed(), x), gradients(model, x), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_channels_last_from_end_to_end():
+    model, original = pair()
+    model = model.to(memory_format=torch.channels_last)
+    layouts = []
+    for module in (model.first, *model.blocks, model.last):
+        module.register_forward_hook(
+            lambda m, i, out: layouts.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
+    x = torch.randn(2, 1, 9, 8).to(memory_format=torch.channels_last)
+    assert_same(gradients(model, x), gradients(original, x))
+    assert layouts == [True] * 4
+
+
+def test_deterministic_algorithms_are_all_there_are():
+    model, original = pair()
+    x = torch.randn(2, 1, 9, 8)
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    try:
+        first = gradients(model, x)
+        assert all(map(torch.equal, first, gradients(model, x)))
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    assert_same(first, gradients(original, x))
+
+
+# -- functional calls, copies, checkpoints -------------------------------------------------------------------
+
+
+def test_torch_func_over_parameters_and_samples():
+    model, original = pair()
+    model, original = model.double(), original.double()
+    parameters = {n: p.detach() for n, p in model.named_parameters()}
+    x = torch.randn(3, 1, 6, 5, dtype=torch.float64)
+
+    def loss(module):
+        def call(parameters, sample):
+            refined, domain = torch.func.functional_call(module, parameters, (sample[None],))
+            return refined.square().sum() + domain.square().sum()
+
+        return call
+
+    def per_sample(module):
+        return torch.func.vmap(torch.func.grad(loss(module)), in_dims=(None, 0))(parameters, x)
+
+    def one_by_one():
+        for sample in x:
+            grads = torch.autograd.grad(
+                loss(original)(dict(original.named_parameters()), sample), list(original.parameters())
+            )
+            yield dict(zip(parameters, grads, strict=True))
+
+    got = per_sample(model)
+    for i, expected in enumerate(one_by_one()):
+        for name, value in expected.items():
+            torch.testing.assert_close(got[name][i], value)
+
+
+def test_checkpoints_go_both_ways_with_weights_only(tmp_path):
+    model, original = pair()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p))
+    optimizer = torch.optim.Adam(model.parameters())
+    gradients(model, torch.randn(1, 1, 6, 5))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "c.pt")
+    state = torch.load(tmp_path / "c.pt", weights_only=True)
+    original.load_state_dict(state["model"])
+    x = torch.randn(2, 1, 9, 8)
+    assert_same(gradients(model, x), gradients(original, x))
+    fresh, _ = pair()
+    fresh.load_state_dict(original.state_dict())
+    assert all(map(torch.equal, gradients(fresh, x), gradients(model, x)))
+
+
+def test_a_whole_model_saved_by_torch_save(tmp_path):
+    model, _ = pair()
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(2, 1, 9, 8)
+    assert all(map(torch.equal, gradients(again, x), gradients(model, x)))
+    assert [type(m) for m in again.modules()] == [type(m) for m in model.modules()]
+
+
+# -- several processes ---------------------------------------------------------------------------------------
+
+PARALLEL = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, sys.argv[4])
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from test_ecosystem import pair
+kind, rank = sys.argv[1], int(sys.argv[2])
+torch.use_deterministic_algorithms(False)
+torch.manual_seed(0)
+dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=2)
+model, alone = pair()
+if kind == "ddp":
+    model = DistributedDataParallel(model)
+else:
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+data = torch.randn(4, 1, 9, 8)
+for net, x in ((alone, data), (model, data[rank::2])):
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        refined, domain = net(x)
+        (refined.square().mean() + domain.square().mean()).backward()
+        optimizer.step()
+for (name, p), q in zip(alone.named_parameters(), model.parameters(), strict=True):
+    q = q.full_tensor() if kind == "fsdp" else q
+    torch.testing.assert_close(q, p, rtol=1e-4, atol=1e-6, msg=lambda m: name + ": " + m)
+names = {type(m).__name__ for m in model.modules()}
+assert any("OptimizedBlock" in name for name in names), names
+print("same parameters")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes_train_as_one(kind, tmp_path):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", PARALLEL, kind]
+    ends = [str(tmp_path / "store"), str(ROOT / "tests")]
+    running = [
+        subprocess.Popen([*command, str(rank), *ends], env=env, stdout=-1, stderr=-2, text=True)
+        for rank in range(2)
+    ]
+    for process in running:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out
+        assert "same parameters" in out
