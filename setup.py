@@ -92,6 +92,10 @@ class NinjaBuild(build_ext):
         if ext.py_limited_api:
             flags += [f"-DPy_LIMITED_API={PYTHON_FLOOR}", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
             flags += ["-DTORCH_STABLE_ONLY"]
+            if sys.platform == "linux":
+                # What the standard library instantiates here is no other library's business.
+                (work / "exports").write_text("{ global: PyInit__C; local: *; };\n")
+                link += [f"-Wl,--version-script={work / 'exports'}"]
         else:
             flags += [f"-DTORCH_EXTENSION_NAME={ext.name.split('.')[-1]}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
             link += ["-ltorch_python", "-lc10"]

@@ -102,6 +102,18 @@ def test_the_extension_uses_nothing_of_torch_but_its_stable_interface(wheel, tmp
 
 
 @native
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+@pytest.mark.usefixtures("wheel")  # its build leaves the objects
+def test_kernels_of_one_instruction_set_define_nothing_that_another_file_could_take():
+    folder = ROOT / "build" / f"ninja-fastda._C-{sys.implementation.cache_tag}"
+    objects = list(folder.glob("*.inl.*.o"))
+    assert objects
+    for path in objects:
+        shared = [line for line in run(["nm", path], "/").splitlines() if re.search(r" [WVu] ", line)]
+        assert not shared, (path.name, shared)
+
+
+@native
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
 def test_the_extension_links_no_versioned_library_and_carries_no_path(wheel, tmp_path):
     library = zipfile.ZipFile(wheel).extract("fastda/_C.abi3.so", tmp_path)
@@ -136,7 +148,11 @@ def test_without_a_compiler_the_wheel_builds_says_so_and_serves_the_reference(tm
     (path,) = tmp_path.glob("*.whl")
     assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
     zipfile.ZipFile(path).extractall(tmp_path / "site")
-    code = "import fastda; print(fastda.info()['devices']['cpu']['serving'])"
+    # An editable install of this checkout would find the extension that the wheel lacks.
+    code = (
+        "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in f.__module__]; "
+        "import fastda; print(fastda.info()['devices']['cpu']['serving'])"
+    )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "FASTDA_BACKEND": "", "PYTHONWARNINGS": "default"}
     out = run([sys.executable, "-c", code], tmp_path, **environment)
     assert out.split()[-1] == "reference"
