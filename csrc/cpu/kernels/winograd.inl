@@ -35,6 +35,9 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t padded(int64_t channels) { return round_up(channels, VL); }
+// Distance of the C x K matrices of two interpolation points: not a power of two, for the lines of all 36
+// would fall into one set of the first-level cache.
+int64_t matrix_floats(int64_t C, int64_t K) { return C * padded(K) + 16; }
 
 struct Grid {
   int64_t height, width, rows, cols, tiles, groups;
@@ -428,7 +431,7 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
   const int64_t vectors = ceil_div(K, VL);
   const int64_t share = ceil_div(prefetch.segments, 36 * groups * ceil_div(vectors, NV));
   for (int t = 0; t < 36; ++t) {
-    const float* u = weights + t * C * vectors * VL;
+    const float* u = weights + t * matrix_floats(C, K);
     each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
       const float* panel = u + first * VL * C;
       for (int64_t g = 0; g < groups; ++g) {
@@ -586,11 +589,7 @@ int64_t cache_floats() {
 // fifth of the second-level cache. The weights take more than a quarter, and the tensors stream through the
 // rest.
 int64_t block_groups(int64_t group_floats) {
-  return max(6, min(21, cache_floats() * 22 / 100 / group_floats));
-}
-
-int64_t weights_size(int64_t channels_in, int64_t channels_out) {
-  return 36 * channels_in * padded(channels_out);
+  return max(4, min(21, cache_floats() * 22 / 100 / group_floats));
 }
 
 // Few channels leave the transforms alone at work, and a map of less than a tile is mostly padding.
@@ -629,12 +628,12 @@ struct Blocks {
   int64_t begin(int64_t block) const { return min(grid.groups * block / count * TILES, grid.tiles); }
 };
 
-int64_t prepared_bytes(const ConvArgs& p) { return 4 * weights_size(p.in_channels, p.out_channels); }
+int64_t prepared_bytes(const ConvArgs& p) { return 4 * 36 * matrix_floats(p.in_channels, p.out_channels); }
 
 template <typename T>
 void transform_filter(const ConvArgs& p, const View& filter, float* prepared) {
   const int64_t inputs = p.in_channels, outputs = p.out_channels, vectors = ceil_div(outputs, VL);
-  const int64_t size = inputs * vectors * VL;
+  const int64_t size = matrix_floats(inputs, outputs);
   for (int64_t v = 0; v < vectors; ++v) {
     int64_t offset, stride;
     panel_of(v, vectors, inputs, offset, stride);
@@ -747,7 +746,7 @@ void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, floa
   const int64_t share = ceil_div(prefetch.segments, 36 * ceil_div(C, 6) * ceil_div(vectors, NV));
   for (int t = 0; t < 36; ++t) {
     each_panel(vectors, [&]<int N>(Width<N>, int64_t vector) {
-      float* u = partial + t * C * vectors * VL + vector * VL * C;
+      float* u = partial + t * matrix_floats(C, K) + vector * VL * C;
       const float *vt = v.data + t * v.slot, *zt = z.data + t * z.slot + vector * VL;
       const auto rows = [&]<int R>(Width<R>, int64_t c) {
         accumulate<R, N>(vt + c, v, zt, z, groups, c / 6 % N * VL / 16, u + c * N * VL, first);
@@ -772,7 +771,7 @@ int64_t chunks(const FilterGradArgs& p) {
 }
 // The bias' sums are doubles, behind the filter's.
 int64_t sum_floats(const FilterGradArgs& p) {
-  return weights_size(p.in_channels, p.out_channels) + 2 * padded(p.out_channels);
+  return 36 * matrix_floats(p.in_channels, p.out_channels) + 2 * padded(p.out_channels);
 }
 int64_t sum_bytes(const FilterGradArgs& p) { return 4 * sum_floats(p); }
 
@@ -793,7 +792,7 @@ void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* wo
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   const Workspace v(reinterpret_cast<float*>(&scratch + 1), padded(p.in_channels), 36);
   const Workspace z(v.data + step * v.group, padded(p.out_channels), 36);
-  double* sums = reinterpret_cast<double*>(partial + weights_size(p.in_channels, p.out_channels));
+  double* sums = reinterpret_cast<double*>(partial + 36 * matrix_floats(p.in_channels, p.out_channels));
   for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
   const Source input{p.x, {}, p.channels_last, p.in_channels};
   const Source grad{p.grad, p.grad_gate, p.channels_last, p.out_channels};
@@ -821,13 +820,13 @@ void filter_grad(const FilterGradArgs& p, int64_t chunk, void* sums, void* scrat
 
 template <typename T>
 bool combine_chunks(const FilterGradArgs& p, const float* partials, const View& d_filter, T* d_bias) {
-  const int64_t C = p.in_channels, K = p.out_channels, vectors = ceil_div(K, VL), size = C * vectors * VL;
+  const int64_t C = p.in_channels, K = p.out_channels, vectors = ceil_div(K, VL), size = matrix_floats(C, K);
   const int64_t distance = sum_floats(p), count = chunks(p);
   if (d_bias) {
     for (int64_t k = 0; k < K; ++k) {
       double sum = 0;
       for (int64_t i = 0; i < count; ++i)
-        sum += reinterpret_cast<const double*>(partials + i * distance + weights_size(C, K))[k];
+        sum += reinterpret_cast<const double*>(partials + i * distance + 36 * size)[k];
       store(d_bias + k, float(sum));
     }
   }
