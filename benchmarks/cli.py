@@ -1,15 +1,25 @@
-"""`python -m benchmarks`: `fastda bench` with every peer that is installed, and reports."""
+"""Benchmarks of fastda against every peer that is installed, against other revisions, and over sizes.
+
+Measures, prints a table per family, and writes OUT/bench.json and OUT/report.html. An interrupted run goes on
+where it stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from benchmarks import base, growth, report
+from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS
 from fastda import bench, cli
+from fastda.workloads import WORKLOADS, Case
 
 # What holds torch, and the engines that have such a setting, to an instruction set.
 ISAS = {
@@ -18,26 +28,95 @@ ISAS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    cli.add_bench_arguments(parser, [*bench.PROVIDERS, *PEERS])
-    parser.add_argument("--isa", choices=ISAS, help="hold fastda and its peers to an instruction set")
-    parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("out/bench"), help="default: out/bench"
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--json", metavar="FILE", help="write all results as JSON; - for standard output")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
-    args = parser.parse_args(argv)
+    cli.add_bench_arguments(p, [*bench.PROVIDERS, *PEERS])
+    p.add_argument("--isa", choices=ISAS, help="hold fastda and its peers to an instruction set; in OUT/ISA")
+    p.add_argument("--base", metavar="REV", help="compare with another revision instead; into OUT/base-REV")
+    p.add_argument("--growth", action="store_true", help="how times grow with sizes instead; OUT/growth.json")
+    p.add_argument("--render", action="store_true", help="measure nothing: the page and README's table")
+    p.add_argument("--out", metavar="DIR", type=Path, default=Path("out/bench"), help="default: out/bench")
+    p.add_argument("--json", metavar="FILE", help="write this run as JSON; - for standard output")
+    p.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     args.command = "bench"
+    out = args.out
     if args.isa:
         wanted = ISAS[args.isa]
         if any(os.environ.get(name) != value for name, value in wanted.items()):
             # They are read when the libraries load, which has happened.
             os.environ.update(wanted)
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *(argv or sys.argv[1:])])
-        args.out = args.out / args.isa
+        args.out = out / args.isa
     try:
-        return cli.run_bench(args, PEERS)
-    except cli.UsageError as error:
+        if args.render:
+            return _render(out, readme=True)
+        if args.growth:
+            return _growth(args, out)
+        if args.base:
+            return _base(args, out)
+        providers = [name for name in ("eager", "compile") if not args.peers or name in args.peers]
+        also = functools.partial(_memory, providers=["fastda", *providers], quick=args.quick)
+        status = cli.run_bench(args, PEERS, functools.partial(bench.run, also=also))
+        return status or _render(out)
+    except (cli.UsageError, base.BaseError) as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
+
+
+def _memory(case: Case, row: dict[str, Any], providers: list[str], quick: bool) -> dict[str, Any]:
+    """For convolutions in training; below 32 MB of tensors the resident set tells of the allocator."""
+    family = next(w.family for w in WORKLOADS if w.name == case.workload)
+    if quick or family != "refiner" or (case.mode, case.threads) != ("backward", 1) or row["bytes"] < 32e6:
+        return {}
+    return {"memory": peak_memory(case, providers)}
+
+
+def _base(args: argparse.Namespace, out: Path) -> int:
+    args.out = args.out / f"base-{args.base.replace('/', '_')}"
+
+    def run(todo: list[Case], providers: Any, folder: Path, **settings: Any) -> Any:
+        return base.run(todo, args.base, out / "trees", **settings)
+
+    return cli.run_bench(args, {}, run)
+
+
+def _growth(args: argparse.Namespace, out: Path) -> int:
+    rows = []
+    for row in growth.run(args.names, args.seed):
+        e = row["exponents"]
+        finding = "  <- grows faster than it should" if row["finding"] else ""
+        print(
+            f"{row['workload']:<40} time ~ {row['axis']}^{e['fastda']:.2f} (eager {e['eager']:.2f}){finding}",
+            flush=True,
+        )
+        rows.append(row)
+    if not rows:
+        raise cli.UsageError(
+            f"NAME must be one of {', '.join(dict.fromkeys(s.workload for s in growth.SWEEPS))}"
+        )
+    cli.write_file(out / "growth.json", json.dumps(rows, indent=1) + "\n")
+    return _render(out) if (out / "bench.json").exists() else 0
+
+
+def _render(out: Path, readme: bool = False) -> int:
+    if not (out / "bench.json").exists():
+        raise cli.UsageError(f"there are no results in {out}; run python -m benchmarks --out {out} first")
+    try:
+        print(report.page(out))
+    except ImportError as error:
+        print(f"benchmarks: no page: {error} (pip install matplotlib jinja2)", file=sys.stderr)
+    if readme:
+        try:
+            report.readme(out)
+        except ValueError as error:
+            raise cli.UsageError(str(error)) from None
+    return 0

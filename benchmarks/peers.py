@@ -164,52 +164,45 @@ def _published(task: Task) -> Contenders:
     """Gradient-reversal layers people install."""
     if task.workload.family != "grad_reverse" or task.case.mode != "backward":
         return
-    linear = task.workload.op == "grad_reverse_linear"
-    missing = []
-    for label, make in (
-        ("pytorch-revgrad", _revgrad),
-        ("pytorch-adapt", _pytorch_adapt),
-        ("tllib's layer", lambda scale: _TllibReversal.apply),
-    ):
-        try:
-            layer = make(task.workload.options["scale"])
-        except ImportError as error:
-            missing.append(f"{label}: {error}")
-            continue
-        yield label, task.call(_in_place_of_operator(layer, linear))
-    if missing:
-        raise ImportError("; ".join(missing))
-
-
-def _in_place_of_operator(layer: Callable[..., Tensor], linear: bool) -> Callable[..., Tensor]:
-    if not linear:
-        return lambda x, scale: layer(x)
-    return lambda x, weight, bias, scale: F.linear(layer(x), weight, bias)
-
-
-def _revgrad(scale: float) -> Callable[..., Tensor]:
+    scale = task.workload.options["scale"]
+    weight = torch.tensor([scale])
+    yield "tllib's layer", _with_layer(task, lambda x: _TllibReversal.apply(x, scale))
+    yield "pytorch-adapt's layer", _with_layer(task, lambda x: _AdaptReversal.apply(x, weight))
     from pytorch_revgrad import RevGrad
 
-    return RevGrad(alpha=scale)
+    yield "pytorch-revgrad", _with_layer(task, RevGrad(alpha=scale))
 
 
-def _pytorch_adapt(scale: float) -> Callable[..., Tensor]:
-    from pytorch_adapt.layers.gradient_reversal import GradientReversal
-
-    return GradientReversal(weight=scale)
+def _with_layer(task: Task, layer: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+    if task.workload.op == "grad_reverse":
+        return task.call(lambda x, scale: layer(x))
+    return task.call(lambda x, weight, bias, scale: F.linear(layer(x), weight, bias))
 
 
 class _TllibReversal(torch.autograd.Function):
     """As in tllib (Transfer Learning Library), which no package index has: a copy forward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, coefficient: float = 0.7) -> Tensor:
+    def forward(ctx: Any, x: Tensor, coefficient: float) -> Tensor:
         ctx.coefficient = coefficient
         return x * 1.0
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.neg() * ctx.coefficient, None
+
+
+class _AdaptReversal(torch.autograd.Function):
+    """As in pytorch-adapt 0.0.83, which does not import beside a current setuptools."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return -ctx.weight * grad, None
 
 
 PEERS: dict[str, Provider] = {

@@ -471,12 +471,16 @@ def fingerprint() -> str:
 
 
 def run(
-    todo: Sequence[Case], providers: Mapping[str, Provider], folder: Path | None = None, **settings: Any
+    todo: Sequence[Case],
+    providers: Mapping[str, Provider],
+    folder: Path | None = None,
+    also: Callable[[Case, dict[str, Any]], dict[str, Any]] = lambda case, row: {},
+    **settings: Any,
 ) -> Iterator[dict[str, Any]]:
     """Measure the cases in turn.
 
     With `folder`, each result is kept there, and a run that was interrupted goes on where it stopped, unless
-    the build, the contenders or the settings are others.
+    the build, the contenders or the settings are others. `also` says what further goes into a row.
     """
     same = {"fingerprint": fingerprint(), "providers": list(providers), "settings": settings}
     for case in todo:
@@ -486,7 +490,8 @@ def run(
             if kept["same"] == same:
                 yield kept
                 continue
-        row = measure(case, providers, **settings) | {"same": same}
+        row = measure(case, providers, **settings)
+        row |= {**also(case, row), "same": same}
         if path:
             write_file(path, json.dumps(row, indent=1) + "\n")
         yield row

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -247,8 +247,15 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
     return [tuple(int(size) for size in word.replace("×", "x").split("x")) for word in _words(text)]
 
 
-def run_bench(args: argparse.Namespace, peers: Mapping[str, Any] | None = None) -> int:
-    """Measure what the arguments say and print a table per family; `peers`: providers beyond torch's own."""
+def run_bench(
+    args: argparse.Namespace,
+    peers: Mapping[str, Any] | None = None,
+    run: Callable[..., Iterable[dict[str, Any]]] | None = None,
+) -> int:
+    """Measure what the arguments say and print a table per family.
+
+    `peers`: providers beyond torch's own; `run`: what measures, in place of `fastda.bench.run`.
+    """
     from fastda import bench, workloads
 
     providers = {**bench.PROVIDERS, **(peers or {})}
@@ -279,7 +286,7 @@ def run_bench(args: argparse.Namespace, peers: Mapping[str, Any] | None = None) 
         raise UsageError(str(error)) from None
     chosen = {name: providers[name] for name in ("fastda", *wanted) if name in providers}
     stamp = bench.machine({case.threads for case in todo})
-    results = bench.run(
+    results = (run or bench.run)(
         todo,
         chosen,
         args.out / "cases" if args.out else None,

@@ -1,0 +1,5 @@
+FAMILY = "grad_reverse"
+
+
+def test_time(benchmark, quickest):
+    benchmark(quickest)

@@ -1,0 +1,5 @@
+FAMILY = "patch_loss"
+
+
+def test_time(benchmark, quickest):
+    benchmark(quickest)

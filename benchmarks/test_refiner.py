@@ -1,0 +1,5 @@
+FAMILY = "refiner"
+
+
+def test_time(benchmark, quickest):
+    benchmark(quickest)
