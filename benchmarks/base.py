@@ -85,11 +85,10 @@ class Worker:
         self.process.wait()
 
 
-def run(todo: Sequence[Any], revision: str, folder: Path, **settings: Any) -> Iterator[dict[str, Any]]:
-    """As `fastda.bench.run`, of `fastda` and of `base`."""
+def run(todo: Sequence[Any], name: str, tree: Path, **settings: Any) -> Iterator[dict[str, Any]]:
+    """As `fastda.bench.run`, of `fastda` and of `base`: the revision `name` that `checkout` put in `tree`."""
     from fastda import bench
 
-    name, tree = checkout(revision, folder)
     device, seed = settings.pop("device"), settings["seed"]
     workers = {"fastda": Worker(ROOT), f"base {name}": Worker(tree)}
     try:

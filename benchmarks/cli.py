@@ -81,10 +81,11 @@ def _memory(case: Case, row: dict[str, Any], providers: list[str], quick: bool) 
 
 
 def _base(args: argparse.Namespace, out: Path) -> int:
-    args.out = args.out / f"base-{args.base.replace('/', '_')}"
+    name, tree = base.checkout(args.base, out / "trees")
+    args.out = args.out / f"base-{name}"
 
     def run(todo: list[Case], providers: Any, folder: Path, **settings: Any) -> Any:
-        return base.run(todo, args.base, out / "trees", **settings)
+        return base.run(todo, name, tree, **settings)
 
     return cli.run_bench(args, {}, run)
 

@@ -336,7 +336,7 @@ def result(task: Task, contenders: Mapping[str, Sampler], **settings: Any) -> di
     start = time.perf_counter(), time.process_time()
     samples = interleave(contenders, **settings)
     wall, cpu = time.perf_counter() - start[0], time.process_time() - start[1]
-    ours, floor = samples["fastda"], samples.get(FLOOR)
+    ours, floor = samples["fastda"], samples.get(FLOOR) if task.workload.added else None
     rows: dict[str, dict[str, Any]] = {}
     for name, t in samples.items():
         rows[name] = {"median": median(t), "minimum": min(t), "spread": spread(t)}

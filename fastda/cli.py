@@ -92,7 +92,7 @@ def _rich() -> tuple[Any, Any]:
         ) from None
     console = rich.console.Console(stderr=True)
     if not console.is_terminal:
-        console.width = 160  # a log has no edge to wrap at
+        console.width = 200  # a log has no edge to wrap at
     return console, rich
 
 
@@ -321,7 +321,7 @@ def _print_bench(
         for name in ("operator", "sizes", "mode", "best peer [95 % interval]"):
             table.add_column(name, no_wrap=True)
         for name in ("threads", "fastda ms", "GFLOP/s", "% of peak", "GB/s", *map(_short, others)):
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", min_width=6, overflow="fold")
         for row in members:
             case, ours = row["case"], row["contenders"]["fastda"]
             peak = stamp["peaks"].get(str(case["threads"]))
@@ -383,9 +383,7 @@ def _best(row: dict[str, Any], what: str) -> str:
     if row["best"] is None:
         return ""
     r = row["contenders"][row["best"]][what]
-    return (
-        f"{_cell(row, row['best'], what)} [dim]\\[{r['low']:.2f}–{r['high']:.2f}][/dim] {_short(row['best'])}"
-    )
+    return f"{_cell(row, row['best'], what)} [dim]\\[{_number(r['low'])}–{_number(r['high'])}][/dim] {_short(row['best'])}"
 
 
 def _setting(info: dict[str, Any]) -> str:

@@ -41,8 +41,9 @@ class Workload:
     grads: Sequence[str] | None = None
     # What stands around the operator, for all contenders alike.
     around: Callable[[Formula], Formula] = lambda function: function
-    # The same work without the operator: what contenders add to it is compared as well.
+    # The same work without the operator; `added`: what contenders add to it is compared as well.
     floor: Formula | None = None
+    added: bool = False
     # Floating-point operations of the forward pass as its definition counts them.
     flops: Callable[..., float] | None = None
     # For what is no operator: the shapes of its tensors, and what makes the call of `fastda` from them.
@@ -201,6 +202,7 @@ WORKLOADS = (
         {"eager": _reverse},
         around=lambda reverse: lambda x, scale: 2 * reverse(x, scale),
         floor=lambda x, scale: x,
+        added=True,
     ),
     Workload(
         "grad_reverse",

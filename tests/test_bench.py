@@ -1,0 +1,252 @@
+import functools
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import base, cli, growth, report
+from benchmarks.peers import PEERS
+from fastda import bench, workloads
+from fastda.workloads import Case
+
+pytestmark = pytest.mark.isa_independent
+SMALL = Case("refiner_block", (1, 4, 3, 5, 7))
+
+
+def spin(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def timed(call):
+    return bench.timed(call, time.process_time)
+
+
+def test_identical_contenders_have_ratio_one_inside_the_interval():
+    # A 95 % interval misses one time in twenty; all of three miss one time in 8000.
+    x = torch.randn(200, 200)
+    call = functools.partial(torch.mm, x, x)
+    for seed in range(3):
+        samples = bench.interleave({"a": timed(call), "b": timed(call)}, rounds=20, seed=seed)
+        r = bench.compare(samples["a"], samples["b"])
+        assert r.low <= r.ratio <= r.high
+        if r.low <= 1 <= r.high:
+            return
+    raise AssertionError(f"1 is outside of {r}")
+
+
+def test_a_contender_twice_as_slow_has_ratio_two():
+    slow, quick = (timed(functools.partial(spin, t)) for t in (0.004, 0.002))
+    samples = bench.interleave({"slow": slow, "quick": quick}, rounds=10, min_sample=0.0)
+    r = bench.compare(samples["slow"], samples["quick"])
+    assert 1.8 < r.low <= r.ratio <= r.high < 2.2
+
+
+def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(200):
+        a, b = (1 + 0.1 * torch.randn(2, 25, generator=generator, dtype=torch.float64)).tolist()
+        r = bench.compare([3 * t for t in a], b)
+        covered += r.low <= 3 <= r.high
+    assert 0.9 <= covered / 200 <= 1
+
+
+def test_what_is_added_is_compared_above_the_floor():
+    floor = [1.0, 1.1, 1.2]
+    ours, peer = [t + 0.1 for t in floor], [t + 0.4 for t in floor]
+    assert bench.compare(peer, ours, floor).ratio == pytest.approx(4)
+    assert bench.compare(peer, floor, floor).ratio == 1000  # nothing is added that can be measured
+
+
+def test_rounds_take_every_contender_in_a_shuffled_order():
+    calls = []
+    samplers = {n: lambda count, n=n: calls.append(n) or 0.01 for n in "abc"}
+    samples = bench.interleave(samplers, rounds=30, min_sample=0.005)
+    rounds = [tuple(calls[i : i + 3]) for i in range(6, len(calls), 3)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert len(set(rounds)) > 3
+    assert {n: len(s) for n, s in samples.items()} == {"a": 30, "b": 30, "c": 30}
+
+
+@pytest.mark.parametrize("workload", workloads.WORKLOADS, ids=lambda w: w.name)
+def test_every_way_to_write_a_workload_computes_what_fastda_does(workload):
+    # Far smaller than what is timed, in the same proportions.
+    sizes = [min(s, 5) for s in workload.sizes[0]]
+    if workload.op == "refiner_block":
+        sizes[2] = 3
+    task = bench.Task(Case(workload.name, tuple(sizes)))
+    grads, values = {}, {}
+    for label, call in [*bench._fastda(task), *bench._eager(task)]:
+        if label != bench.FLOOR:
+            grads[label] = call()
+    for label, function in workload.formulas.items():
+        values[label] = workload.around(function)(**task.arguments())
+    ours = grads.pop("fastda")
+    for label, theirs in grads.items():
+        for name, a, b in zip(task.grads, ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4, msg=f"{label}: {name}")
+    for label, value in values.items():
+        torch.testing.assert_close(value, values["eager"], rtol=1e-4, atol=1e-5, msg=label)
+
+
+def test_a_training_call_prepares_its_weights_anew():
+    task = bench.Task(SMALL)
+    arguments = task.arguments()
+    seen = []
+
+    def forward():
+        seen.append(arguments["weight1"]._version)
+        return workloads._block(**arguments)
+
+    call = task.bound(forward, arguments)
+    call(), call()
+    assert seen[1] < seen[2]
+
+
+def test_cases_follow_what_is_asked_for():
+    found = workloads.cases(["refiner_block"], shapes=[(1, 8, 3, 4, 4)], dtypes=["bfloat16"], threads=[1, 2])
+    assert [(c.sizes, c.dtype, c.threads, c.mode) for c in found] == [
+        ((1, 8, 3, 4, 4), "bfloat16", t, mode) for t in (1, 2) for mode in ("forward", "backward")
+    ]
+    ids = [case.id for case in workloads.cases()]
+    assert len(set(ids)) == len(ids) > 40
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(case, providers, **settings):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return {"id": case.id}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    todo = [Case("grad_reverse", (n, 4)) for n in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        list(bench.run(todo, bench.PROVIDERS, tmp_path, rounds=3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{c.id}.json" for c in todo[:2])
+    measured.clear()
+    assert [row["id"] for row in bench.run(todo, bench.PROVIDERS, tmp_path, rounds=3)] == [c.id for c in todo]
+    assert measured == todo[2:]
+    measured.clear()
+    list(bench.run(todo[:1], bench.PROVIDERS, tmp_path, rounds=4))  # other settings: measured again
+    assert measured == todo[:1]
+    monkeypatch.setattr(bench, "fingerprint", lambda: "another build")
+    list(bench.run(todo[:1], bench.PROVIDERS, tmp_path, rounds=4))
+    assert measured == todo[:1] * 2
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measure", lambda case, providers, **settings: {"id": case.id})
+    monkeypatch.setattr("fastda.cli.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        list(bench.run([SMALL], bench.PROVIDERS, tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_peer_that_fails_is_a_note_and_fastda_failing_is_an_error():
+    def broken(task):
+        raise ImportError("no module named peer")
+        yield
+
+    providers = {"fastda": bench.PROVIDERS["fastda"], "peer": broken}
+    row = bench.measure(SMALL, providers, rounds=2, seconds=0)
+    assert row["absent"] == {"peer": "ImportError: no module named peer"}
+    with pytest.raises(ImportError):
+        bench.measure(SMALL, {"fastda": broken}, rounds=2)
+
+
+def test_the_machine_is_measured():
+    peaks = bench.machine([1])["peaks"]["1"]
+    assert peaks["gflops"] > 1
+    assert peaks["gbs"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("nothing",), "NAME must be one of grad_reverse"),
+        (("--peers", "mkl"), "--peers must be one of fastda, eager, compile, onnxruntime"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--base", "no-such-revision"), "no such revision"),
+        (("nothing", "--growth"), "NAME must be one of refiner_block"),
+        (("--render", "--out", "/nonexistent"), "there are no results in /nonexistent"),
+    ],
+)
+def test_bad_arguments_give_one_clear_line(capsys, argv, message):
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def row(workload="refiner_block", ratio=2.0, peer="eager", mode="backward"):
+    sizes = {"refiner_block": [3, 64, 3, 37, 53], "grad_reverse": [128, 768]}[workload]
+    case = {"workload": workload, "sizes": sizes, "dtype": "float32", "threads": 1, "mode": mode}
+    r = {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
+    one = {"ratio": 1, "low": 1, "high": 1}
+    ours = {"median": 0.01, "minimum": 0.01, "spread": 0, "ratio": one}
+    theirs = {**ours, "median": 0.01 * ratio, "ratio": r}
+    if workload == "grad_reverse":
+        ours |= {"added": 1e-5, "added_ratio": one}
+        theirs |= {"added": 1e-5 * ratio, "added_ratio": r}
+    return {
+        "id": workload, "case": {**case, "layout": "contiguous"},
+        "contenders": {"fastda": ours, peer: theirs},
+        "absent": {}, "warnings": {}, "flops": 1e9, "bytes": 1e7, "best": peer, "rounds": 20,
+    }  # fmt: skip
+
+
+MACHINE = {
+    "isa": "avx512", "held": {}, "processor": "a processor", "cores": 2, "system": "a system", "fastda": "0",
+    "torch": "2", "python": "3", "peaks": {"1": {"gflops": 100.0, "gbs": 20.0}}, "fingerprint": "f",
+}  # fmt: skip
+
+
+def test_losses_are_said_as_plainly_as_wins():
+    won, lost = row(ratio=2.0), row(ratio=0.5, peer="ncnn", mode="forward")
+    heads = report.headlines([won, lost])
+    assert [(h["faster"], h["slower"], h["class"]) for h in heads] == [(0, 1, "lost"), (1, 0, "win")]
+    text = report.markdown([{"machine": MACHINE, "rows": [won, lost]}])
+    assert "2.00× [1.90–2.10]" in text
+    assert "**0.50× [0.40–0.60]**" in text
+    assert "a processor" in text and "torch 2" in text
+
+
+def test_the_page_is_one_file_that_loads_nothing(tmp_path):
+    rows = [row(), row("grad_reverse", peer="pytorch-revgrad"), row(ratio=0.7, mode="forward")]
+    (tmp_path / "cases").mkdir()
+    for i, r in enumerate(rows):
+        r["same"] = {"fingerprint": "f" if i < 2 else "of an older build"}
+        (tmp_path / "cases" / f"{i}.json").write_text(json.dumps(r))
+    (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE}))
+    html = report.page(tmp_path).read_text()
+    assert "Refiner convolutions" in html and "Gradient reversal" in html
+    assert "0.70" not in html
+    for outside in ("http://", "https://", "<script", 'src="/'):
+        assert outside not in html.replace("http://www.w3.org", "")
+
+
+def test_the_readme_block_is_what_the_results_say():
+    text = (base.ROOT / "README.md").read_text()
+    assert report.filled(text, json.loads(report.RESULTS.read_text())) == text
+
+
+def test_exponents_are_slopes_on_log_axes():
+    points = [
+        {"value": v, "fastda": 1e-3 + 1e-6 * v**2, "eager": 5.0 * v} for v in (10**k for k in range(1, 7))
+    ]
+    assert growth.exponent(points, "fastda") == pytest.approx(2, abs=0.01)
+    assert growth.exponent(points, "eager") == pytest.approx(1)
+
+
+def test_published_layers_reverse_the_gradient():
+    task = bench.Task(Case("grad_reverse", (3, 4)))
+    for label, call in PEERS["published"](task):
+        (grad,) = call()
+        torch.testing.assert_close(grad, torch.full((3, 4), -2 * 0.7), msg=label)
