@@ -87,8 +87,10 @@ demo: build ## verify, a quick benchmark, and DANN trained on real digits with a
 	$(BIN)/fastda bench --quick --out $(OUT)/demo
 	$(BIN)/python -m examples.dann --preset demo --out $(OUT)/dann
 
-bench: build ## every operator against eager PyTorch, all shapes
-	$(BIN)/fastda bench --out $(OUT)/bench
+bench: build ## every operator against all that computes the same, and how its cost grows, as a report page
+	$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[peers]'
+	$(BIN)/python -m benchmarks --out $(OUT)/bench
+	$(BIN)/python -m benchmarks --out $(OUT)/bench --growth
 
 wheel: $(VENV)/.built ## one wheel for every torch from 2.11 and every Python from 3.10, in dist/
 	rm -f dist/*.whl

@@ -383,7 +383,8 @@ def _best(row: dict[str, Any], what: str) -> str:
     if row["best"] is None:
         return ""
     r = row["contenders"][row["best"]][what]
-    return f"{_cell(row, row['best'], what)} [dim]\\[{_number(r['low'])}–{_number(r['high'])}][/dim] {_short(row['best'])}"
+    interval = f"[dim]\\[{_number(r['low'])}–{_number(r['high'])}][/dim]"
+    return f"{_cell(row, row['best'], what)} {interval} {_short(row['best'])}"
 
 
 def _setting(info: dict[str, Any]) -> str:
