@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+
 
 def environment(folder: Path) -> Any:
     """The jinja2 environment for the templates in `folder`, which may extend `page.html.j2`; plots set up."""
@@ -31,7 +33,7 @@ def svg(figure: Any, wide: bool = True) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
+    figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True, metadata=NO_METADATA)
     plt.close(figure)
     text = buffer.getvalue()
     prefix = f"f{zlib.crc32(text.encode())}-"

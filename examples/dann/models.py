@@ -15,6 +15,10 @@ SOURCE, TARGET = 0, 1
 NORMALISATIONS = ("image", "domain", "none")
 
 
+class SettingsError(ValueError):
+    """Settings that cannot be, by themselves or for the data; the message names the setting."""
+
+
 class DomainBatchNorm(nn.Module):
     """Batch normalisation with statistics of each domain's own; scale and shift are shared (Li et al. 2016).
 
@@ -109,12 +113,12 @@ class DomainNet(nn.Module):
     ) -> None:
         super().__init__()
         if normalisation not in NORMALISATIONS:
-            raise ValueError(
+            raise SettingsError(
                 f"normalisation must be one of {', '.join(NORMALISATIONS)}, got {normalisation!r}"
             )
         side = ((size - 4) // 2 - 4) // 2
         if side < 1:
-            raise ValueError(
+            raise SettingsError(
                 f"images of {size}x{size} are too small for two 5x5 convolutions: 16x16 is the least"
             )
         width = 48 * side * side

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from examples.common.checkpoint import write_atomically
 from examples.common.page import environment, png, svg
 from examples.dann.data import Pair
 
@@ -205,6 +206,5 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
         confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
         names=NAMES, sda=[r for r in results if r["method"] == "sda"],
     )  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_atomically(path, page)
     return path

@@ -19,7 +19,7 @@ import fastda
 from examples.common import checkpoint
 from examples.common.checkpoint import CheckpointError
 from examples.dann.data import Images, Pair
-from examples.dann.models import SOURCE, TARGET, DomainNet
+from examples.dann.models import SOURCE, TARGET, DomainNet, SettingsError
 
 METHODS = ("source", "dann", "related", "target")
 
@@ -48,11 +48,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+            raise SettingsError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if self.batch < 2 or self.batch % 2:
-            raise ValueError(f"batch must be even (half source, half target), got {self.batch}")
+            raise SettingsError(f"batch must be even (half source, half target), got {self.batch}")
         if self.epochs < 1:
-            raise ValueError(f"epochs must be at least 1, got {self.epochs}")
+            raise SettingsError(f"epochs must be at least 1, got {self.epochs}")
 
     @property
     def adversarial(self) -> bool:
@@ -112,7 +112,9 @@ class Trainer:
         self.half = settings.batch // 2
         smaller = min(len(pair.source_train), len(pair.target_train))
         if smaller < self.half:
-            raise ValueError(f"batch: half of {settings.batch} exceeds a domain of {smaller} training images")
+            raise SettingsError(
+                f"batch: half of {settings.batch} exceeds a domain of {smaller} training images"
+            )
         self.steps_per_epoch = len(pair.source_train) // self.half
         self.total_steps = self.steps_per_epoch * settings.epochs
         torch.manual_seed(settings.seed)
@@ -132,6 +134,7 @@ class Trainer:
         self.step = 0
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Tensor] = {}
+        self.seconds = 0.0  # spent in training, over all interruptions
         self.stopped = False
 
     # -- one step
@@ -288,7 +291,7 @@ class Trainer:
         return {k: v.detach().contiguous().clone() for k, v in state.items()}
 
     def save(self, path: Path) -> None:
-        state = {"history": self.history, "step": self.step}
+        state = {"history": self.history, "step": self.step, "seconds": self.seconds}
         checkpoint.save(path, self.tensors(), asdict(self.settings), state)
 
     def load(self, path: Path) -> None:
@@ -308,7 +311,7 @@ class Trainer:
         for name, value in group("averaged.").items():
             self.averaged[name].copy_(value)
         self.best = group("best.")
-        self.history, self.step = state["history"], state["step"]
+        self.history, self.step, self.seconds = state["history"], state["step"], state["seconds"]
         if self.history:
             # Decides again what was decided after the last epoch.
             best = self.best
@@ -370,7 +373,7 @@ def train(
     trainer = Trainer(pair, settings)
     rank, world = rank_and_world()
     if trainer.half % world:
-        raise ValueError(f"batch: half of {settings.batch} does not divide among {world} processes")
+        raise SettingsError(f"batch: half of {settings.batch} does not divide among {world} processes")
     path = folder / "checkpoint.safetensors" if folder is not None else None
     if resume and path is not None and path.exists():
         trainer.load(path)
@@ -384,22 +387,18 @@ def train(
             desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
         )  # fmt: skip
     if tensorboard is not None and rank == 0:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise RuntimeError(
-                f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history))
-    start = time.perf_counter()
     while len(trainer.history) < settings.epochs and not trainer.stopped:
+        start = time.perf_counter()
         row = trainer.epoch(bar)
+        trainer.seconds += time.perf_counter() - start
         if writer is not None:
             for name, value in row.items():
                 writer.add_scalar(name, value, len(trainer.history))
         if path is not None and rank == 0:
             trainer.save(path)
-    seconds = time.perf_counter() - start
     for closing in (bar, writer):
         if closing is not None:
             closing.close()
@@ -409,4 +408,4 @@ def train(
     trainer.net.eval()
     predictions = predict(trainer.net, pair.target_test.x, trainer._target_domain()).argmax(1)
     accuracy = float((predictions == pair.target_test.y).float().mean())
-    return Result(settings, trainer.net, trainer.history, predictions, accuracy, seconds)
+    return Result(settings, trainer.net, trainer.history, predictions, accuracy, trainer.seconds)
