@@ -116,9 +116,10 @@ template <typename S>
 inline S sum_lanes(Vec<S> v) {
   S lane[lanes<S>];
   store_vec(lane, v);
-  S sum = 0;
-  for (int i = 0; i < lanes<S>; ++i) sum += lane[i];
-  return sum;
+#pragma GCC unroll 4
+  for (int half = lanes<S> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
 }
 template <typename S>
 inline IntVec<S> first_lanes(int n) {
@@ -285,75 +286,151 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
   return sums;
 }
 
+template <typename S, typename T>
+inline Vec<S> load_lanes(const T* p, int n) {
+  if constexpr (sizeof(T) == sizeof(S)) {
+    if (n >= lanes<S>) return load_vec(p);
+  }
+  return load_first<S>(p, n < lanes<S> ? n : lanes<S>);
+}
+template <typename S>
+inline void store_lanes(S* p, Vec<S> v, int n) {
+  if (n >= lanes<S>)
+    store_vec(p, v);
+  else
+    store_first<S>(p, v, n);
+}
+
+// A run of patches through the 1x1 convolution, x by channel: z[p] = bias + sum over c of w[c] x[c][p].
+template <typename S, typename T>
+void head_scores_planar(const PatchHead& h, const T* x, const S* w, int n, S* z) {
+  constexpr int L = lanes<S>, group = 8;
+  for (int i = 0; i < n; i += group * L) {
+    Vec<S> sum[group];
+    for (int v = 0; v < group; ++v) sum[v] = broadcast(S(h.bias));
+    const int left = n - i;
+    if (left >= group * L) {
+      for (int64_t c = 0; c < h.channels; ++c)
+#pragma GCC unroll 8
+        for (int v = 0; v < group; ++v) sum[v] += load_lanes<S>(x + c * h.channel + i + v * L, L) * w[c];
+    } else {
+      const int whole = left / L;
+      for (int64_t c = 0; c < h.channels; ++c) {
+        const T* row = x + c * h.channel + i;
+#pragma GCC unroll 8
+        for (int v = 0; v < group; ++v)
+          if (v < whole) sum[v] += load_lanes<S>(row + v * L, L) * w[c];
+        if (left % L) sum[group - 1] += load_lanes<S>(row + whole * L, left % L) * w[c];
+      }
+      if (whole < group - 1) sum[whole] = sum[group - 1];
+    }
+    for (int v = 0; v < group && v * L < left; ++v) store_vec(z + i + v * L, sum[v]);
+  }
+}
+// And back: grad[c][p] = slope[p] w[c], weights[c] += sum over p of slope[p] x[c][p]. slope is 0 past n.
+template <typename S, typename T>
+void head_gradients_planar(const PatchHead& h, const T* x, const S* w, int n, const S* slope, S* grad,
+                           double* weights) {
+  constexpr int L = lanes<S>;
+  for (int64_t c = 0; c < h.channels; ++c) {
+    const T* row = x + c * h.channel;
+    S* out = grad ? grad + c * h.grad_channel : nullptr;
+    Vec<S> sum{};
+    int i = 0;
+    for (; i + L <= n; i += L) {
+      const Vec<S> s = load_vec(slope + i);
+      if (weights) sum += s * load_lanes<S>(row + i, L);
+      if (out) store_vec(out + i, s * w[c]);
+    }
+    if (i < n) {
+      const Vec<S> s = load_vec(slope + i);
+      if (weights) sum += s * load_lanes<S>(row + i, n - i);
+      if (out) store_lanes<S>(out + i, s * w[c], n - i);
+    }
+    if (weights) weights[c] += double(sum_lanes<S>(sum));
+  }
+}
+
+// The same, x by patch.
+template <typename S, typename T>
+void head_scores_interleaved(const PatchHead& h, const T* x, const S* w, int n, S* z) {
+  constexpr int L = lanes<S>;
+  for (int i = 0; i < n; ++i) {
+    const T* row = x + i * h.patch;
+    Vec<S> sum{};
+    int64_t c = 0;
+    for (; c + L <= h.channels; c += L) sum += load_lanes<S>(row + c, L) * load_vec(w + c);
+    if (c < h.channels) {
+      const int left = int(h.channels - c);
+      sum += load_lanes<S>(row + c, left) * load_lanes<S>(w + c, left);
+    }
+    z[i] = S(h.bias) + sum_lanes<S>(sum);
+  }
+}
+template <typename S, typename T>
+void head_gradients_interleaved(const PatchHead& h, const T* x, const S* w, int n, const S* slope, S* grad,
+                                double* weights) {
+  constexpr int L = lanes<S>, group = 4;
+  for (int64_t c = 0; c < h.channels; c += group * L) {
+    Vec<S> sum[group] = {}, filter[group];
+    int count[group];
+    for (int v = 0; v < group; ++v) {
+      const int64_t left = h.channels - c - v * L;
+      count[v] = left <= 0 ? 0 : left < L ? int(left) : L;
+      filter[v] = count[v] ? load_lanes<S>(w + c + v * L, count[v]) : Vec<S>{};
+    }
+    for (int i = 0; i < n; ++i) {
+      const T* row = x + i * h.patch + c;
+#pragma GCC unroll 4
+      for (int v = 0; v < group; ++v) {
+        if (count[v] == 0) break;
+        if (weights) sum[v] += load_lanes<S>(row + v * L, count[v]) * slope[i];
+        if (grad) store_lanes<S>(grad + i * h.grad_patch + c + v * L, filter[v] * slope[i], count[v]);
+      }
+    }
+    if (weights)
+      for (int v = 0; v < group; ++v) {
+        S lane[L];
+        store_vec(lane, sum[v]);
+        for (int i = 0; i < count[v]; ++i) weights[c + v * L + i] += double(lane[i]);
+      }
+  }
+}
+
 template <typename T, typename S>
 PatchSums head_of(const PatchHead& h, int64_t begin, int64_t end, double* weights) {
+  constexpr int L = lanes<S>;
   const T* features = static_cast<const T*>(h.x);
   const S* w = static_cast<const S*>(h.weight);
   S* grad = static_cast<S*>(h.grad);
   const auto run = evaluate_of<S, false>(h.term.formula);
+  // Features are read twice; the second time they should still be in the first-level cache.
+  const int64_t fit = 24 * 1024 / (int64_t(sizeof(T)) * (h.channels + 1)) / L * L;
+  const int most = int(fit < 4 * L ? 4 * L : fit > block<S> ? block<S> : fit);
   PatchSums sums{0, 0, 0};
   Block<S> b;
-  for (int64_t first = begin; first < end; first += block<S>) {
-    const int n = int(end - first < block<S> ? end - first : block<S>);
-    for (int i = n; i < block<S> && i < n + lanes<S>; ++i) b.z[i] = 0;
-    for_runs(h.patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
-      const T* x = features + image * h.image + patch * h.patch;
-      S* z = b.z + at;
-      for (int i = 0; i < count; ++i) z[i] = S(h.bias);
-      if (h.patch == 1) {
-        for (int64_t c = 0; c < h.channels; ++c) {
-          const T* row = x + c * h.channel;
-          const S factor = w[c];
-#pragma omp simd
-          for (int i = 0; i < count; ++i) z[i] += load(row + i) * factor;
-        }
-      } else {
-        for (int i = 0; i < count; ++i) {
-          const T* row = x + i * h.patch;
-          S sum = 0;
-#pragma omp simd reduction(+ : sum)
-          for (int64_t c = 0; c < h.channels; ++c) sum += load(row + c) * w[c];
-          z[i] += sum;
-        }
-      }
-    });
+  int64_t image = begin / h.patches, patch = begin % h.patches;
+  for (int64_t at = begin; at < end;) {
+    const int64_t left = h.patches - patch < end - at ? h.patches - patch : end - at;
+    const int n = int(left < most ? left : most);
+    const T* x = features + image * h.image + patch * h.patch;
+    S* g = grad ? grad + image * h.grad_image + patch * h.grad_patch : nullptr;
+    if (h.patch == 1)
+      head_scores_planar<S>(h, x, w, n, b.z);
+    else
+      head_scores_interleaved<S>(h, x, w, n, b.z);
+    for (int i = n; i % L; ++i) b.z[i] = 0;
     run(h.term, b, n, S(h.factor), sums);
-    for_runs(h.patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
-      const T* x = features + image * h.image + patch * h.patch;
-      const S* slope = b.slope + at;
-      S* g = grad ? grad + image * h.grad_image + patch * h.grad_patch : nullptr;
-      if (h.patch == 1) {
-        for (int64_t c = 0; c < h.channels; ++c) {
-          if (weights) {
-            const T* row = x + c * h.channel;
-            S sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int i = 0; i < count; ++i) sum += slope[i] * load(row + i);
-            weights[c] += double(sum);
-          }
-          if (g) {
-            S* row = g + c * h.grad_channel;
-            const S factor = w[c];
-#pragma omp simd
-            for (int i = 0; i < count; ++i) row[i] = slope[i] * factor;
-          }
-        }
-      } else {
-        for (int i = 0; i < count; ++i) {
-          const S factor = slope[i];
-          if (weights) {
-            const T* row = x + i * h.patch;
-#pragma omp simd
-            for (int64_t c = 0; c < h.channels; ++c) weights[c] += double(factor * load(row + c));
-          }
-          if (g) {
-            S* row = g + i * h.grad_patch;
-#pragma omp simd
-            for (int64_t c = 0; c < h.channels; ++c) row[c] = factor * w[c];
-          }
-        }
-      }
-    });
+    for (int i = n; i % L; ++i) b.slope[i] = 0;
+    if (g || weights) {
+      if (h.patch == 1)
+        head_gradients_planar<S>(h, x, w, n, b.slope, g, weights);
+      else
+        head_gradients_interleaved<S>(h, x, w, n, b.slope, g, weights);
+    }
+    at += n;
+    patch += n;
+    if (patch == h.patches) patch = 0, ++image;
   }
   if (weights) weights[h.channels] += sums.slope * h.factor;
   return sums;
