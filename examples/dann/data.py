@@ -132,8 +132,8 @@ def mnist_to_mnistm(mnist_folder: Path | None = None, photo_folder: Path | None 
         Images(target_test, test_y),
         redraw,
         "A target image is |digit − patch|, the patch a random crop of a colour photo. Held-out images are "
-        f"made of other digits and of other photos than those for training ({len(train_photos)} for training, "
-        f"{len(test_photos)} held out).",
+        "made of other digits and of other photos than those for training "
+        f"({len(train_photos)} photos for training, {len(test_photos)} held out).",
     )
 
 
