@@ -7,16 +7,18 @@ once per instruction set into the same library; which one runs is decided when t
 `fastda._autograd_<torch version>` is a small accelerator that uses torch's C++ autograd and so fits one torch
 alone. It is built beside `_C` from source and left out of wheels meant for others.
 
-Without a C++ compiler the install succeeds and the package runs on its PyTorch reference.
+Without a C++ compiler the install succeeds and the package runs on its PyTorch reference. `_C` has the CUDA
+kernels where nvcc and a torch for CUDA are both there; compiling them takes no GPU.
 
 Environment: CXX (may carry arguments), MAX_JOBS, FASTDA_REQUIRE_NATIVE=1 (a failed build is an error),
 FASTDA_AUTOGRAD_EXTENSION=0 (without the accelerator; the wheel is then tagged cp310-abi3), FASTDA_SANITIZE
-(for example "address,undefined").
+(for example "address,undefined"), FASTDA_CUDA and FASTDA_CUDA_ARCHS (see csrc/cuda/build_options.py).
 """
 
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -99,25 +101,25 @@ class NinjaBuild(build_ext):
         else:
             flags += [f"-DTORCH_EXTENSION_NAME={ext.name.split('.')[-1]}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
             link += ["-ltorch_python", "-lc10"]
+        cuda_options = runpy.run_path(str(ROOT / "csrc/cuda/build_options.py"))["cuda_options"]
+        cuda = cuda_options(ROOT, wanted=ext.py_limited_api and not SANITIZE)
+        sources, flags, link = ext.sources + cuda.sources, flags + cuda.defines, link + cuda.link
         if SANITIZE:
             flags += [f"-fsanitize={SANITIZE}", "-g", "-O1", "-fno-omit-frame-pointer"]
             link += [f"-fsanitize={SANITIZE}"]
 
         compiler = os.environ.get("CXX", "c++").replace("$", "$$")
-        lines = [
-            f"flags = {for_shell(flags)}",
-            "rule compile",
-            f"  command = {compiler} -MD -MF $out.d $flags $isa -x c++ -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {compiler} $in -o $out {for_shell(link)}",
-        ]
+        lines = [f"flags = {for_shell(flags)}"]
+        nvcc = f"{for_shell([cuda.nvcc, '-MD', '-MF'])} $out.d {for_shell(cuda.flags)} -c $in -o $out"
+        cxx = f"{compiler} -MD -MF $out.d $flags $isa -x c++ -c $in -o $out"
+        for suffix, command in ((".cpp", cxx), (".inl", cxx), (".cu", nvcc)):
+            lines += [f"rule compile{suffix}", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
+        lines += ["rule link", f"  command = {compiler} $in -o $out {for_shell(link)}"]
         objects = []
-        for source in ext.sources:
+        for source in sources:
             for isa, isa_flags in (ISA_FLAGS if source.endswith(".inl") else {"": []}).items():
                 objects.append(for_ninja(".".join(filter(None, [source.replace("/", "-"), isa, "o"]))))
-                lines.append(f"build {objects[-1]}: compile {for_ninja(ROOT / source)}")
+                lines.append(f"build {objects[-1]}: compile{Path(source).suffix} {for_ninja(ROOT / source)}")
                 if isa:
                     lines.append(f"  isa = -DFASTDA_ISA={isa} {' '.join(isa_flags)}")
         lines.append(f"build {for_ninja(target)}: link {' '.join(objects)}")

@@ -75,6 +75,13 @@ namespace {
 
 PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastda::isa_name(fastda::cpu_isa())); }
 
+PyObject* cuda_architectures(PyObject*, PyObject*) {
+#if !defined(FASTDA_CUDA_ARCHITECTURES)
+#define FASTDA_CUDA_ARCHITECTURES ""
+#endif
+  return PyUnicode_FromString(FASTDA_CUDA_ARCHITECTURES);
+}
+
 PyObject* multiply_add(PyObject*, PyObject* rounds) {
   const long long n = PyLong_AsLongLong(rounds);
   if (n == -1 && PyErr_Occurred()) return nullptr;
@@ -86,6 +93,8 @@ PyObject* multiply_add(PyObject*, PyObject* rounds) {
 
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels of this process use."},
+    {"cuda_architectures", cuda_architectures, METH_NOARGS,
+     "Compute capabilities of the CUDA kernels in this binary, \"8.0 9.0+PTX\"; empty without CUDA."},
     {"multiply_add", multiply_add, METH_O,
      "Run that many rounds of float32 multiply-adds in registers; return the floating-point operations."},
     {nullptr, nullptr, 0, nullptr},

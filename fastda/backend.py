@@ -159,6 +159,7 @@ def info() -> dict[str, Any]:
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cpu_isa": native.cpu_isa() if native is not None else None,
+        "cuda_architectures": (native.cuda_architectures() or None) if native is not None else None,
         "autograd_extension": autograd_error or "loaded",
         "threads": torch.get_num_threads(),
         "forced_backend": _forced,

@@ -148,6 +148,7 @@ def _info(args: argparse.Namespace) -> int:
         return 0
     print(f"fastda {info['fastda']}, torch {info['torch']}, Python {info['python']}, {info['machine']}")
     print(f"CPU kernels: {info['cpu_isa'] or 'none'}, {info['threads']} threads")
+    print(f"CUDA kernels: {info['cuda_architectures'] or 'none'}")
     if info["forced_backend"]:
         print(f"forced backend: {info['forced_backend']}")
     for device, state in info["devices"].items():

@@ -46,4 +46,12 @@ inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
 }
 
+// Whether entries of `a` and of `b`, made by empty_like(a), stand in the same order without gaps, as they do
+// where a is dense; and, if `by_sample`, the samples of dim 0 one after another.
+inline bool walk_together(const Tensor& a, const Tensor& b, bool by_sample) {
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.stride(i) != b.stride(i)) return false;
+  return !by_sample || b.stride(0) * b.size(0) == b.numel();
+}
+
 }  // namespace fastda

@@ -5,13 +5,6 @@
 namespace fastda::cpu {
 namespace {
 
-// The layout in memory is that of grad where it is dense; `out` then walks beside it.
-bool walks_beside(const Tensor& grad, const Tensor& out, bool per_sample) {
-  for (int64_t i = 0; i < grad.dim(); ++i)
-    if (grad.stride(i) != out.stride(i)) return false;
-  return !per_sample || out.stride(0) * out.size(0) == out.numel();  // samples stand one after another
-}
-
 Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
   const DType dtype = dtype_of(grad, "grad_reverse_backward");
   const bool per_sample = scale.dim() == 1;
@@ -19,7 +12,7 @@ Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
                "grad_reverse_backward: scale must be 0-dim, or have one value per entry of grad's dim 0");
   Tensor out = torch::stable::empty_like(grad);
   if (grad.numel() == 0) return out;
-  const bool direct = walks_beside(grad, out, per_sample);
+  const bool direct = walk_together(grad, out, per_sample);
   const Tensor source = direct ? grad : torch::stable::contiguous(grad);
   Tensor target = direct ? out : torch::stable::empty_like(source);
   const Tensor factors = torch::stable::contiguous(torch::stable::to(scale, ScalarType::Double));

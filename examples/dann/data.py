@@ -32,8 +32,7 @@ class Pair:
     """A source and a target domain with the same classes, each split into training and held-out images.
 
     The labels of `target_train` are there for the method `target` (train on target) alone.
-    `about` is a sentence for the report. `redraw`, where the target is synthetic, makes the target's training
-    images anew from a generator.
+    `redraw`, where the target is synthetic, makes the target's training images anew from a generator.
     """
 
     name: str
@@ -43,7 +42,6 @@ class Pair:
     target_train: Images
     target_test: Images
     redraw: Callable[[torch.Generator], torch.Tensor] | None = None
-    about: str = ""
 
 
 # ---------------------------------------------------------------------------------------------------- photos
@@ -131,9 +129,6 @@ def mnist_to_mnistm(mnist_folder: Path | None = None, photo_folder: Path | None 
         Images(target_train, train_y),
         Images(target_test, test_y),
         redraw,
-        "A target image is |digit − patch|, the patch a random crop of a colour photo. Held-out images are "
-        "made of other digits and of other photos than those for training "
-        f"({len(train_photos)} photos for training, {len(test_photos)} held out).",
     )
 
 
@@ -158,7 +153,6 @@ def digits_to_mnist(mnist_folder: Path | None = None) -> Pair:
         Images(_as_colour(x[test]), y[test]),
         Images(_as_colour(train_x), train_y),
         Images(_as_colour(test_x), test_y),
-        about="The source is scikit-learn’s digits of 8×8 pixels, enlarged into the middle 20×20 of 28×28.",
     )
 
 

@@ -124,8 +124,8 @@ def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
     import matplotlib.pyplot as plt
 
     shown = [m for m in ("source", "dann", "related", "target", "sda") if m in main][:4]
-    n, width = len(pair.classes), 10.4 / max(3, len(shown))
-    figure, axes = plt.subplots(1, len(shown), figsize=(width * len(shown), width + 0.3), squeeze=False)
+    n = len(pair.classes)
+    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 2.9), squeeze=False)
     truth = pair.target_test.y.numpy()
     for axis, method in zip(axes[0], shown, strict=True):
         counts = np.zeros((n, n))
@@ -144,7 +144,7 @@ def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
         axis.set_xlabel("predicted", fontsize=8)
     axes[0][0].set_ylabel("true", fontsize=8)
     figure.tight_layout()
-    return svg(figure, wide=len(shown) > 2)
+    return svg(figure, wide=len(shown) > 3)
 
 
 def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> list[dict[str, Any]]:
@@ -176,12 +176,6 @@ def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> 
     return rows
 
 
-def _covered(covered: dict[str, Any]) -> str:
-    shares = covered["by_seed"].values()
-    text = f"{covered['median']:.2f}"
-    return text if len(shares) == 1 else f"{text} ({min(shares):.2f} to {max(shares):.2f})"
-
-
 def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary: dict[str, Any]) -> Path:
     templates = environment(Path(__file__).parent)
     main = _main(results)
@@ -196,7 +190,7 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
                 "name": NAMES[method],
                 "values": [f"{100 * values[s]:.1f}" if s in values else "" for s in seeds],
                 "median": f"{100 * median(values.values()):.1f}",
-                "covered": _covered(covered) if covered else "",
+                "covered": f"{covered['median']:.2f}" if covered else "",
                 "seconds": f"{median(seconds):.0f}",
             }
         )
@@ -210,8 +204,7 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
     page = templates.get_template("report.html.j2").render(
         pair=pair, seeds=seeds, table=table, summary=summary, curves=curves(results), maps=maps, how=how,
         confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
-        names=NAMES, shared=any(r["history"] for r in results),
-        sda=[r for r in results if r["method"] == "sda"],
+        names=NAMES, sda=[r for r in results if r["method"] == "sda"],
     )  # fmt: skip
     write_atomically(path, page)
     return path

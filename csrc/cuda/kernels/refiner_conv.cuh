@@ -1,0 +1,251 @@
+// Convolution of a tile of at most 128 output pixels (any height × width) with 64 output channels, a block of
+// four warps:
+//
+//   x ─ tile with halo, one row of channels ──┐ shared memory        for every row of channels
+//   filter ─ 64 × row, the next two taps ─────┤ (copied ahead)         for every tap
+//                                             └─ registers               warp w: pixels [32 w, 32 w + 32) ×
+//                                             64 channels
+//   registers ─ shared memory, float32 ─ + bias + residual, ReLU, gate ─ out
+//
+// No pixel is stored twice per tap: a tap is another address into the same tile (implicit matrix product).
+// Whatever does not fit this (float64, filters too wide for the tile, few channels) goes through
+// direct_conv_kernel, one output a thread.
+#pragma once
+
+#include "cuda/kernels/conv_tile.cuh"
+
+namespace fastda::cuda {
+
+constexpr int conv_threads = 128;
+constexpr int conv_pixels = 128;
+constexpr int conv_stages = 3;
+constexpr int staging_stride = 72;  // floats: conflict-free pairs, and rows of 16-byte packs
+constexpr int staging_stride_scalar = 65;
+constexpr int staging_bytes = conv_pixels * staging_stride * 4;
+
+struct ConvKernel {
+  View x, x_gate, residual, residual_gate, out_gate, out;
+  const void* filter;  // prepared
+  const void* bias;
+  int in_channels, out_channels, kernel;
+  int tile_height, tile_pixels;
+  Divisor tile_width, tiles, tiles_across;  // tiles: of one image
+  WindowShape window;
+  bool relu, x_packs, out_packs;
+};
+
+// Adds everything but the product, and stores.
+template <typename T>
+FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int image, int y0, int x0) {
+  constexpr int E = 16 / int(sizeof(T));
+  const int first = int(blockIdx.y) * filter_columns;
+  const auto* bias = static_cast<const T*>(p.bias);
+  const auto place = [&](const View& v, int y, int x) {
+    return static_cast<T*>(v.data) + (image * v.n + y * v.h + x * v.w);
+  };
+  const auto finished = [&](float v, int c, T residual, T residual_gate, T out_gate) {
+    if (bias) v += widen(bias[c]);
+    if (p.residual.data) v += widen(p.residual_gate.data ? gated(residual_gate, residual) : residual);
+    if (p.relu) v = v <= 0 ? 0.0f : v;
+    if (p.out_gate.data) v = widen(out_gate) <= 0 ? 0.0f : v;
+    return narrowed<T>(v);
+  };
+  if (p.out_packs) {
+    constexpr int packs = filter_columns / E;
+    FASTDA_NO_UNROLL
+    for (int i = int(threadIdx.x); i < p.tile_pixels * packs; i += conv_threads) {
+      const int m = i / packs, n = i % packs * E, c = first + n;
+      const auto row = int(p.tile_width.quotient(uint32_t(m)));
+      const int y = y0 + row, x = x0 + m - row * int(p.tile_width.value);
+      if (y >= p.window.height || x >= p.window.columns || c >= p.out_channels) continue;
+      Pack<float, E> v;
+      FASTDA_UNROLL
+      for (int e = 0; e < E; e += 4) {
+        const Pack<float, 4> four = load_pack<4>(staging + m * staging_stride + n + e);
+        FASTDA_UNROLL
+        for (int f = 0; f < 4; ++f) v.at[e + f] = four.at[f];
+      }
+      Pack<T, E> residual{}, residual_gate{}, out_gate{}, result;
+      if (p.residual.data) residual = load_pack<E>(place(p.residual, y, x) + c);
+      if (p.residual_gate.data) residual_gate = load_pack<E>(place(p.residual_gate, y, x) + c);
+      if (p.out_gate.data) out_gate = load_pack<E>(place(p.out_gate, y, x) + c);
+      FASTDA_UNROLL
+      for (int e = 0; e < E; ++e)
+        result.at[e] = finished(v.at[e], c + e, residual.at[e], residual_gate.at[e], out_gate.at[e]);
+      store_pack(place(p.out, y, x) + c, result);
+    }
+    return;
+  }
+  const int m = int(threadIdx.x);  // a pixel a thread: neighbours write side by side
+  const auto row = int(p.tile_width.quotient(uint32_t(m)));
+  const int y = y0 + row, x = x0 + m - row * int(p.tile_width.value);
+  if (m >= p.tile_pixels || y >= p.window.height || x >= p.window.columns) return;
+  FASTDA_NO_UNROLL
+  for (int n = 0; n < filter_columns; ++n) {
+    const int64_t c = first + n;
+    if (c >= p.out_channels && !FASTDA_PLANTED("conv: no mask at the last output channel")) break;
+    const auto at = [&](const View& v) { return v.data ? place(v, y, x)[c * v.c] : T{}; };
+    place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], int(c), at(p.residual),
+                                               at(p.residual_gate), at(p.out_gate));
+  }
+}
+
+template <typename T, bool exact>
+FASTDA_KERNEL(conv_threads)
+conv_kernel(ConvKernel p) {
+  FASTDA_DYNAMIC_SHARED(shared);
+  unsigned char* rows = shared;                                        // [window pixels]
+  unsigned char* stages = shared + p.window.pixels.value * row_bytes;  // [conv_stages][64]
+  const int taps = p.kernel * p.kernel;
+  const int chunks = (p.in_channels + row_channels<T> - 1) / row_channels<T>;
+  const int steps = chunks * taps;
+  const auto image = int(p.tiles.quotient(blockIdx.x));
+  const uint32_t tile = blockIdx.x - uint32_t(image) * p.tiles.value;
+  const uint32_t down = p.tiles_across.quotient(tile);
+  const int y0 = int(down) * p.tile_height;
+  const int x0 = int(tile - down * p.tiles_across.value) * int(p.tile_width.value);
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
+
+  const auto* filter =
+      static_cast<const unsigned char*>(p.filter) + int64_t(blockIdx.y) * steps * filter_bytes;
+  const auto fetch = [&](int step) {
+    if (step < steps) {
+      unsigned char* to = stages + step % conv_stages * filter_bytes;
+      FASTDA_UNROLL
+      for (int i = 0; i < filter_bytes / 16 / conv_threads; ++i) {
+        const int at = (i * conv_threads + int(threadIdx.x)) * 16;
+        copy_async(to + at, filter + int64_t(step) * filter_bytes + at, true);
+      }
+    }
+    commit_copies();
+  };
+
+  // What this lane points at: of each tile of 16 pixels one, or, without tensor cores, of eight pixels.
+  constexpr int M = exact ? 8 : 2;
+  uint32_t row[M], key[M];
+  FASTDA_UNROLL
+  for (int i = 0; i < M; ++i) {
+    int m = warp * 32 + (exact ? i * 4 + lane / 8 : i * 16 + lane % 16);
+    if (m >= p.tile_pixels) m = 0;  // computed in vain
+    const uint32_t r = p.tile_width.quotient(uint32_t(m));
+    row[i] = r * p.window.width.value + (uint32_t(m) - r * p.tile_width.value);
+    key[i] = uint32_t(m);
+  }
+  float sum[M][8][exact ? 1 : 4] = {};
+
+  for (int step = 0; step < conv_stages - 1; ++step) fetch(step);
+  int step = 0;
+  FASTDA_NO_UNROLL
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    if (chunk > 0) __syncthreads();  // no warp reads the last rows any more
+    const int halo = p.kernel / 2 - (FASTDA_PLANTED("conv: halo off by one") ? 1 : 0);
+    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>, p.in_channels,
+                                       {image, y0 - halo, x0 - halo}, p.window);
+    commit_copies();
+    FASTDA_NO_UNROLL
+    for (int tap = 0; tap < taps; ++tap, ++step) {
+      if (FASTDA_PLANTED("conv: copies not waited for")) {
+      } else if (tap == 0) {
+        wait_copies<0>();
+      } else {
+        wait_copies<conv_stages - 2>();
+      }
+      __syncthreads();  // this step's filter is there for all, and no warp reads the last one's any more
+      fetch(step + conv_stages - 1);
+      const unsigned char* stage = stages + step % conv_stages * filter_bytes;
+      const auto dy = uint32_t(tap / p.kernel), dx = uint32_t(tap % p.kernel);
+      uint32_t at[M], its_key[M];
+      FASTDA_UNROLL
+      for (int i = 0; i < M; ++i) {
+        at[i] = row[i] + dy * p.window.width.value + dx;
+        its_key[i] = key[i] + dy * p.tile_width.value + dx;
+      }
+      if constexpr (exact) {
+        multiply_rows_exactly(reinterpret_cast<float (&)[8][8]>(sum), rows, at, its_key, stage);
+      } else {
+        multiply_rows<T>(sum, rows, at, its_key, stage);
+      }
+    }
+  }
+
+  wait_copies<0>();
+  __syncthreads();  // what follows overwrites rows and stages
+  auto* staging = reinterpret_cast<float*>(shared);
+  const int stride = p.out_packs ? staging_stride : staging_stride_scalar;
+  FASTDA_UNROLL
+  for (int i = 0; i < M; ++i) {
+    FASTDA_UNROLL
+    for (int j = 0; j < 8; ++j) {
+      if constexpr (exact) {
+        staging[(warp * 32 + i * 4 + lane / 8) * stride + j * 8 + lane % 8] = sum[i][j][0];
+      } else {
+        FASTDA_UNROLL
+        for (int e = 0; e < 4; e += 2) {
+          float* to = staging + (warp * 32 + i * 16 + lane / 4 + e * 4) * stride + j * 8 + lane % 4 * 2;
+          if (p.out_packs) {
+            store_pack(to, Pack<float, 2>{{sum[i][j][e], sum[i][j][e + 1]}});
+          } else {
+            to[0] = sum[i][j][e], to[1] = sum[i][j][e + 1];
+          }
+        }
+      }
+    }
+  }
+  __syncthreads();
+  finish_tile<T>(p, staging, image, y0, x0);
+}
+
+struct DirectConv {
+  View x, x_gate, filter, residual, residual_gate, out_gate, out;
+  const void* bias;
+  int in_channels, out_channels, height, width, kernel;
+  int64_t total;
+  bool relu, channels_last;
+};
+
+constexpr int direct_threads = 256;
+
+template <typename T>
+FASTDA_KERNEL(direct_threads)
+direct_conv_kernel(DirectConv p) {
+  using S = typename Wide<T>::type;
+  const int64_t i = int64_t(blockIdx.x) * direct_threads + threadIdx.x;
+  if (i >= p.total) return;
+  int64_t rest = i;
+  int k = 0, y, x;
+  if (p.channels_last) k = int(rest % p.out_channels), rest /= p.out_channels;
+  x = int(rest % p.width), rest /= p.width;
+  y = int(rest % p.height), rest /= p.height;
+  if (!p.channels_last) k = int(rest % p.out_channels), rest /= p.out_channels;
+  const int64_t image = rest;
+  const auto at = [&](const View& v, int c) {
+    return static_cast<T*>(v.data) + (image * v.n + c * v.c + y * v.h + x * v.w);
+  };
+  const int half = p.kernel / 2;
+  S sum = 0;
+  for (int dy = -half; dy <= half; ++dy) {
+    if (y + dy < 0 || y + dy >= p.height) continue;
+    for (int dx = -half; dx <= half; ++dx) {
+      if (x + dx < 0 || (x + dx >= p.width && !FASTDA_PLANTED("direct conv: no mask at the right edge")))
+        continue;
+      const T* in = at(p.x, 0) + dy * p.x.h + dx * p.x.w;
+      const T* gate = p.x_gate.data ? at(p.x_gate, 0) + dy * p.x_gate.h + dx * p.x_gate.w : nullptr;
+      const T* w = static_cast<const T*>(p.filter.data) + k * p.filter.n + (dy + half) * p.filter.h +
+                   (dx + half) * p.filter.w;
+      for (int c = 0; c < p.in_channels; ++c) {
+        T v = in[c * p.x.c];
+        if (gate) v = gated(gate[c * p.x_gate.c], v);
+        sum += S(widen(v)) * S(widen(w[c * p.filter.c]));
+      }
+    }
+  }
+  if (p.bias) sum += widen(static_cast<const T*>(p.bias)[k]);
+  if (p.residual.data)
+    sum +=
+        widen(p.residual_gate.data ? gated(*at(p.residual_gate, k), *at(p.residual, k)) : *at(p.residual, k));
+  if (p.relu) sum = sum <= 0 ? S(0) : sum;
+  if (p.out_gate.data) sum = widen(*at(p.out_gate, k)) <= 0 ? S(0) : sum;
+  *at(p.out, k) = narrowed<T>(sum);
+}
+
+}  // namespace fastda::cuda

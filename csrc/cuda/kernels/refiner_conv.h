@@ -1,0 +1,62 @@
+// Refiner convolutions: what the host side hands to the launches.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace fastda::cuda {
+
+// An image (N, C, H, W), or a filter (K, C, k, k), of any strides, in elements.
+struct View {
+  void* data = nullptr;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+};
+
+// How the products are computed: float32 as it stands, or rounded to TF32 on tensor cores; 16-bit types
+// always on tensor cores; float64 as it stands.
+struct Arithmetic {
+  DType dtype;
+  bool tf32 = false;
+};
+
+// out = gate(out_gate, relu?(filter * gate(x_gate, x) + bias + gate(residual_gate, residual))), zero padding
+// k / 2. A gate keeps a value where its own is positive or NaN, and gives 0 elsewhere: ReLU's backward read
+// off ReLU's output. Views without data are absent.
+struct Conv {
+  Arithmetic arithmetic;
+  int batch, in_channels, out_channels, height, width, kernel;
+  View x, x_gate, filter, residual, residual_gate, out_gate, out;
+  const void* bias = nullptr;
+  bool relu = false;
+  void* prepared = nullptr;  // prepared_bytes(), 16-byte aligned
+};
+int64_t prepared_bytes(const Conv& p);
+void convolve(const Conv& p, void* stream);
+
+// relu(x + filter2 * relu(filter1 * x + bias1) + bias2), in one launch; `inner` is written if it has data.
+struct BlockConv {
+  Arithmetic arithmetic;
+  int batch, channels, inner_channels, height, width, kernel1, kernel2;
+  View x, filter1, filter2, inner, out;
+  const void *bias1 = nullptr, *bias2 = nullptr;
+  void* prepared = nullptr;  // prepared_bytes(), 16-byte aligned
+};
+// Whether the current device holds both filters and a tile in the shared memory of one block.
+bool block_fits(const BlockConv& p);
+int64_t prepared_bytes(const BlockConv& p);
+void convolve_block(const BlockConv& p, void* stream);
+
+// d_weight = the sum over pixels of gate(gate, grad) times moved x, d_bias = that of gate(gate, grad).
+struct FilterGrad {
+  Arithmetic arithmetic;
+  int batch, in_channels, out_channels, height, width, kernel;
+  View x, grad, gate;
+  void* d_weight = nullptr;  // [K, C, k, k] or null
+  void* d_bias = nullptr;    // [K] or null
+  void* sums = nullptr;      // sum_bytes(), of any content
+};
+int64_t sum_bytes(const FilterGrad& p);
+void filter_gradient(const FilterGrad& p, void* stream);
+
+}  // namespace fastda::cuda

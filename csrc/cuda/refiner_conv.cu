@@ -1,0 +1,74 @@
+#include "cuda/kernels/refiner_conv.cuh"
+
+#include "cuda/conv_plan.h"
+
+namespace fastda::cuda {
+namespace {
+
+int64_t shared_bytes(Tile t, int kernel) {
+  return std::max<int64_t>(window_pixels(t, kernel) * row_bytes + conv_stages * filter_bytes, staging_bytes);
+}
+
+Tile tile_of(const Conv& p) {
+  if (p.arithmetic.dtype == DType::f64 || wasteful(p.arithmetic.dtype, p.in_channels, p.out_channels))
+    return {};
+  const int64_t limit = shared_bytes_per_block();
+  return best_tile(p.height, p.width, p.kernel, conv_pixels,
+                   [&](Tile t) { return shared_bytes(t, p.kernel) <= limit; });
+}
+
+void convolve_directly(const Conv& p, void* stream) {
+  DirectConv d{p.x, p.x_gate, p.filter, p.residual, p.residual_gate, p.out_gate, p.out, p.bias};
+  d.in_channels = p.in_channels, d.out_channels = p.out_channels;
+  d.height = p.height, d.width = p.width, d.kernel = p.kernel;
+  d.total = int64_t(p.batch) * p.out_channels * p.height * p.width;
+  d.relu = p.relu;
+  d.channels_last = p.out.c == 1;
+  dispatch_dtype(p.arithmetic.dtype, [&](auto tag) {
+    launch("direct_conv", direct_conv_kernel<typename decltype(tag)::type>,
+           unsigned(divide_up(d.total, direct_threads)), direct_threads, 0, stream, d);
+  });
+}
+
+}  // namespace
+
+int64_t prepared_bytes(const Conv& p) {
+  if (tile_of(p).width == 0) return 0;
+  return prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, p.arithmetic.dtype, nullptr).pieces *
+         16;
+}
+
+void convolve(const Conv& p, void* stream) {
+  const Tile tile = tile_of(p);
+  if (tile.width == 0) return convolve_directly(p, stream);
+  const DType dtype = p.arithmetic.dtype;
+  prepare_filters(p.arithmetic,
+                  prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, dtype, p.prepared), {},
+                  stream);
+
+  ConvKernel k{p.x, p.x_gate, p.residual, p.residual_gate, p.out_gate, p.out, p.prepared, p.bias};
+  k.in_channels = p.in_channels, k.out_channels = p.out_channels, k.kernel = p.kernel;
+  k.tile_height = tile.height, k.tile_pixels = tile.height * tile.width;
+  k.tile_width = Divisor(tile.width);
+  const int64_t tiles = tiles_of(tile, p.height, p.width);
+  k.tiles = Divisor(tiles), k.tiles_across = Divisor(divide_up(p.width, tile.width));
+  k.window = window_of(tile, p.kernel, p.height, p.width);
+  k.relu = p.relu;
+  const int64_t size = element_bytes(dtype);
+  k.x_packs = in_packs(p.x, p.in_channels, size) && in_packs(p.x_gate, p.in_channels, size);
+  k.out_packs = true;
+  for (const View& v : {p.out, p.residual, p.residual_gate, p.out_gate})
+    k.out_packs = k.out_packs && in_packs(v, p.out_channels, size);
+
+  const dim3 grid(unsigned(p.batch * tiles), unsigned(divide_up(p.out_channels, filter_columns)));
+  const auto run = [&](auto kernel) {
+    launch("conv", kernel, grid, conv_threads, size_t(shared_bytes(tile, p.kernel)), stream, k);
+  };
+  switch (dtype) {
+    case DType::bf16: return run(conv_kernel<bf16, false>);
+    case DType::f16: return run(conv_kernel<f16, false>);
+    default: return p.arithmetic.tf32 ? run(conv_kernel<float, false>) : run(conv_kernel<float, true>);
+  }
+}
+
+}  // namespace fastda::cuda
