@@ -102,9 +102,10 @@ abi-check: wheel build $(VENV)-abi/.torch ## the wheel imports and verifies on t
 	rm -rf build/abi && mkdir -p build/abi
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target build/abi dist/*.whl
 	for python in $(BIN)/python $(abspath $(VENV))-abi/bin/python; do \
-	  (cd build/abi && PYTHONPATH=$$PWD $$python -W error -c \
-	    'import fastda, torch; print(torch.__version__, fastda.backend.native.__file__)' && \
-	   PYTHONPATH=$$PWD $$python -m fastda verify --backend cpp); \
+	  (cd build/abi && export PYTHONPATH=$$PWD FASTDA_AUTOGRAD_EXTENSION=0 && \
+	   $$python -W error:fastda -c 'import fastda, os, torch; file = fastda.backend.native.__file__; \
+	     print(torch.__version__, file); assert file.startswith(os.getcwd())' && \
+	   $$python -m fastda verify --backend cpp); \
 	done
 
 $(VENV)-abi/.torch:
