@@ -708,7 +708,10 @@ def test_compiled_with_other_scales(kind):
 
 @independent
 def test_no_compilation_follows_a_changing_scale():
-    for kind, most in (("0-dim", 1), ("per sample", 1), ("float", 2)):
+    kinds = {"0-dim": 1, "per sample": 1}
+    if torch.__version__ >= (2, 13):  # torch 2.11 makes a constant of every float
+        kinds["float"] = 2
+    for kind, most in kinds.items():
         for op, rest in ((grad_reverse, {}), (grad_reverse_linear, {"weight": torch.randn(2, 3)})):
             fast, counter = compiled(partial(op, **rest), "aot_eager")
             for step in range(10):
