@@ -23,7 +23,7 @@ KERNEL_TESTS := $(wildcard tests/test_grad_reverse.py tests/test_patch_loss.py t
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 VERIFY := $(BIN)/fastda verify --out
 
-.PHONY: help demo test build wheel lint format check isa triton-check abi-check sanitize bench clean
+.PHONY: help demo test build wheel lint format check isa triton-check abi-check sanitize bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -87,6 +87,10 @@ demo: build ## verify, a quick benchmark, and DANN trained on real digits with a
 	$(BIN)/fastda bench --quick --out $(OUT)/demo
 	$(BIN)/python -m examples.dann --preset demo --out $(OUT)/dann
 
+docs: build ## the documentation as a site, in site/; any warning is an error
+	$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+
 bench: build ## every operator against all that computes the same, and how its cost grows, as a report page
 	$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[peers]'
 	$(BIN)/python -m benchmarks --out $(OUT)/bench
@@ -122,4 +126,4 @@ sanitize: build ## the kernel tests under AddressSanitizer and UndefinedBehavior
 	  $(BIN)/pytest -p no:cacheprovider -m "not slow and not isa_independent" $(KERNEL_TESTS)
 
 clean: ## remove build products, but not the environment
-	rm -rf build dist out *.egg-info fastda/*.so $(VENV)/.built
+	rm -rf build dist out site *.egg-info fastda/*.so $(VENV)/.built

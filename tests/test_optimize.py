@@ -45,6 +45,15 @@ def assert_same(model, original, *inputs):
         assert error(actual, right).within(Tolerance(*BOUNDS[y.dtype]))
 
 
+@pytest.fixture(autouse=True)
+def even_where_nothing_is_gained(monkeypatch, request):
+    """What is recognised is tested on small layers, whether or not that makes them faster."""
+    if not request.node.get_closest_marker("gain"):
+        monkeypatch.setattr(convolution_module, "FAST_KERNELS", (1, 3, 5, 7))
+        monkeypatch.setattr(convolution_module, "LEAST_CHANNELS", 1)
+        monkeypatch.setattr(convolution_module, "LEAST_SIZE", 1)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """How often each operator was called by a replaced module."""
@@ -641,7 +650,7 @@ def test_what_is_not_surely_a_block_is_left(reason, forward):
     report = fastda.optimize(model)
     assert type(model).__name__ == "Changed"
     (entry,) = [e for e in report.left if e.path == ""]
-    assert entry.what.startswith("no residual block: ")
+    assert entry.what.startswith("residual block? ")
     assert reason in entry.what
 
 
@@ -1086,6 +1095,29 @@ def test_a_patchgan_with_ganloss_trains_the_same(gan_mode):
     plain, optimized = train(build, step)
     assert optimized == pytest.approx(plain, rel=1e-4)
     assert plain[0] != pytest.approx(plain[-2], rel=0.01)
+
+
+@pytest.mark.gain
+def test_only_what_gains_is_replaced(calls):
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
+        *(nn.Conv2d(16, 16, 7, padding=3), InSequential(16), InSequential(8), InPlace(16)),
+    )
+    report = fastda.optimize(model)
+    assert [(e.path, e.what) for e in report.replaced] == [
+        ("", "convolution + ReLU → conv_same (1×)"),
+        ("5", "residual block → refiner_block"),
+    ]
+    reasons = {e.path: e.what for e in report.left}
+    assert reasons["0"] == "no faster with less than 16 channels"
+    assert reasons["4"] == "no faster with 7×7 kernels"
+    assert reasons["6"] == "residual block? no faster with less than 16 channels"
+    assert reasons["7"] == "residual block? no faster with 7×7 kernels"
+    calls.clear()
+    for size, served in ((8, {"refiner_block": 1}), (7, {})):
+        model[5](torch.randn(1, 16, size, 12))
+        assert calls == served
+        calls.clear()
 
 
 # -- the whole -----------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from fastda import compat
 from fastda.ops.refiner_conv import conv_same, refiner_block
@@ -17,6 +18,11 @@ from fastda.optimize.common import Optimized, Refused, entry, of_torch, parts, p
 from fastda.optimize.report import Entry, Report
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
+FAST_KERNELS = (3,)
+LEAST_CHANNELS = 16
+LEAST_SIZE = 8
 
 
 def serve(report: Report, path: str, module: nn.Module) -> None:
@@ -33,11 +39,23 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether a convolution of x is one that the operators serve; if not, the original knows what to do."""
     return (
         x.dim() == 4
+        # A compiler would take the question for a promise about all sizes.
+        and (is_compiling() or min(x.shape[2:]) >= LEAST_SIZE)
         and x.shape[1] == weight.shape[1]
         and x.device == weight.device
         and x.dtype in _DTYPES
         and (x.dtype == weight.dtype or compat.autocast_dtype(x.device.type) is not None)
     )
+
+
+def _no_gain(*weights: tuple[int, ...]) -> str | None:
+    """Why convolutions with weights of these shapes are no faster; None if they are."""
+    for out_channels, in_channels, k, *_ in weights:
+        if k not in FAST_KERNELS:
+            return f"no faster with {k}×{k} kernels"
+        if min(out_channels, in_channels) < LEAST_CHANNELS:
+            return f"no faster with less than {LEAST_CHANNELS} channels"
+    return None
 
 
 def _refusal(conv: nn.Conv2d) -> str | None:
@@ -57,7 +75,9 @@ def _refusal(conv: nn.Conv2d) -> str | None:
         return f"groups {conv.groups}"
     if conv.weight.dtype not in _DTYPES:
         return f"dtype {conv.weight.dtype}"
-    return "on the meta device" if conv.weight.is_meta else None
+    if conv.weight.is_meta:
+        return "on the meta device"
+    return _no_gain(conv.weight.shape)
 
 
 def _pair(module: Any, following: Any) -> bool:
@@ -240,6 +260,8 @@ def _plan_block(module: nn.Module, channels: int) -> tuple[Any, ...]:
 
     tensors = {"x": random(2, channels, 6, 9), **{n: parameters[path] for n, path in names.items()}}
     prove("refiner_block", original, functools.partial(_block, relu=relu), tensors, tensors["weight1"])
+    if reason := _no_gain(*(tensors[n].shape for n in ("weight1", "weight2"))):
+        raise Refused(reason)
     return unchanged, tuple((n, tuple(path.split("."))) for n, path in names.items()), relu
 
 
@@ -258,10 +280,10 @@ def _serve_block(report: Report, path: str, module: nn.Module) -> None:
         try:
             plan = _plan_block(module, channels)
         except Refused as reason:
-            reasons.append(f"no residual block: {reason}")
+            reasons.append(str(reason))
         else:
             what = "residual block → " + ("refiner_block" if plan[-1] else "2 × conv_same, no ReLU behind it")
             report.replaced.append(Entry(path, name, what))
             report.change(path, module, "__class__", _Block.subclass(type(module), plan))
             return
-    report.left.append(Entry(path, name, reasons[0]))
+    report.left.append(Entry(path, name, f"residual block? {reasons[0]}"))
