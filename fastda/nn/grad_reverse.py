@@ -14,7 +14,7 @@ class GradientReversal(nn.Module):
     Args:
         scale: a float, kept as the attribute `scale`; or a tensor (0-dim, or 1-D of one scale per sample),
             kept as a buffer of that name. A tensor may change its value at every step without a
-            recompilation; a float that changes is compiled twice, or for every value on old versions of torch.
+            recompilation; a float that changes is compiled twice (on torch 2.11, for every value).
     """
 
     scale: float | Tensor
