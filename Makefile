@@ -81,11 +81,12 @@ triton-check: build ## every Triton kernel compiled for NVIDIA and AMD, no GPU n
 
 # -- what users get -----------------------------------------------------------------------------------------------
 
-demo: build ## verify, a quick benchmark, and DANN trained on real digits with a report page
+demo: build ## verify, a quick benchmark, DANN and SimGAN trained on real digits, each with a report page
 	$(BIN)/fastda info
 	$(VERIFY) $(OUT)/demo --backend cpp
 	$(BIN)/fastda bench --quick --out $(OUT)/demo
 	$(BIN)/python -m examples.dann --preset demo --out $(OUT)/dann
+	$(BIN)/python -m examples.simgan train --preset demo --out $(OUT)/simgan
 
 docs: build ## the documentation as a site, in site/; any warning is an error
 	$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[docs]'

@@ -89,17 +89,24 @@ def mnist(folder: Path | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return _mnist_bundled() if folder is None else _mnist_folder(folder)
 
 
-def open_image(path: Path, size: int | None = None) -> np.ndarray:
+def open_image(path: Path, size: int | tuple[int, int] | None = None, *, grey: bool = False) -> np.ndarray:
+    """uint8 (H, W, 3), or (H, W) if `grey`.
+
+    With a `size` (height, width), the middle part of those proportions, resized to it.
+    """
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
-            rgb = image.convert("RGB")
-            if size is not None:  # the middle square
-                side = min(rgb.size)
-                left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-                box = (left, top, left + side, top + side)
-                rgb = rgb.resize((size, size), Image.Resampling.BILINEAR, box=box)
-            return np.asarray(rgb)
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+            if grey:
+                image = image.convert("L")
+            if size is not None:
+                height, width = (size, size) if isinstance(size, int) else size
+                scale = min(image.width / width, image.height / height)
+                left, top = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+                box = (left, top, left + scale * width, top + scale * height)
+                image = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+            return np.array(image)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: not an image that can be read ({error})") from error

@@ -1,0 +1,1 @@
+"""SimGAN: an adversarially trained refiner makes labelled synthetic images look real; their labels stay."""

@@ -1,0 +1,276 @@
+"""Eyes with gaze labels: a procedural renderer, and readers for SynthEyes, UnityEyes and MPIIGaze files.
+
+A gaze is a unit vector in camera coordinates: x to the right of the image, y down, z away from the camera; an
+eye that looks into the camera has (0, 0, −1). Pitch (positive up) and yaw (positive to the image's left) are
+asin(−y) and atan2(−x, −z), as in MPIIGaze (Zhang et al., CVPR 2015).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.common.images import IMAGE_SUFFIXES, DataError, open_image
+
+HEIGHT, WIDTH = 35, 55
+
+
+def gaze_vector(pitch: Tensor, yaw: Tensor) -> Tensor:
+    """Angles in radians, (N,) each → unit vectors (N, 3)."""
+    return torch.stack([-pitch.cos() * yaw.sin(), -pitch.sin(), -pitch.cos() * yaw.cos()], -1)
+
+
+def angles(gaze: Tensor) -> Tensor:
+    """Unit vectors (N, 3) → pitch and yaw in radians, (N, 2)."""
+    x, y, z = gaze.unbind(-1)
+    return torch.stack([torch.asin((-y).clamp(-1, 1)), torch.atan2(-x, -z)], -1)
+
+
+def angle_between(a: Tensor, b: Tensor) -> Tensor:
+    """Degrees between vectors (N, 3) of any length, (N,)."""
+    cross = torch.linalg.vector_norm(torch.linalg.cross(a, b), dim=-1)
+    return torch.rad2deg(torch.atan2(cross, (a * b).sum(-1)))
+
+
+def equalise(images: Tensor) -> Tensor:
+    """Histogram equalisation of every uint8 image (N, 1, H, W), as MPIIGaze's normalised eyes have had it."""
+    flat = images.flatten(1).long()
+    counts = torch.zeros(len(flat), 256, dtype=torch.long).scatter_add_(1, flat, torch.ones_like(flat))
+    total = counts.cumsum(1)
+    lowest = counts.gather(1, flat.amin(1, keepdim=True))
+    table = ((total - lowest) * 255 / (flat.shape[1] - lowest).clamp(min=1)).round().clamp(0, 255)
+    return table.gather(1, flat).to(torch.uint8).view_as(images)
+
+
+# ------------------------------------------------------------------------------------------------- renderer
+
+
+def render(count: int, generator: torch.Generator, scale: int = 3) -> tuple[Tensor, Tensor]:
+    """`count` drawn eyes, uint8 (N, 1, 35, 55), and their gazes (N, 3).
+
+    An eyeball seen from the front in orthographic projection: iris and pupil are the caps of the sphere
+    around the gaze, so that they foreshorten and move as real ones do. Two lids cut it; around it are skin,
+    lid crease, lashes and brow, on it a glint; shading is smooth but for a little grain, with the light from
+    a random side.
+    Drawn `scale` times as large and averaged down.
+    """
+    parts = [_render(min(250, count - i), generator, scale) for i in range(0, count, 250)]
+    if not parts:
+        return torch.empty(0, 1, HEIGHT, WIDTH, dtype=torch.uint8), torch.empty(0, 3)
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Tensor]:
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, generator=generator)
+
+    def normal(mean: float, deviation: float) -> Tensor:
+        return mean + deviation * torch.randn(n, 1, 1, generator=generator)
+
+    def inside(distance: Tensor, softness: float | Tensor = 0.6) -> Tensor:
+        """1 where the distance in pixels is negative, 0 where positive; the border is `softness` wide."""
+        return torch.sigmoid(distance * (-2.0 / softness))
+
+    def line(distance: Tensor, width: float | Tensor) -> Tensor:
+        return torch.exp(-((distance / width) ** 2))
+
+    pitch, yaw = normal(-0.12, 0.17).clamp(-0.6, 0.4), normal(0.0, 0.24).clamp(-0.7, 0.7)
+    gaze = gaze_vector(pitch.view(n), yaw.view(n))
+    gx, gy, gz = gaze.view(n, 3, 1, 1).unbind(1)
+    nasal = torch.where(torch.rand(n, 1, 1, generator=generator) < 0.5, -1.0, 1.0)  # the side of the nose
+    light_x, light_y = normal(0.0, 0.8), normal(-0.4, 0.5)
+
+    x = ((torch.arange(WIDTH * scale) + 0.5) / scale).view(1, 1, -1)
+    y = ((torch.arange(HEIGHT * scale) + 0.5) / scale).view(1, -1, 1)
+    radius = uniform(15.0, 19.0)  # of the eyeball, pixels
+    centre_x, centre_y = normal(27.5, 1.8), normal(18.5, 1.6)
+    dx, dy = x - centre_x, y - centre_y
+    # The lids are turned a little in the image; the gaze is not, as it is measured in camera coordinates.
+    tilt = normal(0.05, 0.09) * nasal
+    along, across = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
+
+    # Lids: arcs from corner to corner. The upper one follows the gaze up and down.
+    half = radius * uniform(1.0, 1.25)
+    u = (along / half).clamp(-1.6, 1.6)
+    skew = normal(0.12, 0.1) * nasal
+    opening = (uniform(0.22, 0.55) * radius + radius * 0.35 * pitch).clamp(min=1.2)
+    arc = 1 - u.abs().clamp(max=1) ** uniform(1.8, 2.6)
+    corner = normal(0.0, 0.06) * radius * u * nasal
+    upper = corner - opening * arc * (1 + skew * u)
+    lower = corner + (uniform(0.2, 0.42) * radius - radius * 0.12 * pitch) * arc * (1 - skew * u)
+    above, below = upper - across, across - lower  # pixels from the lids' edges, positive on the skin
+    beside = along.abs() - half
+    open_eye = torch.maximum(torch.maximum(above, below), beside)
+
+    # The eyeball. Distances on it are angles from the gaze.
+    rho = ((dx / radius) ** 2 + (dy / radius) ** 2).clamp(max=0.999)
+    depth = -(1 - rho).sqrt()
+    angle = torch.acos((dx / radius * gx + dy / radius * gy + depth * gz).clamp(-1, 1))
+    iris_angle = uniform(0.47, 0.56)
+    pupil_angle = iris_angle * uniform(0.28, 0.55)
+    ball = uniform(0.6, 0.98) - 0.15 * rho + uniform(0.0, 0.2) * (light_x * dx + light_y * dy) / radius
+    iris = uniform(0.1, 0.42) * (0.8 + 0.4 * (angle / iris_angle).clamp(max=1))
+    ball = ball + (iris - ball) * inside((angle - iris_angle) * radius, 1.4)
+    ball = ball - 0.12 * line((angle - iris_angle * 0.95) * radius, 0.9)
+    ball = ball + (uniform(0.0, 0.06) - ball) * inside((angle - pupil_angle) * radius, 1.0)
+    ball = ball * (1 - uniform(0.15, 0.65) * torch.exp(above.clamp(max=0) / uniform(1.0, 4.5)))
+    ball = ball * (1 - uniform(0.0, 0.6) * inside(-beside - 4, 4.0))
+
+    # Skin: the light's side is bright, the socket dark towards nose and brow, folds above and below.
+    skin = uniform(0.4, 0.85)
+    skin = skin + uniform(0.0, 0.6) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
+    skin = skin - uniform(0.0, 0.45) * line(along / half * nasal - 1.3, uniform(0.4, 0.9)) * inside(
+        across - 4, 10.0
+    )
+    fold = uniform(1.5, 6.5) * (0.4 + 0.6 * (1 - u.abs().clamp(max=1) ** 2))
+    near = inside(beside, 5.0)
+    skin = skin - uniform(0.0, 0.4) * line(above - fold, uniform(0.6, 1.6)) * near
+    skin = skin - uniform(0.0, 0.35) * inside(above - fold, 2.0) * inside(-above, 1.0) * near
+    skin = skin - uniform(0.0, 0.2) * line(below - uniform(3.0, 7.0), uniform(1.0, 3.0)) * near
+    skin = skin - uniform(0.0, 0.3) * inside(below - 2, 4.0) * inside(-below, 2.0) * near
+    brow = uniform(12.0, 24.0) * (1 - 0.12 * u**2) + 1.5 * nasal * u
+    skin = (skin - uniform(0.0, 0.5) * inside(brow - above, uniform(3.0, 10.0))).clamp(min=0.03)
+
+    picture = skin + (ball - skin) * inside(open_eye)
+    lashes = line(above - 0.2, uniform(0.6, 1.6)) * inside(beside + normal(0.0, 0.8), 2.5)
+    picture = picture * (1 - uniform(0.3, 0.9) * lashes)
+    picture = picture * (1 - uniform(0.0, 0.45) * line(below, uniform(0.5, 1.2)) * inside(beside, 2.5))
+    # The mirror image of a lamp on the cornea.
+    gleam_x = centre_x + radius * (0.75 * gx + 0.14 * light_x)
+    gleam_y = centre_y + radius * (0.75 * gy + 0.2 * light_y)
+    gleam = inside(((x - gleam_x) ** 2 + (y - gleam_y) ** 2).sqrt() - uniform(0.4, 1.3)) * inside(open_eye)
+    strength = uniform(0.3, 1.0) * (torch.rand(n, 1, 1, generator=generator) < 0.6)
+    picture = picture + (1 - picture).clamp(min=0) * strength * gleam
+
+    small = F.avg_pool2d(picture[:, None].clamp(min=0), scale)
+    small = small / small.amax((2, 3), keepdim=True)
+    # A little grain, as every camera has it: without it the refiner would have nothing to make skin from.
+    grain = uniform(0.0, 0.03)[:, None] * torch.randn(small.shape, generator=generator)
+    small = (small + grain).clamp(0, 1)
+    return equalise((small * 255).round().to(torch.uint8)), gaze
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def read_labelled(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, 1, 35, 55), equalised, and gazes (N, 3) of a UnityEyes or SynthEyes folder.
+
+    UnityEyes: `N.jpg` beside `N.json`. SynthEyes (Wood et al., ICCV 2015): the file name ends in pitch and
+    yaw in radians, `f01_<frame>_<pitch>_<yaw>.png`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    unity = any(path.with_suffix(".json").exists() for path in files)
+    images = torch.empty(len(files), 1, HEIGHT, WIDTH, dtype=torch.uint8)
+    gazes = torch.empty(len(files), 3)
+    for i, path in enumerate(files):
+        pixels, gazes[i] = _unity_eye(path) if unity else _synth_eye(path)
+        images[i, 0] = torch.from_numpy(pixels)
+    return equalise(images), gazes
+
+
+def _synth_eye(path: Path) -> tuple[np.ndarray, Tensor]:
+    numbers = re.search(r"_(-?\d+\.\d+)_(-?\d+\.\d+)$", path.stem)
+    if numbers is None:
+        raise DataError(
+            f"{path}: not labelled: its name does not end in _<pitch>_<yaw> (SynthEyes), and there is no "
+            f"{path.stem}.json (UnityEyes)"
+        )
+    pitch, yaw = (torch.tensor(float(number)) for number in numbers.groups())
+    if max(pitch.abs(), yaw.abs()) > torch.pi / 2:
+        raise DataError(f"{path}: pitch and yaw must be radians, got {pitch:g} and {yaw:g}")
+    return open_image(path, (HEIGHT, WIDTH), grey=True), gaze_vector(pitch, yaw)
+
+
+def _unity_eye(path: Path) -> tuple[np.ndarray, Tensor]:
+    """The eye cut out by its corners, as wide as MPIIGaze's, and `look_vec` with y turned downwards."""
+    from PIL import Image
+
+    labels_path = path.with_suffix(".json")
+    try:
+        labels = json.loads(labels_path.read_text())
+        margin = np.array([_numbers(point)[:2] for point in labels["interior_margin_2d"]])
+        look = torch.tensor(_numbers(labels["eye_details"]["look_vec"])[:3])
+        if margin.ndim != 2 or margin.shape[1:] != (2,) or look.shape != (3,) or look.norm() == 0:
+            raise ValueError("a point is incomplete")
+    except OSError as error:
+        raise DataError(f"{path}: not labelled: {labels_path.name} cannot be read ({error})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{labels_path}: not a label of UnityEyes ({error!r})") from error
+    grey = open_image(path, grey=True)
+    margin[:, 1] = grey.shape[0] - margin[:, 1]
+    low, high = margin.min(0), margin.max(0)
+    half = np.array([WIDTH, HEIGHT]) / WIDTH * 0.66 * (high[0] - low[0])
+    if half[0] < 1:
+        raise DataError(f"{labels_path}: interior_margin_2d has no width")
+    left, top = (low + high) / 2 - half
+    right, bottom = (low + high) / 2 + half
+    if left < 0 or top < 0 or right > grey.shape[1] or bottom > grey.shape[0]:
+        raise DataError(
+            f"{path}: {grey.shape[1]}×{grey.shape[0]} pixels, but its labels place the eye at x {left:.0f} "
+            f"to {right:.0f}, y {top:.0f} to {bottom:.0f}"
+        )
+    eye = Image.fromarray(grey).resize(
+        (WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+    )
+    return np.array(eye), F.normalize(look * torch.tensor([1.0, -1.0, 1.0]), dim=0)
+
+
+def _numbers(text: str) -> list[float]:
+    """The numbers of "(x, y, z)"."""
+    return [float(number) for number in text.strip("() ").split(",")]
+
+
+def read_real(folder: Path) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+    """Images uint8 (N, 1, 35, 55) with gazes (N, 3) or None, and for each the number of its group, (N,).
+
+    A folder of MPIIGaze's normalised `.mat` files is labelled; a group is a person, or where there is only
+    one, a file (a day). In a folder of eye crops, which are equalised, each image is a group of its own.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder")
+    recordings = sorted(folder.rglob("*.mat"))
+    if recordings:
+        parts = [_mpiigaze(path) for path in recordings]
+        people = sorted({path.parent for path in recordings})
+        numbers = [people.index(path.parent) if len(people) > 1 else i for i, path in enumerate(recordings)]
+        groups = torch.cat([torch.full((len(x),), g) for g, (x, _) in zip(numbers, parts, strict=True)])
+        return (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])), groups
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise DataError(f"{folder}: holds neither MPIIGaze's .mat files nor images")
+    crops = [torch.from_numpy(open_image(path, (HEIGHT, WIDTH), grey=True)) for path in files]
+    return (equalise(torch.stack(crops)[:, None]), None), torch.arange(len(files))
+
+
+def _mpiigaze(path: Path) -> tuple[Tensor, Tensor]:
+    """Both eyes of one `Data/Normalized/pNN/dayNN.mat`: 36×60 patches resized, gazes in their cameras."""
+    from scipy.io import loadmat
+
+    try:
+        data = loadmat(path, squeeze_me=True, struct_as_record=False)["data"]
+        sides = [(np.asarray(side.image), np.asarray(side.gaze)) for side in (data.left, data.right)]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        raise DataError(f"{path}: not a normalised MPIIGaze file ({error!r})") from error
+    images, gazes = [], []
+    for image, gaze in sides:
+        image, gaze = image.reshape(-1, *image.shape[-2:]), gaze.reshape(-1, gaze.shape[-1])
+        if image.shape[1:] != (36, 60) or image.dtype != np.uint8 or gaze.shape != (len(image), 3):
+            raise DataError(
+                f"{path}: expected uint8 images n×36×60 and gazes n×3, got {image.dtype} {image.shape} and "
+                f"{gaze.shape}"
+            )
+        images.append(torch.from_numpy(image[:, None].astype(np.float32)))
+        gazes.append(torch.from_numpy(gaze.astype(np.float32)))
+    small = F.interpolate(torch.cat(images), (HEIGHT, WIDTH), mode="bilinear", antialias=True)
+    return small.round().to(torch.uint8), F.normalize(torch.cat(gazes), dim=1)

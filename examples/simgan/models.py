@@ -1,0 +1,75 @@
+"""The networks of SimGAN by the names of the settings, and those that are trained on what it refines."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastda.nn
+
+NETS = ("gaze", "hand", "small")
+PSI = ("identity", "blur", "derivatives")
+
+
+def refiner(net: str, channels: int = 1) -> fastda.nn.Refiner:
+    """The paper's refiner for gaze or hand images, or one an eighth as dear, for a processor and minutes."""
+    if net == "small":
+        return fastda.nn.Refiner(channels, 32, 2, 3)
+    if net == "hand":
+        return fastda.nn.Refiner(channels, 64, 10, 7)
+    return fastda.nn.Refiner(channels, 64, 4, 3)
+
+
+def discriminator(net: str, channels: int = 1, kind: str = "softmax") -> fastda.nn.PatchDiscriminator:
+    make = fastda.nn.PatchDiscriminator.hand if net == "hand" else fastda.nn.PatchDiscriminator.gaze
+    return make(channels, kind)
+
+
+def features(psi: str, x: Tensor) -> Tensor:
+    """ψ of the self-regularisation: what of an image (N, C, H, W) refining is to keep.
+
+    `identity`: its pixels; `blur`: their means over 5×5 neighbourhoods, so that edges and texture are free;
+    `derivatives`: differences of neighbouring pixels, so that brightness is free.
+    """
+    if psi == "blur":
+        return F.avg_pool2d(x, 5, 1, padding=2, count_include_pad=False)
+    if psi == "derivatives":
+        across, down = x[:, :, :-1, 1:] - x[:, :, :-1, :-1], x[:, :, 1:, :-1] - x[:, :, :-1, :-1]
+        return torch.cat([across, down], 1)
+    return x
+
+
+class GazeRegressor(nn.Sequential):
+    """The paper's gaze estimator (appendix): grey eyes (N, 1, 35, 55) → gazes (N, 3), to be trained by ℓ₂.
+
+    Unpadded convolutions leave 192 maps of 5×10: the 9,600 inputs of its fully connected layers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, 32, 3), nn.ReLU(),
+            nn.Conv2d(32, 32, 3), nn.ReLU(),
+            nn.Conv2d(32, 64, 3), nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 80, 3), nn.ReLU(),
+            nn.Conv2d(80, 192, 3), nn.ReLU(),
+            nn.MaxPool2d(2, 2),
+            nn.Flatten(),
+            nn.Linear(9600, 1000), nn.ReLU(),
+            nn.Linear(1000, 3),
+        )  # fmt: skip
+
+
+class Classifier(nn.Sequential):
+    """Images (N, channels, H, W) of any size from 12×12 → logits (N, classes)."""
+
+    def __init__(self, channels: int, height: int, width: int, classes: int) -> None:
+        flat = 48 * ((height // 2) // 2) * ((width // 2) // 2)
+        super().__init__(
+            nn.Conv2d(channels, 32, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Conv2d(32, 48, 5, padding=2), nn.MaxPool2d(2), nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(flat, 128), nn.ReLU(), nn.Dropout(0.5),
+            nn.Linear(128, classes),
+        )  # fmt: skip
