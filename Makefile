@@ -23,7 +23,7 @@ KERNEL_TESTS := $(wildcard tests/test_grad_reverse.py tests/test_patch_loss.py t
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 VERIFY := $(BIN)/fastda verify --out
 
-.PHONY: help demo test build wheel lint format check isa triton-check abi-check sanitize bench docs clean
+.PHONY: help demo test build wheel lint format check isa triton-check cuda-check gpu abi-check sanitize bench docs clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -78,6 +78,12 @@ format: build ## rewrite all sources in the one format
 
 triton-check: build ## every Triton kernel compiled for NVIDIA and AMD, no GPU needed: registers, spills
 	$(BIN)/python tests/triton_check.py
+
+cuda-check: build ## every CUDA kernel compiled by nvcc, no GPU needed: registers, spills, occupancy
+	$(BIN)/python tests/cuda_check.py
+
+gpu: build ## on a machine with a GPU: device tests, verify and timings, into out/gpu
+	$(BIN)/python tests/gpu.py --out $(OUT)/gpu
 
 # -- what users get -----------------------------------------------------------------------------------------------
 

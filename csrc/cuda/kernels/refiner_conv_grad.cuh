@@ -268,6 +268,7 @@ direct_filter_grad_kernel(DirectFilterGrad p) {
   int64_t rest = begin - image * (int64_t(p.height) * p.width);
   int row = int(rest / p.width), column = int(rest - int64_t(row) * p.width);
   S sum = 0;
+  FASTDA_NO_UNROLL
   for (int64_t m = begin; m < end; ++m) {
     T g = grad[image * p.grad.n + k * p.grad.c + row * p.grad.h + column * p.grad.w];
     if (gate) g = gated(gate[image * p.gate.n + k * p.gate.c + row * p.gate.h + column * p.gate.w], g);
