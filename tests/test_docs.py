@@ -100,7 +100,7 @@ def test_extras_named_in_the_pages_exist():
 def test_every_environment_variable_is_documented():
     pattern = re.compile(r"""(?:environ(?:\.get)?[\[(]|getenv\()\s*["'](FASTDA_\w+)""")
     sources = [ROOT / "setup.py", *(ROOT / "fastda").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
-    sources.append(ROOT / "tests" / "conftest.py")
+    sources += [ROOT / "tests" / "conftest.py", ROOT / "csrc" / "cuda" / "build_options.py"]
     used = {name for source in sources for name in pattern.findall(source.read_text())}
     assert {"FASTDA_BACKEND", "FASTDA_CPU_ISA"} <= used
     documented = set(re.findall(r"FASTDA_\w+", (ROOT / "docs" / "environment.md").read_text()))
