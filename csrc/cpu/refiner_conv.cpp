@@ -267,8 +267,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
   const Tensor output = with_unit_stride(output_any, channels_last);
-  const Tensor inner = inner_any ? with_unit_stride(*inner_any, channels_last)
-                                 : inner_activation(x, weight1, bias1, channels_last, op);
+  Tensor inner = inner_any ? with_unit_stride(*inner_any, channels_last)
+                           : inner_activation(x, weight1, bias1, channels_last, op);
   FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op, ": weight2 does not fit x");
   Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
          d_bias2 = nothing(x);
@@ -278,10 +278,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   if (need_x || need_weight1 || need_bias1) {
     Fusion fusion;
     fusion.x_gate = output;
-    fusion.out_gate = inner;
+    fusion.out_gate = std::move(inner);
     const Tensor d_inner =
         empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
     convolve(grad, weight2, true, fusion, d_inner, channels_last);
+    fusion.out_gate.reset();  // a recomputed inner activation is freed before d_x is made
     if (need_weight1) d_weight1 = empty_filter(weight1);
     if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());
     filter_gradient(x, d_inner, std::nullopt, channels_last, d_weight1, d_bias1);
