@@ -269,6 +269,21 @@ def test_every_operator_names_itself_and_the_argument_in_its_errors(op):
             assert name in str(error.value)
 
 
+def test_a_tensor_passed_twice_compiles_in_one_graph():
+    x, weight, bias = (torch.randn(s, requires_grad=True) for s in ((2, 3, 5, 7), (3, 3, 3, 3), (3,)))
+
+    def function(x, weight, bias):
+        y = fastda.conv_same(fastda.refiner_block(x, weight, bias, weight, bias), weight, bias, residual=x)
+        z = fastda.conv_same(x, weight, bias, residual=x, relu=True)
+        return y.square().mean() + z.mean() + fastda.self_regularization(x, x)
+
+    expected = torch.autograd.grad(function(x, weight, bias), (x, weight, bias))
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    grads = torch.autograd.grad(compiled(x, weight, bias), (x, weight, bias))
+    for got, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
 def test_triton_is_never_imported_by_the_package():
     code = "import sys, fastda; print(sorted(m for m in sys.modules if m.startswith('fastda.triton')))"
     status, out, err = python(code)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from fastda import compat
 
@@ -38,3 +39,13 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (x, *tensors)
     )
+
+
+def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Arguments for a Function. Under torch.compile, which refuses a tensor passed twice, views stand in."""
+    if not is_compiling():
+        return tensors
+    seen: list[Tensor | None] = []
+    for t in tensors:
+        seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)
+    return tuple(seen)

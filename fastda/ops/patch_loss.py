@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from fastda import backend, compat, reference
-from fastda.ops.common import composite_backward
+from fastda.ops.common import composite_backward, distinct
 from fastda.reference.patch_loss import patch_terms
 
 KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
@@ -148,7 +148,7 @@ def _apply(name: str, serving: str, options: tuple[Any, ...], *tensors: Tensor |
     """The raw operator's results without its gradients, recorded where a gradient is wanted."""
     count = _OPERATORS[name][0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:count]):
-        return _Loss.apply(name, serving, options, *tensors)
+        return _Loss.apply(name, serving, options, *distinct(*tensors))
     return _run(name, serving, tensors, options, (False,) * count)[:-count]
 
 

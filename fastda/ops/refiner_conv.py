@@ -8,12 +8,18 @@ import torch
 from torch import Tensor
 
 from fastda import backend, compat, reference
-from fastda.ops.common import autocast, composite_backward
+from fastda.ops.common import autocast, composite_backward, distinct
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _check_tensor(op: str, name: str, t: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
+
+
 def _check(op: str, x: Tensor, name: str, weight: Tensor) -> None:
+    _check_tensor(op, name, weight)
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
     if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
@@ -31,6 +37,7 @@ def _check_like(op: str, x: Tensor, name: str, t: Tensor | None, shape: tuple[in
     """`t` must have the dtype and device of x, and `shape` if one is given."""
     if t is None:
         return
+    _check_tensor(op, name, t)
     if shape is not None and t.shape != shape:
         raise ValueError(f"{op}: {name} must be {tuple(shape)}, got {tuple(t.shape)}")
     if t.dtype != x.dtype:
@@ -140,6 +147,7 @@ def conv_same(
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
     """
+    _check_tensor("conv_same", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
     out_channels = weight.shape[0]
@@ -155,7 +163,7 @@ def conv_same(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _ConvSame.apply(x, weight, bias, residual, relu, serving)
+        return _ConvSame.apply(*distinct(x, weight, bias, residual), relu, serving)
     return backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
 
 
@@ -187,8 +195,10 @@ def checked_refiner_block(
     recompute: bool,
 ) -> Tensor:
     """`refiner_block` with a choice: `recompute` the inner activation in backward instead of keeping it."""
+    _check_tensor("refiner_block", "x", x)
     x, weight1, bias1, weight2, bias2 = autocast(x, weight1, bias1, weight2, bias2)
     _check("refiner_block", x, "weight1", weight1)
+    _check_tensor("refiner_block", "weight2", weight2)
     shape2 = (x.shape[1], weight1.shape[0])
     if (
         weight2.dim() != 4
@@ -214,7 +224,7 @@ def checked_refiner_block(
         or (bias1 is not None and bias1.requires_grad)
         or (bias2 is not None and bias2.requires_grad)
     ):
-        return _RefinerBlock.apply(x, weight1, bias1, weight2, bias2, recompute, serving)
+        return _RefinerBlock.apply(*distinct(x, weight1, bias1, weight2, bias2), recompute, serving)
     return backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
 
 
