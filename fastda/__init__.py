@@ -1,5 +1,6 @@
 """Fused kernels for domain adaptation, matching their PyTorch references in value and gradient."""
 
+from fastda import nn
 from fastda.backend import info, use_backend
 from fastda.ops.grad_reverse import grad_reverse, grad_reverse_linear
 from fastda.ops.patch_loss import (
@@ -18,6 +19,7 @@ __all__ = [
     "grad_reverse",
     "grad_reverse_linear",
     "info",
+    "nn",
     "optimize",
     "patch_discriminator_loss",
     "patch_generator_loss",

@@ -29,6 +29,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+import fastda
 import fastda.ops.grad_reverse as ops
 from fastda import backend, grad_reverse, grad_reverse_linear, reference
 from fastda.nn import DomainClassifier, GradientReversal, ScheduledGradientReversal
@@ -810,7 +811,7 @@ def reversal_of(layer, x):
 
 @independent
 def test_module_with_a_float_scale():
-    layer, x = GradientReversal(0.5), leaf(4, 3)
+    layer, x = fastda.nn.GradientReversal(0.5), leaf(4, 3)
     assert reversal_of(layer, x) == -0.5
     assert layer.state_dict() == {}
     assert repr(layer) == "GradientReversal(scale=0.5)"
