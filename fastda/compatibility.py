@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastda.nn import GradientReversal
 from fastda.ops.grad_reverse import grad_reverse
-from fastda.ops.patch_loss import one_side_loss
+from fastda.ops.patch_loss import LEAST_PATCHES, one_side_loss
 
 __all__ = [
     "GANLoss",
@@ -110,8 +110,8 @@ class GANLoss(nn.Module):
     target_real_label, target_fake_label: kept as 0-dim buffers, in the state_dict as there.
 
     Differs: half precision is summed in float32, and the result is then float32. Labels are read when the
-    module is made and when a state_dict is loaded; labels off the side they stand for (real below ½, fake
-    above) are computed by the loss functions that the namesake uses.
+    module is made and when a state_dict is loaded. Small predictions, where nothing is gained, and labels off
+    the side they stand for (real below ½, fake above) take the loss functions that the namesake uses.
     """
 
     real_label: Tensor
@@ -132,7 +132,7 @@ class GANLoss(nn.Module):
     def forward(self, prediction: Tensor, target_is_real: bool) -> Tensor:
         label = self._labels[bool(target_is_real)]
         smoothing = 0.0 if self._kind == "wgan" else 2 * abs(label - bool(target_is_real))
-        if smoothing > 1 or prediction.numel() == 0:
+        if smoothing > 1 or prediction.numel() < max(1, LEAST_PATCHES[self._kind]):
             prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
             target = torch.full_like(prediction, label)
             if self._kind == "wgan":

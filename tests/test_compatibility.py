@@ -89,10 +89,12 @@ def original_gan_loss(gan_mode, prediction, is_real, labels):
     return -prediction.mean() if is_real else prediction.mean()
 
 
+@pytest.mark.parametrize("least", [0, 2**20], ids=["fused", "small"])
 @pytest.mark.parametrize("gan_mode", ["lsgan", "vanilla", "wgangp"])
 @pytest.mark.parametrize("labels", [(1.0, 0.0), (0.9, 0.1), (0.3, 0.8)])
 @pytest.mark.parametrize("shape", [(2, 1, 9, 7), (3, 4, 5, 6), (8, 1), (5,)])
-def test_gan_loss(gan_mode, labels, shape):
+def test_gan_loss(gan_mode, labels, shape, least, monkeypatch):
+    monkeypatch.setattr(compatibility, "LEAST_PATCHES", dict.fromkeys(compatibility.LEAST_PATCHES, least))
     criterion = GANLoss(gan_mode, *labels)
     prediction = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     for is_real in (True, False):
@@ -104,7 +106,9 @@ def test_gan_loss(gan_mode, labels, shape):
         torch.testing.assert_close(*(torch.autograd.grad(loss, prediction)[0] for loss in (got, expected)))
 
 
-def test_gan_loss_edges():
+@pytest.mark.parametrize("least", [0, 2**20], ids=["fused", "small"])
+def test_gan_loss_edges(least, monkeypatch):
+    monkeypatch.setattr(compatibility, "LEAST_PATCHES", dict.fromkeys(compatibility.LEAST_PATCHES, least))
     assert GANLoss("lsgan")(torch.empty(0, 1, 3, 3), True).isnan()
     half = torch.full((1, 1, 64, 64), 200.0, dtype=torch.float16)
     assert GANLoss("lsgan")(half, False) == 40000.0

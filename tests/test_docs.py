@@ -5,6 +5,7 @@ program holds the rest in HTML comments, `<!-- python … -->`, which run at the
 """
 
 import argparse
+import functools
 import importlib
 import os
 import re
@@ -83,13 +84,29 @@ def check_command(words):
     elif program == "fastda" or words[:3] == ["python", "-m", "fastda"]:
         cli._parser().parse_args(rest[2:] if program == "python" else rest)
     else:
-        assert words[:2] == ["python", "-m"], words
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        help = [sys.executable, "-m", words[2], "--help"]
-        done = subprocess.run(help, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        for option in (w for w in words[3:] if w.startswith("--")):
-            assert option.partition("=")[0] in done.stdout, (option, words)
+        if program == "torchrun":
+            rest = [w for w in rest if not w.startswith("--nproc")]
+        assert rest[0] == "-m" and program in ("python", "torchrun"), words
+        _, module, *arguments = rest
+        # A word without dashes may be a subcommand, whose options are its own.
+        given = {w.partition("=")[0] for w in arguments if w.startswith("--")}
+        known = help_of(module)
+        if arguments and not arguments[0].startswith("-") and not given <= options_in(known):
+            known += help_of(module, arguments[0])
+        assert given <= options_in(known), (given - options_in(known), words)
+
+
+def options_in(text):
+    return set(re.findall(r"--[\w-]+", text))
+
+
+@functools.cache
+def help_of(module, *command):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-m", module, *command, "--help"]
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_extras_named_in_the_pages_exist():

@@ -52,6 +52,7 @@ def even_where_nothing_is_gained(monkeypatch, request):
         monkeypatch.setattr(convolution_module, "FAST_KERNELS", (1, 3, 5, 7))
         monkeypatch.setattr(convolution_module, "LEAST_CHANNELS", 1)
         monkeypatch.setattr(convolution_module, "LEAST_SIZE", 1)
+        monkeypatch.setattr(loss_module, "LEAST_PATCHES", dict.fromkeys(loss_module.LEAST_PATCHES, 0))
 
 
 @pytest.fixture
@@ -1118,6 +1119,20 @@ def test_only_what_gains_is_replaced(calls):
         model[5](torch.randn(1, 16, size, 12))
         assert calls == served
         calls.clear()
+
+
+@pytest.mark.gain
+def test_a_small_map_takes_the_authors_loss(calls):
+    loss = GANLoss("vanilla")
+    original = copy.deepcopy(loss)
+    (entry,) = fastda.optimize(loss).replaced
+    assert entry.what == "patch loss bce → patch_discriminator_loss, from 16,384 patches"
+    calls.clear()
+    small, large = torch.randn(1, 1, 30, 30), torch.randn(16, 1, 32, 32)
+    assert torch.equal(loss(small, True), original(small, True))
+    assert not calls
+    torch.testing.assert_close(loss(large, True), original(large, True))
+    assert calls == {"one_side_loss": 1}
 
 
 # -- the whole -----------------------------------------------------------------------------------------------

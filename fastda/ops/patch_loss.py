@@ -334,6 +334,10 @@ def patch_generator_loss(
     return _apply(op, serving, options, fake_logits, weight)[0]
 
 
+# From how many patches on `one_side_loss` was measured to be faster than PyTorch's own functions, on a CPU.
+LEAST_PATCHES = {"softmax": 2**12, "bce": 2**14, "lsgan": 2**16, "hinge": 2**16, "wgan": 2**19}
+
+
 def one_side_loss(logits: Tensor, kind: str, real: bool, label_smoothing: float = 0.0) -> Tensor:
     """The discriminator's mean loss on one batch alone, real or fake, for at least one patch."""
     none = logits.detach()[:0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastda import compat
-from fastda.ops.patch_loss import KINDS, one_side_loss, patch_discriminator_loss
+from fastda.ops.patch_loss import KINDS, LEAST_PATCHES, one_side_loss, patch_discriminator_loss
 from fastda.optimize.common import Optimized, Refused, entry, of_torch, parts, prove, random
 from fastda.optimize.report import Entry, Report
 
@@ -29,7 +29,8 @@ def serve(report: Report, path: str, module: nn.Module) -> None:
         if any(isinstance(m, nn.modules.loss._Loss) for m in inner):
             report.left.append(Entry(path, name, f"no patch loss: {reason}"))
         return
-    report.replaced.append(Entry(path, name, f"patch loss {plan.form} → patch_discriminator_loss"))
+    what = f"patch loss {plan.form} → patch_discriminator_loss, from {plan.form.least:,} patches"
+    report.replaced.append(Entry(path, name, what))
     report.change(path, module, "__class__", _PatchLoss.subclass(type(module), plan))
 
 
@@ -52,10 +53,15 @@ class _Form(NamedTuple):
         logits = (first,) if self.by_flag else (first, second)
         return (not self.by_flag or isinstance(second, bool)) and all(map(self._fits, logits))
 
+    @property
+    def least(self) -> int:
+        """How many patches it must be for a gain."""
+        return max(LEAST_PATCHES[self.real], LEAST_PATCHES[self.fake])
+
     def _fits(self, logits: Any) -> bool:
         if not isinstance(logits, Tensor) or logits.dim() != 4 or logits.numel() == 0:
             return False
-        if logits.shape[1] != _channels(self.real):
+        if logits.shape[1] != _channels(self.real) or logits.numel() < self.least * logits.shape[1]:
             return False
         if logits.dtype in (torch.float32, torch.float64):
             return True
