@@ -1102,18 +1102,19 @@ def test_a_patchgan_with_ganloss_trains_the_same(gan_mode):
 def test_only_what_gains_is_replaced(calls):
     model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU()),
-        *(nn.Conv2d(16, 16, 7, padding=3), InSequential(16), InSequential(8), InPlace(16)),
+        *(nn.Conv2d(16, 16, 5, padding=2), InSequential(16), InSequential(8), InPlace(16, 5), InPlace(16, 7)),
     )
     report = fastda.optimize(model)
     assert [(e.path, e.what) for e in report.replaced] == [
         ("", "convolution + ReLU → conv_same (1×)"),
         ("5", "residual block → refiner_block"),
+        ("8", "residual block → refiner_block"),
     ]
     reasons = {e.path: e.what for e in report.left}
     assert reasons["0"] == "no faster with less than 16 channels"
-    assert reasons["4"] == "no faster with 7×7 kernels"
+    assert reasons["4"] == "no faster with 5×5 kernels"
     assert reasons["6"] == "residual block? no faster with less than 16 channels"
-    assert reasons["7"] == "residual block? no faster with 7×7 kernels"
+    assert reasons["7"] == "residual block? no faster with 5×5 kernels"
     calls.clear()
     for size, served in ((8, {"refiner_block": 1}), (7, {})):
         model[5](torch.randn(1, 16, size, 12))

@@ -20,7 +20,7 @@ from fastda.optimize.report import Entry, Report
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
-FAST_KERNELS = (3,)
+FAST_KERNELS = (3, 7)
 LEAST_CHANNELS = 16
 LEAST_SIZE = 8
 
