@@ -108,7 +108,10 @@ def feature_maps(main: dict[str, dict[str, Any]]) -> tuple[str, str]:
         by_domain, by_class = axes[0][2 * i], axes[0][2 * i + 1]
         for d, (colour, name) in enumerate((("#8a8f98", "source"), ("#c2571a", "target"))):
             by_domain.scatter(*points[domain == d].T, s=5, color=colour, linewidths=0, label=name, alpha=0.8)
-        by_domain.legend(fontsize=7, frameon=False, loc="lower right", markerscale=2, handletextpad=0.1)
+        by_domain.legend(
+            fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.03, 0.985), ncols=2,
+            markerscale=2, handletextpad=0.0, columnspacing=0.5,
+        )  # fmt: skip
         by_class.scatter(*points.T, s=5, c=classes, cmap="tab10", linewidths=0, alpha=0.85)
         by_domain.set_title(f"{NAMES[method]}: domain", fontsize=9, loc="left")
         by_class.set_title("class", fontsize=9, loc="left")
