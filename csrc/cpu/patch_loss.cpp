@@ -7,19 +7,10 @@
 namespace fastda::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using MaybeTensor = std::optional<Tensor>;
-
-enum Kind : int64_t { softmax, bce, lsgan, hinge, wgan };
-enum Reduction : int64_t { mean, sum, batchmean };
-
 // Sums are taken over chunks of this many patches (or pixels) and added in their order, so that they are the
 // same bit for bit at any number of threads.
 constexpr int64_t chunk = 4096, chunks_per_thread = 4;
 
-ScalarType wide(const Tensor& t) {
-  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
 // torch::stable::empty looks its operator up by name at every call, which for the many tiny results here
 // costs as much as a small loss itself. This way around it, PyTorch does not fill the memory where it is
 // asked to (torch.utils.deterministic), so gradients don't go here: tests find an unwritten one by its NaN.
@@ -66,53 +57,11 @@ std::vector<Sums> chunk_sums(int64_t total, F&& run) {
   return sums;
 }
 
-bool is_dense(const Tensor& t, std::initializer_list<int> order) {
-  int64_t expected = 1;
-  for (int d : order) {
-    if (t.size(d) != 1 && t.stride(d) != expected) return false;
-    expected *= t.size(d);
-  }
-  return true;
-}
-bool is_contiguous(const Tensor& t) { return t.numel() == 0 || is_dense(t, {3, 2, 1, 0}); }
-// channels_last, and not also contiguous.
-bool is_channels_last(const Tensor& t) {
-  return t.dim() == 4 && t.numel() > 0 && !is_contiguous(t) && is_dense(t, {1, 3, 2, 0});
-}
 Tensor empty_image(const Tensor& like, bool channels_last) {
   const int64_t size[] = {like.size(0), like.size(1), like.size(2), like.size(3)};
   return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 4), wide(like), std::nullopt,
                               std::nullopt, std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-// `t` (N, C, H, W), copied if H and W do not make one arithmetic sequence of addresses together.
-Tensor with_planes(const Tensor& t) {
-  if (t.size(2) <= 1 || t.size(3) <= 1 || t.stride(2) == t.stride(3) * t.size(3)) return t;
-  return torch::stable::contiguous(t);
-}
-int64_t patch_stride(const Tensor& t) { return t.size(3) == 1 ? t.stride(2) : t.stride(3); }
-
-PatchTerm term_of(int64_t kind, bool real, double smoothing) {
-  PatchTerm t{};
-  switch (kind) {
-    case softmax:
-    case bce: t.formula = smoothing > 0 ? Formula::log_smooth : Formula::log; break;
-    case lsgan: t.formula = Formula::square; break;
-    case hinge: t.formula = Formula::hinge; break;
-    default: t.formula = Formula::linear;
-  }
-  t.pair = kind == softmax;
-  t.sign = real == t.pair ? 1 : -1;
-  t.hit = 1 - smoothing / 2, t.miss = smoothing / 2;
-  t.target = real ? t.hit : t.miss;
-  t.threshold = kind == lsgan ? 0.5 : 0;
-  return t;
-}
-
-// A mean over nothing is NaN, as 0 times the infinite reciprocal.
-double factor_of(int64_t reduction, int64_t images, double total) {
-  return reduction == sum ? 1.0 : 1.0 / (reduction == batchmean ? double(images) : total);
 }
 
 struct Evaluated {
@@ -175,9 +124,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
   return {scalar(r.loss + f.loss, wide(real)), scalar(r.accuracy, ScalarType::Float),
           scalar(f.accuracy, ScalarType::Float), r.grad, f.grad};
 }
-
-// The generator wants its patches to pass for real ones; a score beyond hinge's margin is still worth having.
-PatchTerm generator_term(int64_t kind) { return term_of(kind == hinge ? int64_t(wgan) : kind, true, 0); }
 
 std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight, int64_t kind,
                                                 int64_t reduction, bool grad) {

@@ -10,9 +10,6 @@
 namespace fastda::cpu {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using MaybeTensor = std::optional<Tensor>;
-
 // Workspace of a thread, kept from call to call: mapping fresh pages costs as much as a small convolution.
 class Workspace {
  public:
@@ -33,19 +30,6 @@ class Workspace {
   int64_t size_ = 0;
 };
 thread_local Workspace workspace;
-
-// The layout that PyTorch's own convolutions would choose for these strides (at::suggest_memory_format).
-bool prefers_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (int d : {1, 3, 2, 0}) {
-    const int64_t size = t.size(d), stride = t.stride(d);
-    if (size == 0 || stride < least) return false;
-    if (d == 0 && least == t.stride(1)) return false;
-    least = stride > 1 ? stride * size : stride;
-  }
-  return true;
-}
 
 Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last) {
   const int64_t size[] = {n, c, h, w};

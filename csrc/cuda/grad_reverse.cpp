@@ -17,7 +17,8 @@ Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
   const Tensor source = direct ? grad : torch::stable::contiguous(grad);
   const Tensor target = direct ? out : torch::stable::empty_like(source);
   const Tensor factors = torch::stable::contiguous(scale);
-  NegateScale p{dtype_of(grad, op), dtype_of(scale, op)};
+  NegateScale p{};
+  p.dtype = dtype_of(grad, op), p.scale_dtype = dtype_of(scale, op);
   p.grad = source.const_data_ptr();
   p.scale = factors.const_data_ptr();
   p.out = target.mutable_data_ptr();

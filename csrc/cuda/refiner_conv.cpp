@@ -26,19 +26,6 @@ Arithmetic arithmetic_of(const Tensor& x, const char* op) {
   return {dtype, dtype == DType::f32 && convolution_tf32()};
 }
 
-// The layout that PyTorch's own convolutions would choose for these strides (at::suggest_memory_format).
-bool prefers_channels_last(const Tensor& t) {
-  int64_t least = 0;
-  if (t.stride(1) == 0) return false;
-  for (int d : {1, 3, 2, 0}) {
-    const int64_t size = t.size(d), stride = t.stride(d);
-    if (size == 0 || stride < least) return false;
-    if (d == 0 && least == t.stride(1)) return false;
-    least = stride > 1 ? stride * size : stride;
-  }
-  return true;
-}
-
 View view_of(const Tensor& t) {
   // The stride of a dimension of size 1 says nothing; as it stands it could spoil wide accesses.
   const auto stride = [&](int d) { return t.size(d) == 1 ? (d == 1 ? 1 : 0) : t.stride(d); };

@@ -45,9 +45,6 @@ class OnDevice {
 #endif
 };
 
-using MaybeTensor = std::optional<Tensor>;
-using torch::headeronly::MemoryFormat;
-
 // Uninitialised, on the device of `like`.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype,
                        bool channels_last = false) {

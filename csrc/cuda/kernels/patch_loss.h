@@ -4,24 +4,9 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/patch_term.h"
 
 namespace fastda::cuda {
-
-// What a patch's score z costs; z is its only logit or, of two, fake - real; y = sign * z.
-enum class Formula : int {
-  log,         // softplus(y)
-  log_smooth,  // hit * softplus(y) + miss * softplus(-y)
-  square,      // (z - target)^2
-  hinge,       // max(0, 1 + y)
-  linear,      // y
-};
-
-struct PatchTerm {
-  Formula formula;
-  bool pair;  // two logits a patch
-  double sign, hit, miss, target;
-  double threshold;  // right where sign * (z - threshold) < 0
-};
 
 // One summand of a loss, `factor` times the sum of what its blocks found. A block's sums stand in
 // losses[first + block] and rights[first + block].
