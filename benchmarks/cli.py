@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.isa:
         wanted = ISAS[args.isa]
         if any(os.environ.get(name) != value for name, value in wanted.items()):
-            # They are read when the libraries load, which has happened.
-            os.environ.update(wanted)
+            # They are read when the libraries load, which has happened. What torch.compile keeps on disk for
+            # the whole instruction set fails in a process that is held to a lower one.
+            os.environ.update(wanted, TORCHINDUCTOR_CACHE_DIR=str((out / args.isa / "inductor").resolve()))
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *(argv or sys.argv[1:])])
         args.out = out / args.isa
     try:
@@ -109,7 +110,7 @@ def _growth(args: argparse.Namespace, out: Path) -> int:
 
 
 def _render(out: Path, readme: bool = False) -> int:
-    if not (out / "bench.json").exists():
+    if not report.load(out):
         raise cli.UsageError(f"there are no results in {out}; run python -m benchmarks --out {out} first")
     try:
         print(report.page(out))

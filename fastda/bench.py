@@ -433,13 +433,13 @@ def _peak_gflops(threads: int) -> float:
         call = with_threads(threads, torch.get_num_threads(), functools.partial(torch.mm, a, a))
         times = interleave({"matmul": timed(call, clock)}, rounds=10)["matmul"]
         return 2e-9 * 1536**3 / min(times)
-    rounds, best = 1 << 20, 0.0
+    speeds = []
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(15):
             start = clock()
-            flops = sum(pool.map(backend.native.multiply_add, [rounds] * threads))
-            best = max(best, 1e-9 * flops / (clock() - start))
-    return best
+            flops = sum(pool.map(backend.native.multiply_add, [1 << 20] * threads))
+            speeds.append(1e-9 * flops / (clock() - start))
+    return sorted(speeds)[-3]  # a virtual machine's CPU time is off now and then, by half
 
 
 def _copy_gbs(threads: int) -> float:

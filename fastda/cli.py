@@ -286,7 +286,7 @@ def run_bench(
     except ValueError as error:
         raise UsageError(str(error)) from None
     chosen = {name: providers[name] for name in ("fastda", *wanted) if name in providers}
-    stamp = bench.machine({case.threads for case in todo})
+    stamp = bench.machine({1, *(case.threads for case in todo)})
     results = (run or bench.run)(
         todo,
         chosen,
