@@ -1,6 +1,6 @@
 """Every operator against its reference in float64: values and all gradients.
 
-A new operator is one entry of OPERATORS; `fastda verify` and `fastda bench` take it from there.
+A new operator is one entry of OPERATORS; `fastda verify` and the tests take it from there.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Operator:
     # (options, *sizes) -> shape of every tensor argument that receives a gradient.
     tensors: Callable[..., dict[str, Sizes]]
     sizes: Sequence[Sizes]
-    # Sizes of `fastda bench`, the first for --quick, and the options timed.
-    bench: Sequence[Sizes]
+    # Sizes that make several chunks of work, and the options to go with them.
+    large: Sequence[Sizes]
     # Further arguments. A callable value draws a constant tensor: (draw, *sizes) -> Tensor. The value of an
     # option that `tensors` names too only says that this tensor is there.
     options: Sequence[Options] = ({},)
-    bench_options: Options | None = None
+    large_options: Options | None = None
     # Moves the float64 arguments off points where a gradient jumps, such as the edge of a ReLU.
     settle: Callable[[dict[str, Any], float], None] | None = None
     # Results that are sums in which terms may cancel: (options, *sizes) -> the size of those terms, by name.
@@ -124,8 +124,8 @@ OPERATORS = (
             {"scale": lambda draw, *size: draw()},
             {"scale": lambda draw, *size: draw(size[0])},
         ],
-        bench=((128, 768), (64, 32, 24, 24)),
-        bench_options={"scale": 0.7},
+        large=((128, 768), (64, 32, 24, 24)),
+        large_options={"scale": 0.7},
     ),
     Operator(
         "grad_reverse_linear",
@@ -141,8 +141,8 @@ OPERATORS = (
             {"bias": True, "scale": lambda draw, *size: draw()},
             {"bias": True, "scale": lambda draw, *size: draw(size[0])},
         ],
-        bench=((128, 768, 100), (128, 1024, 1024)),
-        bench_options={"bias": True, "scale": 0.7},
+        large=((128, 768, 100), (128, 1024, 1024)),
+        large_options={"bias": True, "scale": 0.7},
     ),
     Operator(
         "patch_discriminator_loss",
@@ -157,8 +157,8 @@ OPERATORS = (
             *grid(kind=KINDS, reduction=("mean", "none"), fake_weight=(_patch_weight,)),
             {"kind": "softmax", "real_weight": lambda draw, *sizes: draw(1, 1, sizes[-2], 1).abs()},
         ],
-        bench=((512, 512, 9, 14), (8, 8, 30, 30)),
-        bench_options={"kind": "softmax", "return_accuracy": True},
+        large=((512, 512, 9, 14), (8, 8, 30, 30)),
+        large_options={"kind": "softmax", "return_accuracy": True},
         magnitudes=_loss_terms,
     ),
     Operator(
@@ -169,8 +169,8 @@ OPERATORS = (
             *grid(kind=KINDS, reduction=REDUCTIONS),
             *grid(kind=KINDS, reduction=("mean", "none"), weight=(_patch_weight,)),
         ],
-        bench=((512, 9, 14), (8, 30, 30)),
-        bench_options={"kind": "softmax"},
+        large=((512, 9, 14), (8, 30, 30)),
+        large_options={"kind": "softmax"},
         magnitudes=_loss_terms,
     ),
     Operator(
@@ -178,8 +178,8 @@ OPERATORS = (
         tensors=lambda options, n, c, h, w: {"refined": (n, c, h, w), "synthetic": (n, c, h, w)},
         sizes=((1, 1, 1, 1), (3, 1, 35, 55), (2, 3, 37, 53)),
         options=grid(scale=(1.0, 0.3), reduction=REDUCTIONS),
-        bench=((512, 1, 35, 55), (32, 1, 35, 55)),
-        bench_options={"scale": 0.3},
+        large=((512, 1, 35, 55), (32, 1, 35, 55)),
+        large_options={"scale": 0.3},
     ),
     Operator(
         "refiner_loss",
@@ -190,8 +190,8 @@ OPERATORS = (
         },
         sizes=((1, 1, 1, 1), (3, 1, 35, 55), (2, 3, 37, 53)),
         options=grid(kind=KINDS, reg_scale=(0.3,), reduction=("mean", "sum", "batchmean")),
-        bench=((512, 1, 35, 55), (32, 1, 35, 55)),
-        bench_options={"kind": "softmax", "reg_scale": 0.3},
+        large=((512, 1, 35, 55), (32, 1, 35, 55)),
+        large_options={"kind": "softmax", "reg_scale": 0.3},
         magnitudes=_loss_terms,
     ),
     Operator(
@@ -207,8 +207,8 @@ OPERATORS = (
             *grid(kind=KINDS, reduction=("mean", "sum")),
             *grid(kind=("softmax", "bce", "lsgan"), label_smoothing=(0.1,), return_accuracy=(True,)),
         ],
-        bench=((512, 512, 32, 9, 14), (32, 32, 32, 9, 14)),
-        bench_options={"kind": "softmax", "return_accuracy": True},
+        large=((512, 512, 32, 9, 14), (32, 32, 32, 9, 14)),
+        large_options={"kind": "softmax", "return_accuracy": True},
         settle=_settle_head,
         magnitudes=_loss_terms,
     ),
@@ -220,8 +220,8 @@ OPERATORS = (
             *((2, 17, 33, 3, 11, 13), (1, 64, 64, 3, 19, 21), (2, 16, 16, 7, 13, 17)),
         ),
         options=[{"bias": None}, *grid(residual=(None, True), relu=(False, True))],
-        bench=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
-        bench_options={"relu": True},
+        large=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
+        large_options={"relu": True},
         settle=_settle_conv,
         magnitudes=_unit_terms,
     ),
@@ -229,7 +229,7 @@ OPERATORS = (
         "refiner_block",
         tensors=_block_shapes,
         sizes=((1, 1, 3, 1, 1), (2, 5, 3, 7, 9), (1, 64, 3, 19, 21), (2, 16, 7, 13, 17)),
-        bench=((8, 64, 3, 35, 55), (2, 64, 7, 56, 56)),
+        large=((8, 64, 3, 35, 55), (2, 64, 7, 56, 56)),
         settle=_settle_block,
         magnitudes=_unit_terms,
     ),

@@ -1,4 +1,4 @@
-"""On a machine with a GPU: the operators' tests on the device, `fastda verify`, timings; one results file.
+"""On a machine with a GPU: `fastda verify` on the device, the test suite, timings; one results file.
 
     python tests/gpu.py --out out/gpu
 
@@ -10,62 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import torch
 
 import fastda
-from fastda import backend, bench, reference, verify
-
-
-def seconds(call, repeats: int) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
-
-
-def measure(op: verify.Operator, sizes: verify.Sizes, dtype: torch.dtype, rounds: int) -> dict:
-    """Forward and backward of one operator against its peers, median seconds of each."""
-    options = op.options[0] if op.bench_options is None else op.bench_options
-    exact, names = verify.draw_arguments(op, options, sizes, dtype, 0)
-
-    def step(function, layout):
-        given = {
-            n: verify.lay_out(v.to("cuda", dtype), layout) if isinstance(v, torch.Tensor) else v
-            for n, v in exact.items()
-        }
-        return bench.training_step(function, given, names)
-
-    peer = getattr(reference, op.name)
-    contenders = {
-        "fastda": step(getattr(fastda, op.name), "channels_last"),
-        "fastda contiguous": step(getattr(fastda, op.name), "contiguous"),
-        "eager contiguous": step(peer, "contiguous"),
-        "eager channels_last": step(peer, "channels_last"),
-        "torch.compile": step(torch.compile(peer), "channels_last"),
-    }
-    for call in contenders.values():
-        for _ in range(5):
-            call()
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    order = list(contenders)
-    for _ in range(rounds):
-        random.shuffle(order)
-        for name in order:
-            samples[name].append(seconds(contenders[name], 10))
-    row = {"op": op.name, "sizes": sizes, "dtype": str(dtype), "options": verify.describe(options)}
-    row["seconds"] = {name: median(values) for name, values in samples.items()}
-    best = min(row["seconds"][n] for n in contenders if not n.startswith("fastda"))
-    row["ratio"] = best / min(row["seconds"][n] for n in contenders if n.startswith("fastda"))
-    return row
+from fastda import backend, bench, verify, workloads
 
 
 def device_checks() -> list[str]:
@@ -111,10 +63,10 @@ def main() -> int:
     tests = subprocess.run([sys.executable, "-m", "pytest"], cwd=Path(__file__).parents[1])
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     timings = []
-    for op, sizes in bench.jobs([op.name for op in verify.OPERATORS], quick=False):
-        for dtype in (torch.float32, torch.bfloat16):
-            timings.append(measure(op, sizes, dtype, args.rounds))
-            print(op.name, sizes, dtype, f"{timings[-1]['ratio']:.2f}", flush=True)
+    for case in workloads.cases(dtypes=("float32", "bfloat16"), threads=(1,)):
+        timings.append(bench.measure(case, bench.PROVIDERS, rounds=args.rounds, device="cuda"))
+        row = timings[-1]["contenders"]
+        print(case.id, {name: f"{t['ratio']['ratio']:.2f}" for name, t in row.items()}, flush=True)
     report = {
         "device": torch.cuda.get_device_name(),
         "info": backend.info(),

@@ -245,9 +245,9 @@ def _results(op, options, sizes, dtype, threads):
 def test_results_are_the_same_bits_for_any_number_of_threads_and_in_every_run(op, dtype):
     if op.name == "grad_reverse_linear":
         pytest.skip("its product is PyTorch's own matrix multiplication, whose bits depend on the threads")
-    options = op.options[0] if op.bench_options is None else op.bench_options
+    options = op.options[0] if op.large_options is None else op.large_options
     # Enough for several chunks of work each.
-    for sizes in (op.sizes[-1], op.bench[-1]):
+    for sizes in (op.sizes[-1], op.large[-1]):
         one = _results(op, options, sizes, dtype, threads=1)
         for threads in (1, 2, 3):
             again = _results(op, options, sizes, dtype, threads)

@@ -249,7 +249,7 @@ WEIGHT_CONFIGS: dict[str, Config] = {
     "half": (64, 64, 64, 4, 3),
     "half gather": (64, 64, 32, 8, 2),
     "tf32": (64, 64, 32, 4, 3),
-    "tf32 gather": (64, 64, 16, 8, 2),
+    "tf32 gather": (64, 64, 16, 4, 2),
     "ieee": (64, 64, 16, 8, 2),
     "ieee gather": (64, 64, 16, 8, 2),
     "double": (32, 32, 16, 4, 2),
