@@ -311,8 +311,8 @@ def test_related_weights_penalty_is_zero_for_equal_streams_and_the_formula_other
             p.add_(torch.randn_like(p))
     expected = 0.0
     for i, (s, t) in enumerate(zip(net.features[0].parameters(), net.features[1].parameters(), strict=True)):
-        b = net.relation.b[i] / s.numel() ** 0.5
-        expected += (net.relation.a[i] * s + b - t).double().square().sum()
+        a, b = 1 + net.relation.a[i] / s.numel() ** 0.5, net.relation.b[i] / s.numel() ** 0.5
+        expected += (a * s + b - t).double().square().sum()
     torch.testing.assert_close(net.relation(*net.features).double(), expected)
     assert isinstance(net.relation, WeightRelation)
 
@@ -351,6 +351,24 @@ def test_target_labels_play_no_part(pair, method):
     assert weights(true) == weights(false)
     assert [row["criterion"] for row in true.history] == [row["criterion"] for row in false.history]
     assert true.accuracy != false.accuracy or true.history != false.history
+
+
+def test_relation_is_stable_at_the_default_rate_and_momentum():
+    """Gradient descent on the relation alone, from the weights that the digit net starts from."""
+    net = DomainNet(10, 28, streams=2, batch_norm=True)
+    with torch.no_grad():
+        for p in net.features[1].parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    settings = cli.PRESETS["tuned"]
+    sgd = torch.optim.SGD(net.relation.parameters(), lr=settings.lr, momentum=settings.momentum)
+    values = []
+    for _ in range(60):
+        sgd.zero_grad()
+        loss = settings.relation * net.relation(*net.features)
+        loss.backward()
+        sgd.step()
+        values.append(loss.item())
+    assert max(values) == values[0] and values[-1] < values[0]
 
 
 @pytest.mark.parametrize("method", ["dann", "related", "target"])
@@ -502,6 +520,7 @@ from tests.test_dann import QUICK, shapes_pair
 from examples.dann.train import train, rank_and_world
 from safetensors.torch import save_file
 torch.distributed.init_process_group("gloo")
+torch.set_default_dtype(torch.float64)
 pair = shapes_pair()
 for method in ("dann", "related"):
     net = train(pair, replace(QUICK, method=method, epochs=1)).net
@@ -512,7 +531,15 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_train_like_one_with_the_joined_batch(pair, tmp_path):
+@pytest.fixture
+def float64():
+    """Where rounding seldom decides which of two pixels a pooling takes, results agree closely."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def test_two_processes_train_like_one_with_the_joined_batch(tmp_path, float64):
     from safetensors.torch import load_file
 
     script = tmp_path / "distributed.py"
@@ -531,11 +558,12 @@ def test_two_processes_train_like_one_with_the_joined_batch(pair, tmp_path):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
     for method in ("dann", "related"):
-        alone = train(pair, replace(QUICK, method=method, epochs=1)).net.state_dict()
+        alone = train(shapes_pair(), replace(QUICK, method=method, epochs=1)).net.state_dict()
         together = load_file(tmp_path / f"{method}.safetensors")
         assert alone.keys() == together.keys()
         for name, value in alone.items():
-            torch.testing.assert_close(together[name], value, rtol=1e-3, atol=1e-4, msg=name)
+            error = (together[name] - value).abs().max().item()
+            assert error < 1e-9, (method, name, error)
 
 
 # ---------------------------------------------------------------------------------------------- results

@@ -39,14 +39,15 @@ class DomainBatchNorm(nn.Module):
             return F.batch_norm(x, mean, var, self.weight, self.bias, self.training, self.momentum)
         from torch.distributed.nn.functional import all_reduce
 
-        moments = torch.stack([x.mean((0, 2, 3)), (x * x).mean((0, 2, 3))])
-        now, square = all_reduce(moments) / torch.distributed.get_world_size()
-        spread = square - now * now
+        # The mean first: the mean of squares less its square would lose half the digits.
+        now = all_reduce(x.mean((0, 2, 3))) / torch.distributed.get_world_size()
+        centred = x - now[:, None, None]
+        spread = all_reduce(centred.square().mean((0, 2, 3))) / torch.distributed.get_world_size()
         with torch.no_grad():
             count = x.numel() / x.shape[1] * torch.distributed.get_world_size()
             mean.lerp_(now, self.momentum)
             var.lerp_(spread * (count / (count - 1)), self.momentum)
-        y = (x - now[:, None, None]) * (spread[:, None, None] + 1e-5).rsqrt()
+        y = centred * (spread[:, None, None] + 1e-5).rsqrt()
         return y * self.weight[:, None, None] + self.bias[:, None, None]
 
 
@@ -74,17 +75,19 @@ class Features(nn.Module):
 class WeightRelation(nn.Module):
     """Σ over layers of ‖a·W_s + b − W_t‖², a and b learned per layer (Rozantsev et al., arXiv 1603.06432).
 
-    What is learned is b·√n for a layer of n weights: the regulariser's curvature in b itself is 2n, at which
-    gradient descent diverges.
+    What is learned is (a − 1)·√n and b·√n for a layer of n weights: the regulariser's curvature in a and b
+    themselves is 2·‖W_s‖² and 2n, at which gradient descent diverges.
     """
 
     def __init__(self, layers: int) -> None:
         super().__init__()
-        self.a, self.b = nn.Parameter(torch.ones(layers)), nn.Parameter(torch.zeros(layers))
+        self.a, self.b = nn.Parameter(torch.zeros(layers)), nn.Parameter(torch.zeros(layers))
 
     def forward(self, source: nn.Module, target: nn.Module) -> Tensor:
         pairs = zip(source.parameters(), target.parameters(), self.a, self.b, strict=True)
-        return torch.stack([(a * s + b / s.numel() ** 0.5 - t).square().sum() for s, t, a, b in pairs]).sum()
+        return torch.stack(
+            [(s + (a * s + b) / s.numel() ** 0.5 - t).square().sum() for s, t, a, b in pairs]
+        ).sum()
 
 
 class DomainNet(nn.Module):
@@ -141,11 +144,11 @@ class DomainNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def set_domain_mean(self, domain: int, images: Tensor) -> None:
-        self.domain_mean[domain] = images.double().mean((0, 2, 3)).div(255).float()
+        self.domain_mean[domain] = images.double().mean((0, 2, 3)) / 255
 
     def normalise(self, images: Tensor, domain: int) -> Tensor:
         """uint8 or float images of 0 to 255, (N, 3, H, W) → float, channels_last."""
-        x = images.to(memory_format=torch.channels_last, dtype=torch.float32) / 255
+        x = images.to(memory_format=torch.channels_last, dtype=self.domain_mean.dtype) / 255
         if self.normalisation == "domain":
             return x - self.domain_mean[domain][:, None, None]
         if self.normalisation == "image":

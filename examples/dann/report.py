@@ -108,10 +108,7 @@ def feature_maps(main: dict[str, dict[str, Any]]) -> tuple[str, str]:
         by_domain, by_class = axes[0][2 * i], axes[0][2 * i + 1]
         for d, (colour, name) in enumerate((("#8a8f98", "source"), ("#c2571a", "target"))):
             by_domain.scatter(*points[domain == d].T, s=5, color=colour, linewidths=0, label=name, alpha=0.8)
-        by_domain.legend(
-            fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.03, 0.985), ncols=2,
-            markerscale=2, handletextpad=0.0, columnspacing=0.5,
-        )  # fmt: skip
+        handles, labels = by_domain.get_legend_handles_labels()
         by_class.scatter(*points.T, s=5, c=classes, cmap="tab10", linewidths=0, alpha=0.85)
         by_domain.set_title(f"{NAMES[method]}: domain", fontsize=9, loc="left")
         by_class.set_title("class", fontsize=9, loc="left")
@@ -119,6 +116,10 @@ def feature_maps(main: dict[str, dict[str, Any]]) -> tuple[str, str]:
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_color("#cccccc")
+    figure.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0, 0.02), ncols=2, fontsize=8, frameon=False,
+        markerscale=2.5,
+    )  # fmt: skip
     figure.tight_layout()
     return svg(figure), how
 

@@ -115,7 +115,8 @@ class Trainer:
             raise SettingsError(
                 f"batch: half of {settings.batch} exceeds a domain of {smaller} training images"
             )
-        self.steps_per_epoch = len(pair.source_train) // self.half
+        # An epoch passes over the larger domain once; the smaller one repeats.
+        self.steps_per_epoch = max(len(pair.source_train), len(pair.target_train)) // self.half
         self.total_steps = self.steps_per_epoch * settings.epochs
         torch.manual_seed(settings.seed)
         self.net = DomainNet(
