@@ -8,6 +8,7 @@ the benchmarks of this tree, so a revision is comparable as long as it has the o
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -15,13 +16,14 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 # Taken from this tree in both processes; the rest of fastda is each one's own.
-SHARED = ("cli", "verify", "workloads", "bench")
+SHARED = ("cli", "verify", "steps", "workloads", "bench")
 
 
 class BaseError(Exception):
@@ -85,30 +87,38 @@ class Worker:
         self.process.wait()
 
 
-def run(todo: Sequence[Any], name: str, tree: Path, **settings: Any) -> Iterator[dict[str, Any]]:
-    """As `fastda.bench.run`, of `fastda` and of `base`: the revision `name` that `checkout` put in `tree`."""
-    from fastda import bench
-
-    device, seed = settings.pop("device"), settings["seed"]
+@contextlib.contextmanager
+def session(name: str, tree: Path) -> Iterator[Callable[..., dict[str, Any]]]:
+    """For `fastda.bench.run`: measures `fastda` against `base`, the revision `name` that `checkout` put in
+    `tree`, in a process each."""
     workers = {"fastda": Worker(ROOT), f"base {name}": Worker(tree)}
     try:
-        for case in todo:
-            task = bench.Task(case, device, seed)
-            samplers, absent = {}, {}
-            for label, worker in workers.items():
-                try:
-                    worker.ask({"case": vars(case), "device": device, "seed": seed})
-                    samplers[label] = worker.sample
-                except RuntimeError as error:
-                    if label == "fastda":
-                        raise
-                    absent[label] = str(error)
-            row = bench.result(task, samplers, **settings)
-            row["warnings"].pop("shared", None)  # this process only waits
-            yield row | {"absent": absent}
+        yield functools.partial(_measure, workers)
     finally:
         for worker in workers.values():
             worker.close()
+
+
+def _measure(
+    workers: dict[str, Worker], case: Any, providers: Any, *, device: str, seed: int, **settings: Any
+) -> dict[str, Any]:
+    from fastda import bench
+
+    begin = time.perf_counter()
+    samplers, absent = {}, {}
+    for label, worker in workers.items():
+        try:
+            worker.ask({"case": vars(case), "device": device, "seed": seed})
+            samplers[label] = worker.sample
+        except RuntimeError as error:
+            if label == "fastda":
+                raise
+            absent[label] = str(error)
+    row = bench.result(bench.Task(case, device, seed), samplers, seed=seed, **settings)
+    # This process only waits, so its share of the core says nothing.
+    row |= {"busy": 1.0, "absent": absent, "seconds": time.perf_counter() - begin}
+    row["warnings"].pop("shared", None)
+    return row
 
 
 def _serve(tree: Path) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import base, growth, report
+from benchmarks import agreement, base, growth, report
 from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS
 from fastda import bench, cli
@@ -38,6 +38,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--isa", choices=ISAS, help="hold fastda and its peers to an instruction set; in OUT/ISA")
     p.add_argument("--base", metavar="REV", help="compare with another revision instead; into OUT/base-REV")
     p.add_argument("--growth", action="store_true", help="how times grow with sizes instead; OUT/growth.json")
+    p.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("A.json", "B.json"),
+        help="measure nothing: how far two runs agree, by their bench.json",
+    )
     p.add_argument("--render", action="store_true", help="measure nothing: the page and README's table")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("out/bench"), help="default: out/bench")
     p.add_argument("--json", metavar="FILE", help="write this run as JSON; - for standard output")
@@ -58,12 +65,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *(argv or sys.argv[1:])])
         args.out = out / args.isa
     try:
+        if args.compare:
+            return _compare(*args.compare)
         if args.render:
             return _render(out, readme=True)
         if args.growth:
             return _growth(args, out)
         if args.base:
             return _base(args, out)
+        # What torch.compile made is kept for the further sessions, and for the next run.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str((out / "inductor").resolve()))
         providers = [name for name in ("eager", "compile") if not args.peers or name in args.peers]
         also = functools.partial(_memory, providers=["fastda", *providers], quick=args.quick)
         status = cli.run_bench(args, PEERS, functools.partial(bench.run, also=also))
@@ -84,11 +95,8 @@ def _memory(case: Case, row: dict[str, Any], providers: list[str], quick: bool) 
 def _base(args: argparse.Namespace, out: Path) -> int:
     name, tree = base.checkout(args.base, out / "trees")
     args.out = args.out / f"base-{name}"
-
-    def run(todo: list[Case], providers: Any, folder: Path, **settings: Any) -> Any:
-        return base.run(todo, name, tree, **settings)
-
-    return cli.run_bench(args, {}, run)
+    session = functools.partial(base.session, name, tree)
+    return cli.run_bench(args, {}, functools.partial(bench.run, session=session))
 
 
 def _growth(args: argparse.Namespace, out: Path) -> int:
@@ -107,6 +115,15 @@ def _growth(args: argparse.Namespace, out: Path) -> int:
         )
     cli.write_file(out / "growth.json", json.dumps(rows, indent=1) + "\n")
     return _render(out) if (out / "bench.json").exists() else 0
+
+
+def _compare(first: Path, second: Path) -> int:
+    try:
+        a, b = (json.loads(path.read_text())["rows"] for path in (first, second))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise cli.UsageError(f"--compare: no results in {first}, {second}: {error!r}") from None
+    print(agreement.text(agreement.pairs(a, b)))
+    return 0
 
 
 def _render(out: Path, readme: bool = False) -> int:

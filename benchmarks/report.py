@@ -11,15 +11,17 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.base import ROOT
-from fastda.bench import FLOOR
+from fastda.bench import FLOOR, combined
 from fastda.workloads import WORKLOADS
 
 ENGINES = ("ONNX Runtime", "OpenVINO", "ncnn")
 FAMILIES = {
+    "step": "Training steps",
     "refiner": "Refiner convolutions",
     "patch_loss": "Patch losses",
     "grad_reverse": "Gradient reversal",
 }
+MODES = {"forward": "forward", "backward": "forward + backward", "step": "step"}
 ISAS = ("avx2", "base")  # folders of runs that were held to an instruction set
 RESULTS = ROOT / "benchmarks" / "results.json"
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
@@ -40,7 +42,11 @@ def load(out: Path) -> list[dict[str, Any]]:
             continue
         machine = json.loads((folder / "bench.json").read_text())["machine"]
         found = [json.loads(path.read_text()) for path in sorted((folder / "cases").glob("*.json"))]
-        rows = [row for row in found if row["same"]["fingerprint"] == machine["fingerprint"]]
+        rows = [
+            combined(kept["sessions"])
+            for kept in found
+            if kept["same"]["fingerprint"] == machine["fingerprint"]
+        ]
         rows.sort(key=lambda row: (order.index(row["case"]["workload"]), *_position(row)))
         growth = folder / "growth.json"
         runs.append(
@@ -72,12 +78,13 @@ def family(row: Row) -> str:
 
 def best(row: Row, kind: str) -> str | None:
     """The fastest contender of a kind: "torch" (eager or compiled, however it is written), "engine", "layer"
-    (a published one), or "any" of these."""
+    (a published one), "usual" (PyTorch as it is mostly written), or "any" of these."""
     names = [n for n in row["contenders"] if not n.startswith("fastda") and n != FLOOR]
     kinds = {
         "torch": [n for n in names if n.startswith(("eager", "torch.compile"))],
         "engine": [n for n in names if n in ENGINES],
         "layer": [n for n in names if not n.startswith(("eager", "torch.compile")) and n not in ENGINES],
+        "usual": [n for n in names if n == "eager, usual code"],
         "any": names,
     }
     return min(kinds[kind], key=lambda n: row["contenders"][n]["median"], default=None)
@@ -107,7 +114,7 @@ def what(row: Row) -> str:
         parts.append(case["dtype"])
     if case["layout"] != "contiguous":
         parts.append(case["layout"])
-    parts.append("forward" if case["mode"] == "forward" else "forward + backward")
+    parts.append(MODES[case["mode"]])
     if case["threads"] > 1:
         parts.append(f"{case['threads']} threads")
     return ", ".join(parts)
@@ -187,7 +194,7 @@ def roofline(run: dict[str, Any]) -> str | None:
     """Useful operations per second against operations per byte, under this machine's measured roofs."""
     import matplotlib.pyplot as plt
 
-    rows = [r for r in run["rows"] if r["flops"] and r["case"]["threads"] == 1]
+    rows = [r for r in run["rows"] if r["flops"] and r["bytes"] and r["case"]["threads"] == 1]
     peak = run["machine"]["peaks"].get("1")
     if not rows or not peak:
         return None
@@ -319,7 +326,7 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
     """A line a family and mode: the geometric mean of the ratios to the best peer, range, and losses."""
     found = []
     for name, title in FAMILIES.items():
-        for mode in ("forward", "backward"):
+        for mode, shown in MODES.items():
             members = [r for r in rows if family(r) == name and r["case"]["mode"] == mode and best(r, "any")]
             ratios = [r["contenders"][best(r, "any")][ratio_key(r)] for r in members]
             if ratios:
@@ -327,7 +334,7 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
                 found.append(
                     {
                         "title": title,
-                        "mode": "forward" if mode == "forward" else "forward + backward",
+                        "mode": shown,
                         "mean": number(geometric_mean(values)),
                         "low": number(min(values)),
                         "high": number(max(values)),
@@ -368,7 +375,7 @@ def table(rows: list[Row], machine: dict[str, Any]) -> dict[str, Any]:
                 "time": seconds(ours["median"]),
                 "flops": f"{speed:.0f}" if r["flops"] else "",
                 "peak": f"{100 * speed / peak['gflops']:.0f} %" if r["flops"] and peak else "",
-                "bytes": f"{1e-9 * r['bytes'] / ours['median']:.1f}",
+                "bytes": f"{1e-9 * r['bytes'] / ours['median']:.1f}" if r["bytes"] else "",
                 "cells": cells,
                 "warnings": "; ".join(r["warnings"].values()),
                 "added": ratio_key(r) == "added_ratio",
@@ -439,6 +446,8 @@ def markdown(runs: list[dict[str, Any]]) -> str:
             if not rows:
                 continue
             kinds = [("torch", "best of eager and torch.compile")]
+            if any(best(r, "usual") for r in rows):
+                kinds.insert(0, ("usual", "PyTorch as mostly written"))
             if any(best(r, "engine") for r in rows):
                 kinds.append(("engine", "best of " + ", ".join(ENGINES)))
             if any(best(r, "layer") for r in rows):
@@ -447,8 +456,7 @@ def markdown(runs: list[dict[str, Any]]) -> str:
             lines = [head, ["---", "---:", "---:", *("---:" for _ in kinds)]]
             for r in rows:
                 case = r["case"]
-                mode = "forward" if case["mode"] == "forward" else "forward + backward"
-                label = f"`{case['workload']}` {sizes(r)}, {mode}"
+                label = f"`{case['workload']}` {sizes(r)}, {MODES[case['mode']]}"
                 key = ratio_key(r)
                 if key == "added_ratio":
                     label += ", time added"

@@ -1,5 +1,9 @@
 """How contenders are timed: on a shared machine no time is a result, a ratio of contenders taken in turn is.
 
+All cases are gone round several times, each time in a process of its own: where memory lies, and what else
+the machine does, differ more between such sessions than between the rounds of one. The sessions' ratios make
+the interval.
+
 A provider makes a case's contenders. `fastda bench` has those that need torch alone; `python -m benchmarks`,
 in the repository, adds those that need further packages.
 """
@@ -12,15 +16,16 @@ import gc
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -33,14 +38,17 @@ from fastda.workloads import WORKLOADS, Call, Case, Formula
 
 
 class Ratio(NamedTuple):
-    """A peer's time over ours: the median over the rounds and its 95 % bootstrap interval."""
+    """A peer's time over ours, and its 95 % interval."""
 
     ratio: float
     low: float
     high: float
 
 
+Row = dict[str, Any]  # of the results, as in their JSON
+
 Sampler = Callable[[int], float]  # seconds that n calls take
+Contenders = Iterator[tuple[str, Call]]
 
 
 def timed(call: Call, clock: Callable[[], float] = time.perf_counter) -> Sampler:
@@ -84,12 +92,13 @@ def interleave(
     """Time the contenders in turn, in an order shuffled every round; return seconds per call, by round.
 
     A sample repeats its call until it lasts `min_sample` seconds or more. There are at least `rounds`
-    rounds, and up to five times as many while `seconds` have not passed.
+    rounds, and up to 100 while `seconds` have not passed.
     """
     repeats = {}
     for name, sample in contenders.items():
-        sample(1)
         once = sample(1)
+        if once < 20 * min_sample:  # else the first call, a warm-up, tells enough
+            once = sample(1)
         if once < min_sample:
             once = min(once, *(sample(1) for _ in range(3)))
         repeats[name] = max(1, math.ceil(min_sample / max(once, 1e-7)))
@@ -99,7 +108,7 @@ def interleave(
     gc.disable()
     try:
         begin = time.perf_counter()
-        for done in range(5 * rounds):
+        for done in range(max(rounds, 100)):
             if done >= rounds and time.perf_counter() - begin > seconds:
                 break
             shuffle(order)
@@ -115,7 +124,7 @@ def interleave(
 def compare(
     peer: Sequence[float], ours: Sequence[float], floor: Sequence[float] | None = None, seed: int = 0
 ) -> Ratio:
-    """Peer's time over ours, of the same rounds.
+    """Peer's time over ours, of the same rounds: the median of the ratios, with a bootstrap interval.
 
     With `floor`, the times of the work without what both add to it, the ratio is that of the medians of what
     is added; at most 1000, which also stands for an addition of ours that cannot be measured.
@@ -138,6 +147,25 @@ def compare(
     return Ratio(ratios[0].item(), low, high)
 
 
+# Student's t for a two-sided interval of 95 %, by degrees of freedom from 1.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def over_sessions(ratios: Sequence[Ratio]) -> Ratio:
+    """The geometric mean of the sessions' ratios, with Student's interval of their logarithms.
+
+    How well each session knows its own ratio is part of how much they differ. One session alone has only its
+    bootstrap interval, which knows nothing of other processes.
+    """
+    if len(ratios) == 1:
+        return ratios[0]
+    logs = [math.log(max(r.ratio, 1e-3)) for r in ratios]
+    freedom = len(logs) - 1
+    t = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.6 / freedom
+    middle, half = fmean(logs), t * stdev(logs) / math.sqrt(len(logs))
+    return Ratio(*(math.exp(min(x, 700.0)) for x in (middle, middle - half, middle + half)))
+
+
 def spread(samples: Sequence[float]) -> float:
     """The interquartile range as a share of the median."""
     t = torch.tensor(list(samples), dtype=torch.float64)
@@ -152,10 +180,13 @@ class Task:
         self.case, self.device, self.seed = case, device, seed
         self.workload = next(w for w in WORKLOADS if w.name == case.workload)
         self.dtype: torch.dtype = getattr(torch, case.dtype)
-        tensors = self.workload.tensors or next(
-            op.tensors for op in verify.OPERATORS if op.name == self.workload.op
-        )
-        self.shapes = tensors(self.workload.options, *case.sizes)
+        if self.workload.steps:
+            self.shapes: dict[str, tuple[int, ...]] = {}
+        else:
+            tensors = self.workload.tensors or next(
+                op.tensors for op in verify.OPERATORS if op.name == self.workload.op
+            )
+            self.shapes = tensors(self.workload.options, *case.sizes)
         self.grads = list(self.shapes) if self.workload.grads is None else list(self.workload.grads)
         # Memory formats matter to convolutions.
         self.has_formats = any("weight" in n and len(s) == 4 for n, s in self.shapes.items())
@@ -205,7 +236,11 @@ class Task:
         return step
 
     def cost(self) -> dict[str, float]:
-        """Floating-point operations as the definition counts them, and bytes that must move at least once."""
+        """Floating-point operations as the definition counts them, and bytes that must move at least once (0
+        for a whole training step, where that is no measure)."""
+        if self.workload.steps:
+            assert self.workload.flops
+            return {"flops": self.workload.flops(*self.case.sizes), "bytes": 0.0}
         arguments = {n: v for n, v in self.arguments().items() if isinstance(v, Tensor)}
         with torch.no_grad():
             formula = self.workload.formulas["eager"]
@@ -218,14 +253,27 @@ class Task:
         flops = self.workload.flops(*self.case.sizes) if self.workload.flops else 0.0
         return {"flops": flops * (3 if train else 1), "bytes": float(size)}
 
+    def steps(self, who: str) -> Contenders:
+        """Of a training step, the contenders whose names start with `who`, after two steps."""
+        for label, make in self.workload.steps.items():
+            if label.startswith(who):
+                step = make(self.case.sizes)
+                step(), step()  # compilers see gradients once without and once with
+                yield label, step
 
-Contenders = Iterator[tuple[str, Call]]
+
 Provider = Callable[[Task], Contenders]
 
 
 def _fastda(task: Task) -> Contenders:
     """What fastda chooses by itself; other backends that serve the device follow."""
     w = task.workload
+    if w.steps:
+        for label, step in task.steps("fastda"):
+            yield label, step
+            if task.case.threads > 1:
+                yield f"{label}, 1 thread", with_threads(1, task.case.threads, step)
+        return
 
     def call(layout: str) -> Call:
         if w.fused is None:
@@ -267,6 +315,7 @@ def with_threads(threads: int, otherwise: int, call: Call) -> Call:
 
 def _eager(task: Task) -> Contenders:
     """Eager PyTorch, contiguous and channels_last."""
+    yield from task.steps("eager")
     for label, formula in task.workload.formulas.items():
         yield label, task.call(formula)
         if task.has_formats:
@@ -297,6 +346,9 @@ class Frozen(nn.Module):
 
 def _compiled(task: Task) -> Contenders:
     """torch.compile, for the shape; frozen for inference."""
+    if task.workload.steps:
+        yield from task.steps("torch.compile")
+        return
     formula = task.workload.formulas["eager"]
     for layout in ("contiguous", "channels_last") if task.has_formats else ("contiguous",):
         if task.case.mode == "forward":
@@ -324,8 +376,9 @@ def measure(
     seconds: float = 2.0,
     device: str = "cpu",
     seed: int = 0,
-) -> dict[str, Any]:
-    """One case: seconds per call of every contender, and the ratios of all to `fastda`."""
+) -> Row:
+    """One session of a case: seconds per call of every contender, and the ratios of all to `fastda`."""
+    begin = time.perf_counter()
     keep_freed_memory()
     absent: dict[str, str] = {}
     contenders: dict[str, Sampler] = {}
@@ -343,10 +396,11 @@ def measure(
                 absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         row = result(task, contenders, rounds=rounds, seconds=seconds, seed=seed)
     torch._dynamo.reset()
-    return row | {"absent": absent}
+    gc.collect()
+    return row | {"absent": absent, "seconds": time.perf_counter() - begin}
 
 
-def result(task: Task, contenders: Mapping[str, Sampler], **settings: Any) -> dict[str, Any]:
+def result(task: Task, contenders: Mapping[str, Sampler], **settings: Any) -> Row:
     """Time the contenders of a task; one of them is `fastda`."""
     case = task.case
     start = time.perf_counter(), time.process_time()
@@ -360,18 +414,52 @@ def result(task: Task, contenders: Mapping[str, Sampler], **settings: Any) -> di
         if floor is not None and name != FLOOR:
             rows[name]["added"] = median(a - b for a, b in zip(t, floor, strict=True))
             rows[name]["added_ratio"] = compare(t, ours, floor)._asdict()
-    peers = [name for name in samples if not name.startswith("fastda") and name != FLOOR]
-    row: dict[str, Any] = {
+    row: Row = {
         "id": case.id,
         "case": asdict(case),
         "clock": "CPU time" if task.by_cpu_time else "wall time",
+        "sessions": 1,
         "rounds": len(ours),
         "seconds": wall,
-        "best": min(peers, key=lambda name: rows[name]["median"], default=None),
+        "busy": cpu / wall,
         "contenders": rows,
+        "absent": {},
         **task.cost(),
     }
-    return row | {"warnings": _warnings(row, cpu / wall)}
+    return row | {"best": _best(row), "warnings": _warnings(row)}
+
+
+def combined(sessions: Sequence[Row]) -> Row:
+    """What several sessions of a case say together: the row that is shown."""
+    if len(sessions) == 1:
+        return sessions[0]
+    last = sessions[-1]
+    contenders = {}
+    for name in last["contenders"]:
+        found = [s["contenders"][name] for s in sessions if name in s["contenders"]]
+        middle = {
+            key: median(c[key] for c in found) for key in ("median", "spread", "added") if key in found[0]
+        }
+        ratios = {
+            key: over_sessions([Ratio(**c[key]) for c in found])._asdict()
+            for key in ("ratio", "added_ratio")
+            if key in found[0]
+        }
+        contenders[name] = {**middle, "minimum": min(c["minimum"] for c in found), **ratios}
+    row = {
+        **{key: value for session in sessions for key, value in session.items()},
+        "sessions": len(sessions),
+        "rounds": sum(s["rounds"] for s in sessions),
+        "seconds": sum(s["seconds"] for s in sessions),
+        "busy": median(s["busy"] for s in sessions),
+        "contenders": contenders,
+    }
+    return row | {"best": _best(row), "warnings": _warnings(row)}
+
+
+def _best(row: Row) -> str | None:
+    peers = [name for name in row["contenders"] if not name.startswith("fastda") and name != FLOOR]
+    return min(peers, key=lambda name: row["contenders"][name]["median"], default=None)
 
 
 @contextlib.contextmanager
@@ -395,8 +483,8 @@ def keep_freed_memory() -> None:
     torch.empty(30 << 20, dtype=torch.uint8)
 
 
-def _warnings(row: dict[str, Any], busy: float) -> dict[str, str]:
-    warnings = {}
+def _warnings(row: Row) -> dict[str, str]:
+    warnings, busy = {}, row["busy"]
     noisy = [name for name, c in row["contenders"].items() if c["spread"] > 0.15]
     if noisy:
         warnings["spread"] = (
@@ -406,7 +494,7 @@ def _warnings(row: dict[str, Any], busy: float) -> dict[str, str]:
         warnings["shared"] = f"the core was shared: {100 * busy:.0f} % of the time was this process's"
     best = row["contenders"].get(row.get("best"), {}).get("ratio")
     if best and best["high"] - best["low"] > 0.1 * best["ratio"]:
-        half = 50 * (best["high"] - best["low"]) / best["ratio"]
+        half = 50 * math.log(best["high"] / best["low"])
         warnings["interval"] = f"the ratio to {row['best']} is known to ±{half:.0f} % only"
     return warnings
 
@@ -477,28 +565,82 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+@contextlib.contextmanager
+def fresh_process() -> Iterator[Callable[..., Row]]:
+    """`measure`, in a process of its own for all calls."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield lambda *args, **settings: pool.submit(measure, *args, **settings).result()
+
+
+@contextlib.contextmanager
+def this_process() -> Iterator[Callable[..., Row]]:
+    yield measure
+
+
 def run(
     todo: Sequence[Case],
     providers: Mapping[str, Provider],
     folder: Path | None = None,
-    also: Callable[[Case, dict[str, Any]], dict[str, Any]] = lambda case, row: {},
+    also: Callable[[Case, Row], Row] = lambda case, row: {},
+    *,
+    sessions: int = 4,
+    session: Callable[[], contextlib.AbstractContextManager[Callable[..., Row]]] = fresh_process,
+    seed: int = 0,
     **settings: Any,
-) -> Iterator[dict[str, Any]]:
-    """Measure the cases in turn.
+) -> Iterator[Row]:
+    """Go round the cases `sessions` times; yields each case's row, as far as it is known, every time.
 
-    With `folder`, each result is kept there, and a run that was interrupted goes on where it stopped, unless
-    the build, the contenders or the settings are others. `also` says what further goes into a row.
+    With `folder`, the sessions are kept there, and a run that was interrupted goes on where it stopped,
+    unless the build, the contenders or the settings are others. `also` says what further goes into a row;
+    `session` gives what measures, as `measure` does.
     """
+    settings = {"seed": seed, **settings}
     same = {"fingerprint": fingerprint(), "providers": list(providers), "settings": settings}
+    kept: dict[str, list[Row]] = {}
     for case in todo:
         path = folder / f"{case.id}.json" if folder else None
-        if path and path.exists():
-            kept = json.loads(path.read_text())
-            if kept["same"] == same:
-                yield kept
-                continue
-        row = measure(case, providers, **settings)
-        row |= {**also(case, row), "same": same}
-        if path:
-            write_file(path, json.dumps(row, indent=1) + "\n")
-        yield row
+        found = json.loads(path.read_text()) if path and path.exists() else {}
+        kept[case.id] = found["sessions"] if found.get("same") == same else []
+    for number in range(sessions):
+        with contextlib.ExitStack() as stack:
+            timing = None
+            for case in todo:
+                rows = kept[case.id]
+                if len(rows) <= number:
+                    timing = timing or stack.enter_context(session())
+                    row = timing(case, providers, **{**settings, "seed": seed + number})
+                    rows.append(row | (also(case, row) if not rows else {}))
+                    if folder:
+                        text = json.dumps({"same": same, "sessions": rows}, indent=1)
+                        write_file(folder / f"{case.id}.json", text + "\n")
+                yield combined(rows[: number + 1])
+
+
+class TimeLeft:
+    """How long a run still takes: by what each case took, before that by a guess scaled to those that ran."""
+
+    def __init__(self, todo: Sequence[Case], sessions: int, contenders: int) -> None:
+        self.sessions = sessions
+        self.guess = {}
+        for case in todo:
+            w = next(w for w in WORKLOADS if w.name == case.workload)
+            flops = w.flops(*case.sizes) * (3 if case.mode == "backward" else 1) if w.flops else 0.0
+            self.guess[case.id] = 2.0 * contenders + 4 * contenders * flops / (6e10 * case.threads)
+        self.taken: dict[str, float] = {}
+        self.left_of = dict.fromkeys(self.guess, sessions)
+        self.spent = 0.0
+
+    def add(self, row: Row) -> None:
+        self.spent += row["seconds"] - self.taken.get(row["id"], 0.0)
+        self.taken[row["id"]] = row["seconds"]
+        self.left_of[row["id"]] -= 1
+
+    @property
+    def left(self) -> float:
+        known = sum(self.guess[name] * (self.sessions - self.left_of[name]) for name in self.taken)
+        scale = self.spent / known if known else 1.0
+        left = 0.0
+        for name, count in self.left_of.items():
+            done = self.sessions - count
+            left += count * (self.taken[name] / done if done else self.guess[name] * scale)
+        return left

@@ -220,7 +220,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -
     )
     parser.add_argument("--dtype", type=_words, default=["float32"], metavar="A,B", help="default: float32")
     parser.add_argument(
-        "--mode", type=_words, default=[], metavar="A,B", help="forward, backward (both ways)"
+        "--mode", type=_words, default=[], metavar="A,B", help="forward, backward (both ways), step"
     )
     parser.add_argument(
         "--layout",
@@ -230,7 +230,8 @@ def add_bench_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -
         help="of fastda's input; peers have both",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu (default: cpu)")
-    parser.add_argument("--rounds", type=int, help="rounds per case at least (default: 20, --quick: 10)")
+    parser.add_argument("--sessions", type=int, help="processes per case (default: 4, --quick: 3)")
+    parser.add_argument("--rounds", type=int, default=2, help="rounds per session at least (default: 2)")
     parser.add_argument(
         "--quick", action="store_true", help="one size an operator, eager peers; about a minute"
     )
@@ -261,15 +262,16 @@ def run_bench(
 
     providers = {**bench.PROVIDERS, **(peers or {})}
     console, rich = _rich()
-    rounds = (10 if args.quick else 20) if args.rounds is None else args.rounds
+    sessions = (3 if args.quick else 4) if args.sessions is None else args.sessions
     wanted = args.peers or (["eager"] if args.quick else list(providers))
     _check("--peers", wanted, providers)
     _check("NAME", args.names, [n for w in workloads.WORKLOADS for n in (w.family, w.op, w.name)])
     _check("--dtype", args.dtype, ("float32", "float64", "bfloat16", "float16"))
-    _check("--mode", args.mode, ("forward", "backward"))
+    _check("--mode", args.mode, ("forward", "backward", "step"))
     _check("--layout", args.layout, ("contiguous", "channels_last"))
     _check("--device", [args.device], backend.info()["devices"])
-    for option, values in (("--rounds", [rounds]), ("--threads", args.threads)):
+    numbers = {"--sessions": [sessions], "--rounds": [args.rounds], "--threads": args.threads}
+    for option, values in numbers.items():
         for value in values:
             if value < 1:
                 raise UsageError(f"{option} must be at least 1, got {value}")
@@ -291,15 +293,45 @@ def run_bench(
         todo,
         chosen,
         args.out / "cases" if args.out else None,
-        rounds=rounds,
-        seconds=0.5 if args.quick else 2.0,
+        sessions=sessions,
+        rounds=args.rounds,
+        seconds=0.3 if args.quick else 1.0,
         device=args.device,
         seed=args.seed,
     )
-    rows = list(_progress(rich, console, results, len(todo), "bench"))
+    rows = _collect(rich, console, results, bench.TimeLeft(todo, sessions, len(chosen) + 1), len(todo))
     _print_bench(console, rich, {w.name: w.family for w in workloads.WORKLOADS}, stamp, rows)
     _write(args, {"machine": stamp, "seed": args.seed, "rows": rows})
     return 0
+
+
+def _collect(rich: Any, console: Any, results: Iterable[Any], plan: Any, total: int) -> list[Any]:
+    """The last row of each case; shows how long it still takes."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.fields[left]}"),
+    )
+    rows = {}
+    begin = time.perf_counter()
+    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("bench", total=plan.left, left="")
+        for done, row in enumerate(results, 1):
+            rows[row["id"]] = row
+            plan.add(row)
+            left = f"about {plan.left / 60:.1f} min left"
+            session, case = divmod(done - 1, total)
+            progress.update(
+                task,
+                description=f"session {session + 1}, {case + 1}/{total}",
+                completed=time.perf_counter() - begin,
+                total=time.perf_counter() - begin + plan.left,
+                left=left,
+            )
+            if not console.is_terminal and plan.left and (done % total == 0 or case % 10 == 9):
+                console.print(f"session {session + 1} of {plan.sessions}, case {case + 1} of {total}: {left}")
+    return list(rows.values())
 
 
 def _check(option: str, values: Iterable[str], known: Iterable[str]) -> None:
@@ -336,7 +368,7 @@ def _print_bench(
                 f"{1e3 * ours['median']:.3f}",
                 f"{speed:.0f}" if row["flops"] else "",
                 f"{100 * speed / peak['gflops']:.0f}" if row["flops"] and peak else "",
-                f"{1e-9 * row['bytes'] / ours['median']:.1f}",
+                f"{1e-9 * row['bytes'] / ours['median']:.1f}" if row["bytes"] else "",
                 *(_cell(row, name, "ratio") for name in others),
             )
             if "added_ratio" in ours:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastda.nn import Refiner
+from fastda.steps import DannStep, SimganStep, reverse
 
 Call = Callable[[], object]
 Sizes = tuple[int, ...]
@@ -36,7 +37,7 @@ class Workload:
     # Ways to write it in plain PyTorch; "eager" is the leanest known, and what torch.compile gets.
     formulas: Mapping[str, Formula] = field(default_factory=dict)
     modes: Sequence[str] = ("backward",)
-    threads: Sequence[int] = (1,)
+    two_threads: Sequence[Sizes] = ()  # sizes that are measured on two threads as well
     # Arguments that receive a gradient; None: all tensors that the operator differentiates.
     grads: Sequence[str] | None = None
     # What stands around the operator, for all contenders alike.
@@ -49,6 +50,8 @@ class Workload:
     # For what is no operator: the shapes of its tensors, and what makes the call of `fastda` from them.
     tensors: Callable[..., dict[str, Sizes]] | None = None
     fused: Callable[..., Call] | None = None
+    # For a whole training step, in place of formulas: what makes each contender's step from the sizes.
+    steps: Mapping[str, Callable[[Sizes], Call]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -56,24 +59,8 @@ class Workload:
         return f"{self.op}.{kind}" if kind else self.op
 
 
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.neg() * ctx.scale, None
-
-
-def _reverse(x: Tensor, scale: float) -> Tensor:
-    """The layer that most DANN code carries a copy of."""
-    return _Reverse.apply(x, scale)
-
-
 def _reversed_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: float) -> Tensor:
-    return F.linear(_reverse(x, scale), weight, bias)
+    return F.linear(reverse(x, scale), weight, bias)
 
 
 def _softmax_as_written(
@@ -192,6 +179,7 @@ def _conv_flops(n: int, c: int, k: int, size: int, h: int, w: int) -> float:
 
 
 BLOCKS = ((3, 64, 3, 37, 53), (32, 64, 3, 35, 55), (2, 64, 3, 224, 224), (1, 64, 3, 35, 55))
+CONTIGUOUS = torch.contiguous_format
 MAPS = ((512, 512, 9, 14), (32, 32, 9, 14), (512, 512, 7, 7), (8, 8, 30, 30), (64, 64, 56, 56))
 WORKLOADS = (
     Workload(
@@ -199,7 +187,7 @@ WORKLOADS = (
         "grad_reverse",
         ((128, 768), (128, 1024), (8, 64, 55, 35), (64, 512, 7, 7)),
         {"scale": 0.7},
-        {"eager": _reverse},
+        {"eager": reverse},
         around=lambda reverse: lambda x, scale: 2 * reverse(x, scale),
         floor=lambda x, scale: x,
         added=True,
@@ -264,7 +252,7 @@ WORKLOADS = (
         (*BLOCKS, (2, 64, 7, 112, 112)),
         formulas={"eager": _block},
         modes=("forward", "backward"),
-        threads=(1, 2),
+        two_threads=BLOCKS[1:2],
         flops=lambda n, c, size, h, w: 2 * _conv_flops(n, c, c, size, h, w),
     ),
     Workload(
@@ -273,7 +261,7 @@ WORKLOADS = (
         ((1, 4, 35, 55), (32, 4, 35, 55)),
         formulas={"eager": _network},
         modes=("forward", "backward"),
-        threads=(1, 2),
+        two_threads=((32, 4, 35, 55),),
         tensors=_network_shapes,
         fused=lambda x, **p: functools.partial(_refiner(p), x),
         flops=lambda n, blocks, h, w: (
@@ -281,6 +269,35 @@ WORKLOADS = (
             + 2 * blocks * _conv_flops(n, 64, 64, 3, h, w)
             + _conv_flops(n, 64, 1, 1, h, w)
         ),
+    ),
+    Workload(
+        "step",
+        "simgan_step",
+        ((32, 1, 35, 55), (128, 1, 35, 55)),
+        modes=("step",),
+        two_threads=((32, 1, 35, 55),),
+        steps={
+            "fastda": functools.partial(SimganStep, fused=True),
+            "eager, usual code": functools.partial(SimganStep, usual=True, layout=CONTIGUOUS),
+            "eager channels_last": SimganStep,
+            "torch.compile": functools.partial(SimganStep, compiled=True, layout=CONTIGUOUS),
+            "torch.compile channels_last": functools.partial(SimganStep, compiled=True),
+        },
+        flops=SimganStep.flops,
+    ),
+    Workload(
+        "step",
+        "dann_step",
+        ((128, 3, 28, 28),),
+        modes=("step",),
+        steps={
+            "fastda": functools.partial(DannStep, fused=True),
+            "eager, usual code": functools.partial(DannStep, usual=True, layout=CONTIGUOUS),
+            "eager channels_last": DannStep,
+            "torch.compile": functools.partial(DannStep, compiled=True, layout=CONTIGUOUS),
+            "torch.compile channels_last": functools.partial(DannStep, compiled=True),
+        },
+        flops=DannStep.flops,
     ),
 )
 
@@ -293,7 +310,8 @@ class Case:
     sizes: Sizes
     dtype: str = "float32"
     threads: int = 1
-    mode: str = "backward"  # "forward", without gradients; or "backward", a forward and all gradients
+    # "forward", without gradients; "backward", a forward and all gradients; "step", one of a training
+    mode: str = "backward"
     layout: str = "contiguous"  # what fastda is given; its peers have both
 
     @property
@@ -314,7 +332,8 @@ def cases(
     quick: bool = False,
 ) -> list[Case]:
     """Cases of the families, operators or workloads in `names` (all), at their own sizes unless `shapes` says
-    others. A shape is for the workloads that have as many sizes; ValueError if there are none.
+    others. A shape is for the workloads that have as many sizes; ValueError if there are none. `quick` has
+    one size of each operator; training steps, which are contiguous float32, only where they are named.
     """
     chosen = [w for w in WORKLOADS if not names or {w.family, w.op, w.name} & set(names)]
     found = []
@@ -322,15 +341,19 @@ def cases(
         own = w.sizes[:1] if quick else w.sizes
         lengths = {len(s) for s in w.sizes}
         sizes = [s for s in shapes if len(s) in lengths] if shapes else own
-        counts = [t for t in w.threads if t <= (os.cpu_count() or 1)]
-        axes = (
-            sizes,
-            dtypes,
-            threads or (counts[:1] if quick else counts),
-            modes or (w.modes[-1:] if quick else w.modes),
-            layouts,
-        )
-        found += [Case(w.name, *values) for values in itertools.product(*axes)]
+        if w.steps:
+            usual = "float32" in dtypes and "contiguous" in layouts and (not modes or "step" in modes)
+            if not usual or (quick and not names):
+                continue
+            axes = [w.modes, ("float32",), ("contiguous",)]
+        else:
+            default = w.modes[-1:] if quick else w.modes
+            axes = [[m for m in modes if m != "step"] if modes else default, dtypes, layouts]
+        for size in sizes:
+            both = size in w.two_threads and not quick and (os.cpu_count() or 1) > 1
+            for mode, dtype, layout in itertools.product(*axes):
+                counts = threads or ((1, 2) if both else (1,))
+                found += [Case(w.name, size, dtype, count, mode, layout) for count in counts]
     for s in shapes:
         if not any(len(s) == len(own) for w in chosen for own in w.sizes):
             known = ", ".join(f"{w.name} {'x'.join(map(str, w.sizes[0]))}" for w in chosen)

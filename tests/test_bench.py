@@ -1,5 +1,6 @@
 import functools
 import json
+import os
 import time
 
 import pytest
@@ -71,7 +72,30 @@ def test_rounds_take_every_contender_in_a_shuffled_order():
     assert {n: len(s) for n, s in samples.items()} == {"a": 30, "b": 30, "c": 30}
 
 
-@pytest.mark.parametrize("workload", workloads.WORKLOADS, ids=lambda w: w.name)
+STEPS = [w for w in workloads.WORKLOADS if w.steps]
+
+
+@pytest.mark.parametrize("workload", STEPS, ids=lambda w: w.name)
+def test_every_way_to_write_a_step_trains_the_same(workload):
+    torch.set_num_threads(1)
+    sizes = (6, *workload.sizes[0][1:])
+    found = {}
+    for label, make in workload.steps.items():
+        if not label.startswith("torch.compile"):
+            step = make(sizes)
+            before = [p.detach().clone() for p in step.parameters()]
+            for _ in range(6):  # the history of refined images is full after four
+                step()
+            found[label] = [p.detach() - b for p, b in zip(step.parameters(), before, strict=True)]
+    ours = found.pop("fastda")
+    assert len(found) >= 2 and all(change.abs().max() > 0 for change in ours)
+    for label, theirs in found.items():
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            # Gates of ReLU at rounding distance from zero fall either way.
+            assert (a - b).norm() < 0.02 * b.norm() + 1e-7, f"{label}: parameter {i}"
+
+
+@pytest.mark.parametrize("workload", [w for w in workloads.WORKLOADS if not w.steps], ids=lambda w: w.name)
 def test_every_way_to_write_a_workload_computes_what_fastda_does(workload):
     # Far smaller than what is timed, in the same proportions.
     sizes = [min(s, 5) for s in workload.sizes[0]]
@@ -109,43 +133,84 @@ def test_a_training_call_prepares_its_weights_anew():
 def test_cases_follow_what_is_asked_for():
     found = workloads.cases(["refiner_block"], shapes=[(1, 8, 3, 4, 4)], dtypes=["bfloat16"], threads=[1, 2])
     assert [(c.sizes, c.dtype, c.threads, c.mode) for c in found] == [
-        ((1, 8, 3, 4, 4), "bfloat16", t, mode) for t in (1, 2) for mode in ("forward", "backward")
+        ((1, 8, 3, 4, 4), "bfloat16", t, mode) for mode in ("forward", "backward") for t in (1, 2)
     ]
-    ids = [case.id for case in workloads.cases()]
+    found = workloads.cases()
+    ids = [case.id for case in found]
     assert len(set(ids)) == len(ids) > 40
+    steps = [(c.workload, c.sizes[0], c.threads) for c in found if c.mode == "step"]
+    assert {("simgan_step", 32, 1), ("simgan_step", 128, 1), ("dann_step", 128, 1)} <= set(steps)
+    assert all(c.mode != "step" for c in workloads.cases(quick=True))
+    assert [c.mode for c in workloads.cases(["step"], quick=True)] == ["step"] * len(STEPS)
+    assert all(c.mode == "forward" for c in workloads.cases(modes=["forward"]))
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, monkeypatch):
     measured = []
 
     def measure(case, providers, **settings):
-        if len(measured) == 2:
+        if len(measured) == 4:
             raise KeyboardInterrupt
-        measured.append(case)
-        return {"id": case.id}
+        measured.append((case, settings["seed"]))
+        return {"id": case.id, "seed": settings["seed"]}
 
     monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setattr(bench, "combined", lambda rows: {**rows[-1], "sessions": len(rows)})
+
+    def run(todo, **settings):
+        return list(bench.run(todo, bench.PROVIDERS, tmp_path, session=bench.this_process, **settings))
+
     todo = [Case("grad_reverse", (n, 4)) for n in (1, 2, 3)]
     with pytest.raises(KeyboardInterrupt):
-        list(bench.run(todo, bench.PROVIDERS, tmp_path, rounds=3))
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{c.id}.json" for c in todo[:2])
+        run(todo, sessions=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(f"{c.id}.json" for c in todo)
     measured.clear()
-    assert [row["id"] for row in bench.run(todo, bench.PROVIDERS, tmp_path, rounds=3)] == [c.id for c in todo]
-    assert measured == todo[2:]
+    rows = run(todo, sessions=2)
+    assert measured == [(c, 1) for c in todo[1:]]  # all cases once, then all again
+    assert [(row["id"], row["sessions"]) for row in rows] == [(c.id, s) for s in (1, 2) for c in todo]
     measured.clear()
-    list(bench.run(todo[:1], bench.PROVIDERS, tmp_path, rounds=4))  # other settings: measured again
-    assert measured == todo[:1]
+    assert run(todo[:1], sessions=1)[0]["sessions"] == 1
+    run(todo[:1], sessions=3)
+    assert measured == [(todo[0], 2)]
+    measured.clear()
+    run(todo[:1], sessions=1, rounds=4)  # other settings: measured again
+    assert measured == [(todo[0], 0)]
     monkeypatch.setattr(bench, "fingerprint", lambda: "another build")
-    list(bench.run(todo[:1], bench.PROVIDERS, tmp_path, rounds=4))
-    assert measured == todo[:1] * 2
+    run(todo[:1], sessions=1, rounds=4)
+    assert measured == [(todo[0], 0)] * 2
+
+
+def test_sessions_are_processes_of_their_own():
+    peers = {"fastda": bench.PROVIDERS["fastda"], "process": process}
+    rows = list(bench.run([SMALL], peers, sessions=2, rounds=2, seconds=0))
+    found = [row["absent"]["process"].removeprefix("ProcessLookupError: ") for row in rows]
+    assert len({*found, str(os.getpid())}) == 3
+    assert rows[1]["sessions"] == 2 and rows[1]["rounds"] >= 4
+
+
+def process(task):
+    raise ProcessLookupError(os.getpid())
+    yield
 
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda case, providers, **settings: {"id": case.id})
     monkeypatch.setattr("fastda.cli.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        list(bench.run([SMALL], bench.PROVIDERS, tmp_path))
+        list(bench.run([SMALL], bench.PROVIDERS, tmp_path, session=bench.this_process))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_time_left_is_what_the_cases_took():
+    todo = [Case("grad_reverse", (n, 4)) for n in (1, 2)]
+    plan = bench.TimeLeft(todo, sessions=3, contenders=2)
+    plan.add({"id": todo[0].id, "seconds": 5.0})
+    assert plan.left == pytest.approx(2 * 5 + 3 * 5)  # the other is guessed to be alike
+    plan.add({"id": todo[1].id, "seconds": 2.0})
+    assert plan.left == pytest.approx(2 * 5 + 2 * 2)
+    for seconds in (10.0, 15.0):
+        plan.add({"id": todo[0].id, "seconds": seconds})
+    assert plan.left == pytest.approx(2 * 2)
 
 
 def test_a_peer_that_fails_is_a_note_and_fastda_failing_is_an_error():
@@ -174,6 +239,8 @@ def test_the_machine_is_measured():
         (("--threads", "0"), "--threads must be at least 1, got 0"),
         (("--base", "no-such-revision"), "no such revision"),
         (("nothing", "--growth"), "NAME must be one of refiner_block"),
+        (("--sessions", "0"), "--sessions must be at least 1, got 0"),
+        (("--compare", "/nonexistent", "/nonexistent"), "no results in /nonexistent"),
         (("--render", "--out", "/nonexistent"), "there are no results in /nonexistent"),
     ],
 )
@@ -222,8 +289,8 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path):
     rows = [row(), row("grad_reverse", peer="pytorch-revgrad"), row(ratio=0.7, mode="forward")]
     (tmp_path / "cases").mkdir()
     for i, r in enumerate(rows):
-        r["same"] = {"fingerprint": "f" if i < 2 else "of an older build"}
-        (tmp_path / "cases" / f"{i}.json").write_text(json.dumps(r))
+        kept = {"same": {"fingerprint": "f" if i < 2 else "of an older build"}, "sessions": [r]}
+        (tmp_path / "cases" / f"{i}.json").write_text(json.dumps(kept))
     (tmp_path / "bench.json").write_text(json.dumps({"machine": MACHINE}))
     html = report.page(tmp_path).read_text()
     assert "Refiner convolutions" in html and "Gradient reversal" in html

@@ -1,0 +1,247 @@
+"""One training step: with fastda, in plain PyTorch as it is mostly written, and at its best.
+
+SimGAN: Algorithm 1 of arXiv 1612.07828 with the gaze networks, K_g = 2, K_d = 1 and a history of refined
+images. DANN: the digit network of Ganin and Lempitsky (arXiv 1409.7495), half a batch from each domain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastda
+import fastda.nn
+
+REG_SCALE = 1.0
+LR = 1e-4
+
+
+class _PlainBlock(nn.Module):
+    def __init__(self, lean: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.lean = lean
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lean:
+            return self.conv2(F.relu(self.conv1(x), inplace=True)).add_(x).relu_()
+        return F.relu(x + self.conv2(F.relu(self.conv1(x))))
+
+
+def _plain_refiner(lean: bool) -> nn.Sequential:
+    """The parameters are in the order of `fastda.nn.Refiner.gaze`'s."""
+    blocks = [_PlainBlock(lean) for _ in range(4)]
+    return nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(lean), *blocks, nn.Conv2d(64, 1, 1))
+
+
+class SimganStep:
+    """Two steps of the refiner and one of the discriminator on a fixed set of noise images.
+
+    Args:
+        sizes: (batch, 1, 35, 55).
+        fused: with fastda's modules and losses.
+        usual: as it is usually written: contiguous tensors, a discriminator that takes gradients in the
+            refiner's step, cross-entropy over both channels, accuracies by argmax. Otherwise the best that is
+            known: the discriminator frozen there, two-class losses as softplus of a difference.
+        compiled: both networks by torch.compile.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        *,
+        fused: bool = False,
+        usual: bool = False,
+        compiled: bool = False,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        self.fused, self.usual, self.layout = fused, usual, layout
+        self.batch = sizes[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.images = torch.randint(256, (1024, *sizes[1:]), dtype=torch.uint8)
+            refiner = fastda.nn.Refiner.gaze()
+            discriminator = fastda.nn.PatchDiscriminator.gaze()
+        self.r_parameters = list(refiner.parameters())
+        self.d_parameters = list(discriminator.to(memory_format=layout).parameters())
+        self.refiner: Callable[[Tensor], Tensor] = refiner
+        self.discriminator: Any = discriminator
+        if not fused:
+            plain = _plain_refiner(lean=not usual)
+            with torch.no_grad():
+                for mine, given in zip(plain.parameters(), self.r_parameters, strict=True):
+                    mine.copy_(given)
+            self.refiner = plain.to(memory_format=layout)
+            self.r_parameters = list(plain.parameters())
+        if compiled:
+            self.refiner = torch.compile(self.refiner, dynamic=False)
+            self.discriminator = torch.compile(discriminator, dynamic=False)
+        self.r_optimizer = torch.optim.SGD(self.r_parameters, LR)
+        self.d_optimizer = torch.optim.SGD(self.d_parameters, LR)
+        self.buffer = fastda.nn.ImageHistoryBuffer(4 * self.batch, seed=0)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def draw(self) -> Tensor:
+        picked = torch.randint(len(self.images), (self.batch,), generator=self.generator)
+        return (self.images[picked].float() / 127.5 - 1).contiguous(memory_format=self.layout)
+
+    def __call__(self) -> None:
+        for _ in range(2):
+            self.refiner_step()
+        self.discriminator_step()
+
+    def refiner_step(self) -> None:
+        synthetic = self.draw()
+        refined = self.refiner(synthetic)
+        frozen = [] if self.usual else self.d_parameters
+        for p in frozen:
+            p.requires_grad_(False)
+        logits = self.discriminator(refined)
+        for p in frozen:
+            p.requires_grad_(True)
+        if self.fused:
+            loss = fastda.refiner_loss(logits, refined, synthetic, REG_SCALE)
+        else:
+            loss = self.cross_entropy(logits, 0) + REG_SCALE * F.l1_loss(refined, synthetic)
+        self.r_optimizer.zero_grad()
+        loss.backward()
+        self.r_optimizer.step()
+
+    def discriminator_step(self) -> None:
+        real = self.draw()
+        with torch.no_grad():
+            refined = self.refiner(self.draw())
+        refined = self.buffer.query(refined)
+        d = self.discriminator
+        if self.fused:
+            loss, *_ = fastda.patch_head_discriminator_loss(
+                d.features(real), d.features(refined), d.head.weight, d.head.bias, return_accuracy=True
+            )
+        else:
+            of_real, of_refined = d(real), d(refined)
+            loss = self.cross_entropy(of_real, 0) + self.cross_entropy(of_refined, 1)
+        self.d_optimizer.zero_grad()
+        loss.backward()
+        self.d_optimizer.step()
+        if not self.fused:
+            self.share(of_real, 0), self.share(of_refined, 1)
+
+    def cross_entropy(self, logits: Tensor, target: int) -> Tensor:
+        if not self.usual:
+            return F.softplus((logits[:, 0] - logits[:, 1]) * (1 if target else -1)).mean()
+        n, _, h, w = logits.shape
+        return F.cross_entropy(logits, torch.full((n, h, w), target))
+
+    def share(self, logits: Tensor, target: int) -> Tensor:
+        logits = logits.detach()
+        if not self.usual:
+            return ((logits[:, 1] > logits[:, 0]) == bool(target)).float().mean()
+        return (logits.argmax(1) == target).float().mean()
+
+    def parameters(self) -> list[Tensor]:
+        return [*self.r_parameters, *self.d_parameters]
+
+    @staticmethod
+    def flops(n: int, c: int, h: int, w: int) -> float:
+        """Convolutions by their definition: the refiner 2 × (forward, two gradients) and a forward, the
+        discriminator 2 × (forward, one gradient) and 2 × (forward, two gradients)."""
+        half, quarter = ((h + 1) // 2) * ((w + 1) // 2), ((h + 3) // 4) * ((w + 3) // 4)
+        refiner = h * w * (9 * c * 64 + 8 * 9 * 64 * 64 + 64 * c)
+        discriminator = half * 9 * c * 96 + quarter * (9 * 96 * 64 + 9 * 64 * 32 + 32 * 32 + 32 * 2)
+        return 2.0 * n * (7 * refiner + 10 * discriminator)
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        ctx.scale = scale
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.neg() * ctx.scale, None
+
+
+def reverse(x: Tensor, scale: float) -> Tensor:
+    """The layer that most DANN code carries a copy of."""
+    return _Reverse.apply(x, scale)
+
+
+class _DannNet(nn.Module):
+    def __init__(self, fused: bool, usual: bool) -> None:
+        super().__init__()
+        self.fused, self.usual = fused, usual
+        self.conv1, self.conv2 = nn.Conv2d(3, 32, 5), nn.Conv2d(32, 48, 5)
+        self.label = nn.Sequential(
+            nn.Linear(768, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
+        )
+        self.domain1, self.domain2 = nn.Linear(768, 100), nn.Linear(100, 1)
+
+    def features(self, x: Tensor) -> Tensor:
+        for conv in (self.conv1, self.conv2):
+            # ReLU after pooling gives the same values as before it, for a quarter of the work.
+            x = F.max_pool2d(F.relu(conv(x)), 2) if self.usual else F.relu(F.max_pool2d(conv(x), 2))
+        return x.flatten(1)
+
+    def domain_logits(self, x: Tensor, scale: float) -> Tensor:
+        if self.fused:
+            y = fastda.grad_reverse_linear(x, self.domain1.weight, self.domain1.bias, scale)
+        else:
+            y = self.domain1(reverse(x, scale))
+        return self.domain2(F.relu(y)).squeeze(1)
+
+    def forward(self, source: Tensor, labels: Tensor, target: Tensor, scale: float) -> Tensor:
+        of_source, of_target = self.features(source), self.features(target)
+        loss = F.cross_entropy(self.label(of_source), labels)
+        for features, domain in ((of_source, torch.ones), (of_target, torch.zeros)):
+            logits = self.domain_logits(features, scale)
+            loss = loss + F.binary_cross_entropy_with_logits(logits, domain(len(logits)))
+        return loss
+
+
+class DannStep:
+    """A step of SGD with momentum on half a batch of each domain, of noise.
+
+    Args:
+        sizes: (batch, 3, 28, 28), the batch of both domains together.
+        fused: the reversal folded into the domain classifier's first layer by fastda.
+        usual: as it is usually written, with ReLU before pooling.
+        compiled: the network with its losses by torch.compile.
+    """
+
+    def __init__(
+        self,
+        sizes: tuple[int, ...],
+        *,
+        fused: bool = False,
+        usual: bool = False,
+        compiled: bool = False,
+        layout: torch.memory_format = torch.channels_last,
+    ) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = _DannNet(fused, usual).to(memory_format=layout)
+            images = torch.rand(sizes).to(memory_format=layout)
+            self.labels = torch.randint(10, (sizes[0] // 2,))
+        self.source, self.target = images.split(sizes[0] // 2)
+        self.net = torch.compile(net, dynamic=False) if compiled else net
+        self.optimizer = torch.optim.SGD(net.parameters(), LR, momentum=0.9)
+
+    def __call__(self) -> None:
+        loss = self.net(self.source, self.labels, self.target, 0.7)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @staticmethod
+    def flops(n: int, c: int, h: int, w: int) -> float:
+        first, second = (h - 4) * (w - 4), ((h - 4) // 2 - 4) * ((w - 4) // 2 - 4)
+        dense = 768 * 100 + 100 * 100 + 100 * 10 + 2 * (768 * 100 + 100)  # labels on half the batch
+        return 3.0 * (2 * n * (first * 25 * c * 32 + second * 25 * 32 * 48) + n * dense)
