@@ -287,6 +287,8 @@ def run_bench(
         )
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if args.device != "cpu":
+        todo = [case for case in todo if case.mode != "step"]
     chosen = {name: providers[name] for name in ("fastda", *wanted) if name in providers}
     stamp = bench.machine({1, *(case.threads for case in todo)})
     results = (run or bench.run)(
