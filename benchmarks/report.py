@@ -100,6 +100,8 @@ def number(ratio: float) -> str:
 
 
 def seconds(t: float) -> str:
+    if t >= 1:
+        return f"{t:.3g} s"
     return f"{1e3 * t:.3g} ms" if t >= 1e-3 else f"{1e6 * t:.3g} µs"
 
 
@@ -347,6 +349,19 @@ def headlines(rows: list[Row]) -> list[dict[str, Any]]:
     return found
 
 
+def verdict(rows: list[Row]) -> dict[str, Any]:
+    """How many cases fastda wins, and by name those that it does not win for sure."""
+    compared = [(r, best(r, "any")) for r in rows]
+    ratios = [(r, n, r["contenders"][n][ratio_key(r)]) for r, n in compared if n]
+    slower = sorted((q["ratio"], what(r), n) for r, n, q in ratios if q["high"] < 1)
+    return {
+        "count": len(ratios),
+        "faster": sum(q["low"] > 1 for *_, q in ratios),
+        "equal": sum(q["low"] <= 1 <= q["high"] for *_, q in ratios),
+        "slower": [f"{case} ({number(ratio)}×, {n})" for ratio, case, n in slower],
+    }
+
+
 def table(rows: list[Row], machine: dict[str, Any]) -> dict[str, Any]:
     """Cells of the page's table of one family."""
     names = list(dict.fromkeys(n for r in rows for n in r["contenders"] if n != "fastda"))
@@ -398,11 +413,17 @@ def page(out: Path) -> Path:
         rows = run["rows"]
         groups = {f: [r for r in rows if family(r) == f] for f in FAMILIES}
         run["families"] = [
-            {"title": FAMILIES[f], "bars": bars(g), "table": table(g, run["machine"])}
+            {
+                "title": FAMILIES[f],
+                "bars": bars(g),
+                "table": table(g, run["machine"]),
+                "about": {w.op: w.about for w in WORKLOADS if w.name in {r["case"]["workload"] for r in g}},
+            }
             for f, g in groups.items()
             if g
         ]
         run["headlines"] = headlines(rows)
+        run["verdict"] = verdict(rows)
         run["noisy"] = sum(bool(r["warnings"]) for r in rows)
         run["absent"] = sorted({f"{n}: {why}" for r in rows for n, why in r["absent"].items()})
         run["figures"] = {

@@ -33,6 +33,7 @@ class Workload:
     family: str
     op: str
     sizes: Sequence[Sizes]  # the first for --quick; read as by the operator's entry in verify.OPERATORS
+    about: str  # what it is and what its sizes are, for who reads the results
     options: Options = field(default_factory=dict)
     # Ways to write it in plain PyTorch; "eager" is the leanest known, and what torch.compile gets.
     formulas: Mapping[str, Formula] = field(default_factory=dict)
@@ -186,6 +187,7 @@ WORKLOADS = (
         "grad_reverse",
         "grad_reverse",
         ((128, 768), (128, 1024), (8, 64, 55, 35), (64, 512, 7, 7)),
+        "the identity whose backward turns the gradient round: shape of the features",
         {"scale": 0.7},
         {"eager": reverse},
         around=lambda reverse: lambda x, scale: 2 * reverse(x, scale),
@@ -196,6 +198,7 @@ WORKLOADS = (
         "grad_reverse",
         "grad_reverse_linear",
         ((128, 768, 100), (128, 320, 100), (128, 1024, 1024)),
+        "reversal and the next linear layer in one: batch × inputs × outputs",
         {"bias": True, "scale": 0.7},
         {"eager": _reversed_linear},
         floor=lambda x, weight, bias, scale: F.linear(x, weight, bias),
@@ -206,6 +209,7 @@ WORKLOADS = (
             "patch_loss",
             "patch_discriminator_loss",
             MAPS if kind == "softmax" else (MAPS[0], MAPS[3], MAPS[4]),
+            "loss of a patch discriminator with both accuracies: real images × refined images × map",
             {"kind": kind, "return_accuracy": True},
             {"eager": _discriminator, **written},
         )
@@ -220,6 +224,7 @@ WORKLOADS = (
         "patch_loss",
         "patch_generator_loss",
         ((512, 9, 14), (8, 30, 30)),
+        "loss of a refiner against a patch discriminator: images × map",
         {"kind": "softmax"},
         {"eager": _generator, "eager, usual code": _generator_as_written},
     ),
@@ -227,6 +232,7 @@ WORKLOADS = (
         "patch_loss",
         "self_regularization",
         ((512, 1, 35, 55), (32, 1, 35, 55)),
+        "ℓ₁ distance of refined and synthetic images: images × channels × height × width",
         {"scale": 0.3},
         {"eager": _l1},
         grads=("refined",),
@@ -235,6 +241,7 @@ WORKLOADS = (
         "patch_loss",
         "refiner_loss",
         ((32, 1, 35, 55),),
+        "both losses of a refiner in one: refined images × channels × height × width",
         {"kind": "softmax", "reg_scale": 0.3},
         {"eager": _refiner_loss},
         grads=("fake_logits", "refined"),
@@ -243,6 +250,7 @@ WORKLOADS = (
         "patch_loss",
         "patch_head_discriminator_loss",
         ((32, 32, 32, 9, 14), (512, 512, 32, 9, 14)),
+        "last 1×1 convolution and loss in one: real images × refined images × channels × map",
         {"kind": "softmax", "return_accuracy": True},
         {"eager": _head, "eager, usual code": _head_as_written},
     ),
@@ -250,6 +258,7 @@ WORKLOADS = (
         "refiner",
         "refiner_block",
         (*BLOCKS, (2, 64, 7, 112, 112)),
+        "residual block of two convolutions: images × channels × filter side × height × width",
         formulas={"eager": _block},
         modes=("forward", "backward"),
         two_threads=BLOCKS[1:2],
@@ -259,6 +268,7 @@ WORKLOADS = (
         "refiner",
         "refiner",
         ((1, 4, 35, 55), (32, 4, 35, 55)),
+        "SimGAN's whole refiner: images × blocks × height × width",
         formulas={"eager": _network},
         modes=("forward", "backward"),
         two_threads=((32, 4, 35, 55),),
@@ -274,6 +284,7 @@ WORKLOADS = (
         "step",
         "simgan_step",
         ((32, 1, 35, 55), (128, 1, 35, 55)),
+        "SimGAN: two steps of the refiner, one of the discriminator: images × channels × height × width",
         modes=("step",),
         two_threads=((32, 1, 35, 55),),
         steps={
@@ -289,6 +300,7 @@ WORKLOADS = (
         "step",
         "dann_step",
         ((128, 3, 28, 28),),
+        "DANN's digit network: images of both domains × channels × height × width",
         modes=("step",),
         steps={
             "fastda": functools.partial(DannStep, fused=True),

@@ -1,12 +1,13 @@
 import functools
 import json
+import math
 import os
 import time
 
 import pytest
 import torch
 
-from benchmarks import base, cli, growth, report
+from benchmarks import agreement, base, cli, growth, report
 from benchmarks.peers import PEERS
 from fastda import bench, workloads
 from fastda.workloads import Case
@@ -53,6 +54,33 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
         r = bench.compare([3 * t for t in a], b)
         covered += r.low <= 3 <= r.high
     assert 0.9 <= covered / 200 <= 1
+
+
+def test_the_sessions_interval_covers_what_differs_between_processes():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(1000):
+        logs = (math.log(3) + 0.05 * torch.randn(4, generator=generator, dtype=torch.float64)).tolist()
+        # Each process is sure of its own ratio.
+        r = bench.over_sessions([bench.Ratio(*(math.exp(x + d) for d in (0, -0.001, 0.001))) for x in logs])
+        covered += r.low <= 3 <= r.high
+    assert 0.93 <= covered / 1000 <= 0.97
+    assert bench.over_sessions([bench.Ratio(2, 1, 3)]) == (2, 1, 3)
+    assert bench.over_sessions([bench.Ratio(1, 1, 1)] * 3) == (1, 1, 1)
+    assert bench.over_sessions([bench.Ratio(1, 1, 1), bench.Ratio(1000, 1000, 1000)]).high > 1e6
+
+
+def test_runs_agree_where_their_difference_is_within_their_intervals():
+    def run(*ratios):
+        return [{**row(ratio=r), "id": str(i)} for i, r in enumerate(ratios)]
+
+    same, near, far = agreement.pairs(run(2.0, 2.0, 2.0), run(2.0, 2.12, 2.3))
+    assert (same.agree, same.overlap, same.contained) == (True, True, True)
+    assert (near.agree, near.overlap, near.contained) == (True, True, False)
+    assert (far.agree, far.overlap, far.contained) == (False, False, False)
+    assert "67 % agree" in agreement.text([same, near, far])
+    assert "2, eager: 2.00 [1.90-2.10] against 2.30 [2.20-2.40]" in agreement.text([same, near, far])
+    assert agreement.pairs(run(2.0), []) == []
 
 
 def test_what_is_added_is_compared_above_the_floor():
@@ -279,6 +307,10 @@ def test_losses_are_said_as_plainly_as_wins():
     won, lost = row(ratio=2.0), row(ratio=0.5, peer="ncnn", mode="forward")
     heads = report.headlines([won, lost])
     assert [(h["faster"], h["slower"], h["class"]) for h in heads] == [(0, 1, "lost"), (1, 0, "win")]
+    even = row(ratio=1.05)
+    verdict = report.verdict([won, lost, even])
+    assert (verdict["count"], verdict["faster"], verdict["equal"]) == (3, 1, 1)
+    assert verdict["slower"] == ["refiner_block, 3×64×3×37×53, forward (0.50×, ncnn)"]
     text = report.markdown([{"machine": MACHINE, "rows": [won, lost]}])
     assert "2.00× [1.90–2.10]" in text
     assert "**0.50× [0.40–0.60]**" in text
