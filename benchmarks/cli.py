@@ -85,9 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _memory(case: Case, row: dict[str, Any], providers: list[str], quick: bool) -> dict[str, Any]:
-    """For convolutions in training; below 32 MB of tensors the resident set tells of the allocator."""
+    """For convolutions in training, at the batch of a training; of small tensors the resident set tells of
+    the allocator."""
     family = next(w.family for w in WORKLOADS if w.name == case.workload)
-    if quick or family != "refiner" or (case.mode, case.threads) != ("backward", 1) or row["bytes"] < 32e6:
+    if quick or family != "refiner" or (case.mode, case.threads) != ("backward", 1) or case.sizes[0] < 32:
         return {}
     return {"memory": peak_memory(case, providers)}
 

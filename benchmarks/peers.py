@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastda.bench import Contenders, Frozen, Provider, Task
+from fastda.workloads import Case
 
 
 def _inference_of_refiner(task: Task) -> bool:
@@ -26,12 +27,18 @@ def _inference_of_refiner(task: Task) -> bool:
 
 def _onnx(task: Task) -> tuple[bytes, Tensor]:
     """The eager formula as an ONNX model, and its input."""
+    x = next(v for v in task.arguments().values() if isinstance(v, Tensor))
+    return _exported(task.case, task.seed), x
+
+
+@functools.lru_cache(1)
+def _exported(case: Case, seed: int) -> bytes:
+    task = Task(case, seed=seed)
     arguments = task.arguments()
     model = Frozen(task.workload.formulas["eager"], arguments).eval()
-    x = arguments[model.first]
-    program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+    program = torch.onnx.export(model, (arguments[model.first],), dynamo=True, verbose=False)
     assert program is not None
-    return program.model_proto.SerializeToString(), x
+    return program.model_proto.SerializeToString()
 
 
 def _onnxruntime(task: Task) -> Contenders:

@@ -86,13 +86,14 @@ def interleave(
     *,
     rounds: int = 20,
     seconds: float = 0.0,
+    patience: float = math.inf,
     min_sample: float = 0.005,
     seed: int = 0,
 ) -> dict[str, list[float]]:
     """Time the contenders in turn, in an order shuffled every round; return seconds per call, by round.
 
     A sample repeats its call until it lasts `min_sample` seconds or more. There are at least `rounds`
-    rounds, and up to 100 while `seconds` have not passed.
+    rounds, fewer only once `patience` seconds have passed, and up to 100 while `seconds` have not passed.
     """
     repeats = {}
     for name, sample in contenders.items():
@@ -109,7 +110,8 @@ def interleave(
     try:
         begin = time.perf_counter()
         for done in range(max(rounds, 100)):
-            if done >= rounds and time.perf_counter() - begin > seconds:
+            passed = time.perf_counter() - begin
+            if (done >= rounds and passed > seconds) or (done and passed > patience):
                 break
             shuffle(order)
             for name in order:
@@ -254,12 +256,10 @@ class Task:
         return {"flops": flops * (3 if train else 1), "bytes": float(size)}
 
     def steps(self, who: str) -> Contenders:
-        """Of a training step, the contenders whose names start with `who`, after two steps."""
+        """Of a training step, the contenders whose names start with `who`."""
         for label, make in self.workload.steps.items():
             if label.startswith(who):
-                step = make(self.case.sizes)
-                step(), step()  # compilers see gradients once without and once with
-                yield label, step
+                yield label, make(self.case.sizes)
 
 
 Provider = Callable[[Task], Contenders]
@@ -347,7 +347,9 @@ class Frozen(nn.Module):
 def _compiled(task: Task) -> Contenders:
     """torch.compile, for the shape; frozen for inference."""
     if task.workload.steps:
-        yield from task.steps("torch.compile")
+        for label, step in task.steps("torch.compile"):
+            step()
+            yield label, step
         return
     formula = task.workload.formulas["eager"]
     for layout in ("contiguous", "channels_last") if task.has_formats else ("contiguous",):
@@ -374,6 +376,7 @@ def measure(
     *,
     rounds: int = 20,
     seconds: float = 2.0,
+    patience: float = math.inf,
     device: str = "cpu",
     seed: int = 0,
 ) -> Row:
@@ -394,7 +397,7 @@ def measure(
                     raise
                 # A contender that is not installed or does not do this is a note beside the others' row.
                 absent[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        row = result(task, contenders, rounds=rounds, seconds=seconds, seed=seed)
+        row = result(task, contenders, rounds=rounds, seconds=seconds, patience=patience, seed=seed)
     torch._dynamo.reset()
     gc.collect()
     return row | {"absent": absent, "seconds": time.perf_counter() - begin}
@@ -584,6 +587,7 @@ def run(
     also: Callable[[Case, Row], Row] = lambda case, row: {},
     *,
     sessions: int = 4,
+    expensive: float = math.inf,
     session: Callable[[], contextlib.AbstractContextManager[Callable[..., Row]]] = fresh_process,
     seed: int = 0,
     **settings: Any,
@@ -591,8 +595,9 @@ def run(
     """Go round the cases `sessions` times; yields each case's row, as far as it is known, every time.
 
     With `folder`, the sessions are kept there, and a run that was interrupted goes on where it stopped,
-    unless the build, the contenders or the settings are others. `also` says what further goes into a row;
-    `session` gives what measures, as `measure` does.
+    unless the build, the contenders or the settings are others. A case that takes `expensive` seconds a
+    session has three at most. `also` says what further goes into a row; `session` gives what measures, as
+    `measure` does.
     """
     settings = {"seed": seed, **settings}
     same = {"fingerprint": fingerprint(), "providers": list(providers), "settings": settings}
@@ -606,7 +611,8 @@ def run(
             timing = None
             for case in todo:
                 rows = kept[case.id]
-                if len(rows) <= number:
+                enough = number >= 3 and rows[-1]["seconds"] > expensive
+                if len(rows) <= number and not enough:
                     timing = timing or stack.enter_context(session())
                     row = timing(case, providers, **{**settings, "seed": seed + number})
                     rows.append(row | (also(case, row) if not rows else {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -231,7 +232,9 @@ def add_bench_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu (default: cpu)")
     parser.add_argument("--sessions", type=int, help="processes per case (default: 4, --quick: 3)")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds per session at least (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds per session at least (default: 2, or what is done after 10 s)"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one size an operator, eager peers; about a minute"
     )
@@ -263,6 +266,7 @@ def run_bench(
     providers = {**bench.PROVIDERS, **(peers or {})}
     console, rich = _rich()
     sessions = (3 if args.quick else 4) if args.sessions is None else args.sessions
+    rounds = 2 if args.rounds is None else args.rounds
     wanted = args.peers or (["eager"] if args.quick else list(providers))
     _check("--peers", wanted, providers)
     _check("NAME", args.names, [n for w in workloads.WORKLOADS for n in (w.family, w.op, w.name)])
@@ -270,7 +274,7 @@ def run_bench(
     _check("--mode", args.mode, ("forward", "backward", "step"))
     _check("--layout", args.layout, ("contiguous", "channels_last"))
     _check("--device", [args.device], backend.info()["devices"])
-    numbers = {"--sessions": [sessions], "--rounds": [args.rounds], "--threads": args.threads}
+    numbers = {"--sessions": [sessions], "--rounds": [rounds], "--threads": args.threads}
     for option, values in numbers.items():
         for value in values:
             if value < 1:
@@ -291,16 +295,17 @@ def run_bench(
         todo = [case for case in todo if case.mode != "step"]
     chosen = {name: providers[name] for name in ("fastda", *wanted) if name in providers}
     stamp = bench.machine({1, *(case.threads for case in todo)})
-    results = (run or bench.run)(
-        todo,
-        chosen,
-        args.out / "cases" if args.out else None,
-        sessions=sessions,
-        rounds=args.rounds,
-        seconds=0.3 if args.quick else 1.0,
-        device=args.device,
-        seed=args.seed,
-    )
+    settings: dict[str, Any] = {
+        "sessions": sessions,
+        "expensive": 60.0 if args.sessions is None else math.inf,
+        "rounds": rounds,
+        "seconds": 0.3 if args.quick else 0.8,
+        "device": args.device,
+        "seed": args.seed,
+    }
+    if args.rounds is None:
+        settings["patience"] = 10.0
+    results = (run or bench.run)(todo, chosen, args.out / "cases" if args.out else None, **settings)
     rows = _collect(rich, console, results, bench.TimeLeft(todo, sessions, len(chosen) + 1), len(todo))
     _print_bench(console, rich, {w.name: w.family for w in workloads.WORKLOADS}, stamp, rows)
     _write(args, {"machine": stamp, "seed": args.seed, "rows": rows})

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +69,25 @@ def test_the_sessions_interval_covers_what_differs_between_processes():
     assert bench.over_sessions([bench.Ratio(2, 1, 3)]) == (2, 1, 3)
     assert bench.over_sessions([bench.Ratio(1, 1, 1)] * 3) == (1, 1, 1)
     assert bench.over_sessions([bench.Ratio(1, 1, 1), bench.Ratio(1000, 1000, 1000)]).high > 1e6
+
+
+def test_two_runs_of_recorded_sessions_agree():
+    # Sessions of a dozen cases as a busy machine gave them over a quarter of an hour, in order; each run is
+    # four in a row. One session each, by bootstrap intervals, is how often runs would agree without sessions.
+    recorded = json.loads((Path(__file__).parent / "bench_sessions.json").read_text())
+
+    def agreeing(count):
+        found = []
+        for sessions in recorded.values():
+            ratios = [bench.Ratio(*s) for s in sessions]
+            for i in range(len(ratios) - 2 * count + 1):
+                a, b = (bench.over_sessions(ratios[j : j + count])._asdict() for j in (i, i + count))
+                found.append(agreement.Pair("", "", True, a, b).agree)
+        return sum(found) / len(found)
+
+    assert len(recorded) > 20 and all(len(sessions) >= 16 for sessions in recorded.values())
+    assert agreeing(1) < 0.85
+    assert agreeing(4) > 0.93
 
 
 def test_runs_agree_where_their_difference_is_within_their_intervals():
