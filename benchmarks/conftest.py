@@ -18,7 +18,12 @@ PROVIDERS = {**bench.PROVIDERS, **PEERS}
 
 def pytest_generate_tests(metafunc):
     cases = [case for case in workloads.cases([metafunc.module.FAMILY]) if case.threads == 1]
-    marks = {c: pytest.mark.benchmark(group=c.id, timer=time.process_time, max_time=0.5) for c in cases}
+    marks = {
+        c: pytest.mark.benchmark(
+            group=c.id, timer=time.process_time, max_time=0.5, min_rounds=2 if c.mode == "step" else 5
+        )
+        for c in cases
+    }
     metafunc.parametrize("case", [pytest.param(c, id=c.id, marks=marks[c]) for c in cases])
     metafunc.parametrize("provider", os.environ.get("FASTDA_BENCH_PEERS", "fastda,eager").split(","))
 

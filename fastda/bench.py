@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import random
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -570,8 +571,9 @@ def fingerprint() -> str:
 
 @contextlib.contextmanager
 def fresh_process() -> Iterator[Callable[..., Row]]:
-    """`measure`, in a process of its own for all calls."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """`measure`, in a process of its own for all calls, which Ctrl-C ends without a word."""
+    spawn, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(1, spawn, initializer=signal.signal, initargs=quiet) as pool:
         yield lambda *args, **settings: pool.submit(measure, *args, **settings).result()
 
 

@@ -306,7 +306,12 @@ def run_bench(
     if args.rounds is None:
         settings["patience"] = 10.0
     results = (run or bench.run)(todo, chosen, args.out / "cases" if args.out else None, **settings)
-    rows = _collect(rich, console, results, bench.TimeLeft(todo, sessions, len(chosen) + 1), len(todo))
+    plan = bench.TimeLeft(todo, sessions, len(chosen) + 1)
+    try:
+        rows = _collect(rich, console, results, plan, len(todo))
+    except KeyboardInterrupt:
+        print("interrupted" + "; the same command goes on from here" * bool(args.out), file=sys.stderr)
+        return 130
     _print_bench(console, rich, {w.name: w.family for w in workloads.WORKLOADS}, stamp, rows)
     _write(args, {"machine": stamp, "seed": args.seed, "rows": rows})
     return 0

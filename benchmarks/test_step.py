@@ -1,0 +1,5 @@
+FAMILY = "step"
+
+
+def test_time(benchmark, quickest):
+    benchmark(quickest)
