@@ -75,6 +75,17 @@ def test_the_gaze_regressor_is_the_papers():
     assert net(torch.zeros(2, 1, 35, 55)).shape == (2, 3)
 
 
+def test_a_mirrored_refiner_leaves_no_frame():
+    torch.manual_seed(0)
+    plain, mirrored = models.refiner("small"), models.refiner("small", mirror=6)
+    mirrored.load_state_dict(plain.state_dict())
+    flat = torch.full((1, 1, 35, 55), 0.7)
+    assert plain(flat).std() > 1e-3
+    assert mirrored(flat).shape == flat.shape and mirrored(flat).std() < 1e-6
+    x = torch.rand(2, 1, 20, 30)
+    assert torch.allclose(plain(x)[..., 5:-5, 5:-5], mirrored(x)[..., 5:-5, 5:-5], atol=1e-6)
+
+
 def test_psi_keeps_what_it_says():
     x = torch.randn(2, 3, 8, 9)
     assert torch.equal(models.features("identity", x), x)
@@ -153,6 +164,17 @@ def test_the_discriminator_sees_earlier_images_too(domains):
     assert new == 3 and not given.requires_grad
 
 
+def test_shifted_images_are_moved_and_no_more(domains):
+    trainer = Trainer(domains, replace(QUICK, shift=2))
+    x = to_float(domains.real.x[:30])
+    moved = trainer._shifted(x)
+    inner = x[..., 2:-2, 2:-2]
+    places = [(y, z) for y in range(5) for z in range(5)]
+    for image, middle in zip(moved, inner, strict=True):
+        assert any(torch.equal(image[:, y : y + 24, z : z + 24], middle) for y, z in places)
+    assert not torch.equal(moved, x)
+
+
 @pytest.mark.parametrize("kind", ["softmax", "bce", "lsgan", "hinge", "wgan"])
 @pytest.mark.parametrize("psi", ["identity", "blur"])
 def test_every_loss_trains(domains, kind, psi):
@@ -162,14 +184,17 @@ def test_every_loss_trains(domains, kind, psi):
 
 def test_fused_and_reference_runs_follow_the_same_curves(domains):
     # Adam divides gradients by their size, and with it rounding by what is nearly zero; plain SGD does not.
-    settings = replace(QUICK, optimiser="sgd", steps=20, pretrain_refiner=10, lr=0.01, discriminator_lr=0.01)
+    # The paper's step size: with one ten times as large the game amplifies rounding until the runs part.
+    settings = replace(
+        QUICK, optimiser="sgd", steps=200, batch=4, pretrain_refiner=10, lr=0.001, discriminator_lr=0.001
+    )
     fused = train(domains, settings, log_every=1).curves
     with fastda.use_backend("reference"):
         reference = train(domains, settings, log_every=1).curves
-    assert len(fused) == 32
+    assert len(fused) == 212
     for a, b in zip(fused, reference, strict=True):
         for name in a.keys() - {"accuracy_real", "accuracy_refined"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-4), (name, a["step"])
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=1e-5), (name, a["step"])
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints

@@ -94,6 +94,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "pretrain_discriminator": "steps of D alone", "lr": "of R", "discriminator_lr": "of D",
         "kind": "of the patch loss", "reduction": "of both losses", "label_smoothing": "of D's targets",
         "reg_scale": "λ", "psi": "ψ", "history": "B, refined images that D sees again; 0 turns it off",
+        "mirror": "pixels of reflection around R's input, against frames",
+        "shift": "pixels by which real images are moved at random",
         "average": "decay of the moving average of R's weights; 0 turns it off", "optimiser": "of both nets",
     }  # fmt: skip
     choices = {"net": models.NETS, "psi": models.PSI, "kind": KINDS, "optimiser": OPTIMISERS,
@@ -352,7 +354,7 @@ def run_refine(options: argparse.Namespace) -> int:
             )
         if state["task"] == "gaze":
             image = eyes.equalise(image[None])[0]
-        refined = refine(net, image[None])[0]
+        refined = refine(net, image[None], state["task"])[0]
         pixels = refined.permute(1, 2, 0).numpy() if channels == 3 else refined[0].numpy()
         target = options.out / path.relative_to(options.images)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -56,9 +56,9 @@ def render(count: int, generator: torch.Generator, scale: int = 3) -> tuple[Tens
 
     An eyeball seen from the front in orthographic projection: iris and pupil are the caps of the sphere
     around the gaze, so that they foreshorten and move as real ones do. Two lids cut it; around it are skin,
-    lid crease, lashes and brow, on it a glint; shading is smooth but for a little grain, with the light from
-    a random side.
-    Drawn `scale` times as large and averaged down.
+    lid crease, lashes and brow, on it a glint, sometimes the rim of glasses in front. Light comes from a
+    random side and falls in random soft patches. Drawn `scale` times as large and averaged down, then taken
+    by a camera of random focus, exposure and noise.
     """
     parts = [_render(min(250, count - i), generator, scale) for i in range(0, count, 250)]
     if not parts:
@@ -73,6 +73,9 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     def normal(mean: float, deviation: float) -> Tensor:
         return mean + deviation * torch.randn(n, 1, 1, generator=generator)
 
+    def sometimes(share: float) -> Tensor:
+        return (torch.rand(n, 1, 1, generator=generator) < share).float()
+
     def inside(distance: Tensor, softness: float | Tensor = 0.6) -> Tensor:
         """1 where the distance in pixels is negative, 0 where positive; the border is `softness` wide."""
         return torch.sigmoid(distance * (-2.0 / softness))
@@ -80,30 +83,35 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     def line(distance: Tensor, width: float | Tensor) -> Tensor:
         return torch.exp(-((distance / width) ** 2))
 
-    pitch, yaw = normal(-0.12, 0.17).clamp(-0.6, 0.4), normal(0.0, 0.24).clamp(-0.7, 0.7)
+    def patches(rows: int, columns: int, height: int, width: int) -> Tensor:
+        """Smooth noise, about standard normal, (n, height, width)."""
+        coarse = torch.randn(n, 1, rows, columns, generator=generator)
+        return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)[:, 0]
+
+    pitch, yaw = normal(-0.12, 0.15).clamp(-0.6, 0.4), normal(0.0, 0.22).clamp(-0.7, 0.7)
     gaze = gaze_vector(pitch.view(n), yaw.view(n))
     gx, gy, gz = gaze.view(n, 3, 1, 1).unbind(1)
-    nasal = torch.where(torch.rand(n, 1, 1, generator=generator) < 0.5, -1.0, 1.0)  # the side of the nose
-    light_x, light_y = normal(0.0, 0.8), normal(-0.4, 0.5)
+    nasal = 1 - 2 * sometimes(0.5)  # the side of the nose
+    light_x, light_y = normal(0.0, 0.55), normal(-0.3, 0.5)
 
     x = ((torch.arange(WIDTH * scale) + 0.5) / scale).view(1, 1, -1)
     y = ((torch.arange(HEIGHT * scale) + 0.5) / scale).view(1, -1, 1)
-    radius = uniform(15.0, 19.0)  # of the eyeball, pixels
-    centre_x, centre_y = normal(27.5, 1.8), normal(18.5, 1.6)
+    radius = uniform(15.0, 19.5)  # of the eyeball, pixels
+    centre_x, centre_y = normal(27.5, 1.8), normal(16.5, 1.5) + sometimes(0.08) * normal(0.0, 5.0)
     dx, dy = x - centre_x, y - centre_y
     # The lids are turned a little in the image; the gaze is not, as it is measured in camera coordinates.
     tilt = normal(0.05, 0.09) * nasal
     along, across = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
 
     # Lids: arcs from corner to corner. The upper one follows the gaze up and down.
-    half = radius * uniform(1.0, 1.25)
+    half = radius * uniform(1.05, 1.35)
     u = (along / half).clamp(-1.6, 1.6)
-    skew = normal(0.12, 0.1) * nasal
-    opening = (uniform(0.22, 0.55) * radius + radius * 0.35 * pitch).clamp(min=1.2)
-    arc = 1 - u.abs().clamp(max=1) ** uniform(1.8, 2.6)
+    skew = normal(0.12, 0.12) * nasal
+    opening = (uniform(0.2, 0.55) * radius + radius * 0.35 * pitch).clamp(min=1.2)
+    arc = 1 - u.abs().clamp(max=1) ** uniform(1.6, 2.6)
     corner = normal(0.0, 0.06) * radius * u * nasal
     upper = corner - opening * arc * (1 + skew * u)
-    lower = corner + (uniform(0.2, 0.42) * radius - radius * 0.12 * pitch) * arc * (1 - skew * u)
+    lower = corner + (uniform(0.2, 0.45) * radius - radius * 0.12 * pitch) * arc * (1 - skew * u)
     above, below = upper - across, across - lower  # pixels from the lids' edges, positive on the skin
     beside = along.abs() - half
     open_eye = torch.maximum(torch.maximum(above, below), beside)
@@ -112,48 +120,73 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     rho = ((dx / radius) ** 2 + (dy / radius) ** 2).clamp(max=0.999)
     depth = -(1 - rho).sqrt()
     angle = torch.acos((dx / radius * gx + dy / radius * gy + depth * gz).clamp(-1, 1))
-    iris_angle = uniform(0.47, 0.56)
-    pupil_angle = iris_angle * uniform(0.28, 0.55)
-    ball = uniform(0.6, 0.98) - 0.15 * rho + uniform(0.0, 0.2) * (light_x * dx + light_y * dy) / radius
-    iris = uniform(0.1, 0.42) * (0.8 + 0.4 * (angle / iris_angle).clamp(max=1))
-    ball = ball + (iris - ball) * inside((angle - iris_angle) * radius, 1.4)
-    ball = ball - 0.12 * line((angle - iris_angle * 0.95) * radius, 0.9)
-    ball = ball + (uniform(0.0, 0.06) - ball) * inside((angle - pupil_angle) * radius, 1.0)
-    ball = ball * (1 - uniform(0.15, 0.65) * torch.exp(above.clamp(max=0) / uniform(1.0, 4.5)))
-    ball = ball * (1 - uniform(0.0, 0.6) * inside(-beside - 4, 4.0))
+    iris_angle = uniform(0.46, 0.56)
+    pupil_angle = iris_angle * uniform(0.3, 0.55)
+    ball = uniform(0.45, 0.9) - uniform(0.0, 0.4) * rho
+    ball = ball + uniform(0.0, 0.3) * (light_x * dx + light_y * dy) / radius
+    iris = uniform(0.06, 0.3) * (0.85 + 0.3 * (angle / iris_angle).clamp(max=1))
+    ball = ball + (iris - ball) * inside((angle - iris_angle) * radius, uniform(1.2, 3.0))
+    ball = ball - 0.06 * line((angle - iris_angle * 0.95) * radius, 1.2)
+    ball = ball + (uniform(0.02, 0.1) - ball) * inside((angle - pupil_angle) * radius, uniform(1.0, 2.5))
+    ball = ball * (1 - uniform(0.2, 0.75) * torch.exp(above.clamp(max=0) / uniform(1.5, 6.0)))
+    ball = ball * (1 - uniform(0.1, 0.7) * inside(-beside - uniform(1.0, 7.0), 5.0))
 
     # Skin: the light's side is bright, the socket dark towards nose and brow, folds above and below.
     skin = uniform(0.4, 0.85)
-    skin = skin + uniform(0.0, 0.6) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
-    skin = skin - uniform(0.0, 0.45) * line(along / half * nasal - 1.3, uniform(0.4, 0.9)) * inside(
+    skin = skin + uniform(0.0, 0.7) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
+    skin = skin - uniform(0.0, 0.5) * line(along / half * nasal - 1.3, uniform(0.4, 0.9)) * inside(
         across - 4, 10.0
     )
-    fold = uniform(1.5, 6.5) * (0.4 + 0.6 * (1 - u.abs().clamp(max=1) ** 2))
+    skin = skin + uniform(0.0, 0.12) * patches(4, 5, HEIGHT * scale, WIDTH * scale)
+    skin = skin + uniform(0.0, 0.3) * (y / HEIGHT - 0.5)  # the cheek
+    fold = uniform(1.5, 7.5) * (0.4 + 0.6 * (1 - u.abs().clamp(max=1) ** 2))
     near = inside(beside, 5.0)
-    skin = skin - uniform(0.0, 0.4) * line(above - fold, uniform(0.6, 1.6)) * near
-    skin = skin - uniform(0.0, 0.35) * inside(above - fold, 2.0) * inside(-above, 1.0) * near
-    skin = skin - uniform(0.0, 0.2) * line(below - uniform(3.0, 7.0), uniform(1.0, 3.0)) * near
-    skin = skin - uniform(0.0, 0.3) * inside(below - 2, 4.0) * inside(-below, 2.0) * near
+    skin = skin - uniform(0.0, 0.3) * line(above - fold, uniform(0.8, 2.2)) * near
+    skin = skin - uniform(0.0, 0.35) * inside(above - fold, 3.0) * inside(-above, 1.0) * near
+    skin = skin - uniform(0.0, 0.15) * line(below - uniform(3.0, 8.0), uniform(1.5, 4.0)) * near
+    skin = skin - uniform(0.0, 0.2) * inside(below - 2, 4.0) * inside(-below, 2.0) * near
     brow = uniform(12.0, 24.0) * (1 - 0.12 * u**2) + 1.5 * nasal * u
     skin = (skin - uniform(0.0, 0.5) * inside(brow - above, uniform(3.0, 10.0))).clamp(min=0.03)
 
-    picture = skin + (ball - skin) * inside(open_eye)
-    lashes = line(above - 0.2, uniform(0.6, 1.6)) * inside(beside + normal(0.0, 0.8), 2.5)
-    picture = picture * (1 - uniform(0.3, 0.9) * lashes)
-    picture = picture * (1 - uniform(0.0, 0.45) * line(below, uniform(0.5, 1.2)) * inside(beside, 2.5))
+    picture = skin + (ball - skin) * inside(open_eye, uniform(0.6, 2.0))
+    lashes = line(above - uniform(-0.3, 0.6), uniform(0.7, 2.2)) * inside(beside + normal(0.5, 1.5), 5.0)
+    picture = picture * (1 - uniform(0.1, 0.75) * lashes)
+    picture = picture * (1 - uniform(0.0, 0.3) * line(below, uniform(0.6, 1.8)) * inside(beside, 4.0))
+    wet = line(below - uniform(0.6, 1.6), uniform(0.5, 1.2)) * inside(beside, 3.0)
+    picture = picture + uniform(0.0, 0.12) * wet
     # The mirror image of a lamp on the cornea.
     gleam_x = centre_x + radius * (0.75 * gx + 0.14 * light_x)
     gleam_y = centre_y + radius * (0.75 * gy + 0.2 * light_y)
-    gleam = inside(((x - gleam_x) ** 2 + (y - gleam_y) ** 2).sqrt() - uniform(0.4, 1.3)) * inside(open_eye)
-    strength = uniform(0.3, 1.0) * (torch.rand(n, 1, 1, generator=generator) < 0.6)
-    picture = picture + (1 - picture).clamp(min=0) * strength * gleam
+    gleam = inside(((x - gleam_x) ** 2 + (y - gleam_y) ** 2).sqrt() - uniform(0.4, 1.6)) * inside(open_eye)
+    picture = picture + (1 - picture).clamp(min=0) * uniform(0.2, 1.0) * sometimes(0.5) * gleam
+    # Glasses: a rim above, light or dark.
+    rim = dy + uniform(9.0, 17.0) + normal(0.0, 0.15) * dx - uniform(0.0, 0.012) * dx**2
+    tone = torch.where(sometimes(0.6) > 0, 1.0, 0.05)
+    picture = picture + (tone - picture) * sometimes(0.15) * uniform(0.4, 1.0) * line(rim, uniform(0.5, 1.5))
 
+    # The camera: out of focus by a little, noisy in proportion to the root of the light, overexposed or not.
     small = F.avg_pool2d(picture[:, None].clamp(min=0), scale)
     small = small / small.amax((2, 3), keepdim=True)
-    # A little grain, as every camera has it: without it the refiner would have nothing to make skin from.
-    grain = uniform(0.0, 0.03)[:, None] * torch.randn(small.shape, generator=generator)
-    small = (small + grain).clamp(0, 1)
+    grain = torch.randn(small.shape, generator=generator)
+    texture = patches(18, 28, HEIGHT, WIDTH)[:, None]
+    small = small * (1 + uniform(0.0, 0.06)[:, None] * texture)
+    small = _blur(small, uniform(0.35, 0.7).view(n))
+    strength = 0.06 * torch.rand(n, generator=generator) ** 2
+    grain = strength.view(n, 1, 1, 1) * _blur(grain, uniform(0.35, 0.6).view(n))
+    small = small + grain * small.clamp(min=0.02).sqrt()
+    small = (small * uniform(0.85, 1.05)[:, None]).clamp(0, 1)
     return equalise((small * 255).round().to(torch.uint8)), gaze
+
+
+def _blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Every image (N, 1, H, W) with a Gaussian of its own width, (N,) pixels; borders are reflected."""
+    n, reach = len(images), 4
+    offsets = torch.arange(-reach, reach + 1)
+    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    padded = F.pad(images, (reach,) * 4, mode="reflect").transpose(0, 1)
+    padded = F.conv2d(padded, kernel.view(n, 1, -1, 1), groups=n)
+    return F.conv2d(padded, kernel.view(n, 1, 1, -1), groups=n).transpose(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -12,13 +12,29 @@ NETS = ("gaze", "hand", "small")
 PSI = ("identity", "blur", "derivatives")
 
 
-def refiner(net: str, channels: int = 1) -> fastda.nn.Refiner:
+class Refiner(fastda.nn.Refiner):
+    """Images are continued by `mirror` pixels of their own reflection, refined, and cut again.
+
+    Zero padding alone leaves a frame as wide as the receptive field, by which every refined image is known.
+    """
+
+    mirror = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        m = self.mirror
+        if not m:
+            return super().forward(x)
+        layout = torch.channels_last
+        wide = F.pad(x, (m, m, m, m), mode="reflect").contiguous(memory_format=layout)
+        return super().forward(wide)[..., m:-m, m:-m].contiguous(memory_format=layout)
+
+
+def refiner(net: str, channels: int = 1, mirror: int = 0) -> Refiner:
     """The paper's refiner for gaze or hand images, or one an eighth as dear, for a processor and minutes."""
-    if net == "small":
-        return fastda.nn.Refiner(channels, 32, 2, 3)
-    if net == "hand":
-        return fastda.nn.Refiner(channels, 64, 10, 7)
-    return fastda.nn.Refiner(channels, 64, 4, 3)
+    width, blocks, kernel_size = {"gaze": (64, 4, 3), "hand": (64, 10, 7), "small": (32, 2, 3)}[net]
+    made = Refiner(channels, width, blocks, kernel_size)
+    made.mirror = mirror
+    return made
 
 
 def discriminator(net: str, channels: int = 1, kind: str = "softmax") -> fastda.nn.PatchDiscriminator:

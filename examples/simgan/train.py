@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastda
 import fastda.nn
 from examples.common import checkpoint
 from examples.common.checkpoint import CheckpointError
-from examples.simgan import models
+from examples.simgan import eyes, models
 from examples.simgan.data import Domains
 
 KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
@@ -46,6 +47,8 @@ class Settings:
     history: int = (
         1024  # B, refined images kept for the discriminator; the paper gives none; 0 for no history
     )
+    mirror: int = 0  # pixels of reflection around R's input instead of zeros alone
+    shift: int = 0  # pixels by which real images are moved at random, so that D cannot learn a few by heart
     average: float = 0.0  # decay of the moving average of the refiner's weights, 0 to use the last weights
     backend: str | None = None
 
@@ -59,6 +62,7 @@ class Settings:
         for name, least in (
             ("steps", 0), ("batch", 1), ("refiner_steps", 1), ("discriminator_steps", 1),
             ("pretrain_refiner", 0), ("pretrain_discriminator", 0), ("history", 0),
+            ("mirror", 0), ("shift", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -96,7 +100,7 @@ class Trainer:
         self.domains, self.settings = domains, settings
         channels = domains.synthetic.x.shape[1]
         torch.manual_seed(settings.seed)
-        self.refiner = models.refiner(settings.net, channels)
+        self.refiner = models.refiner(settings.net, channels, settings.mirror)
         self.discriminator = models.discriminator(settings.net, channels, settings.kind)
         self.discriminator.to(memory_format=torch.channels_last)
         self.buffer = fastda.nn.ImageHistoryBuffer(max(1, settings.history), seed=settings.seed)
@@ -149,6 +153,14 @@ class Trainer:
         picked = torch.randint(len(images), (self.settings.batch,), generator=self.generator)
         return to_float(images[picked]).contiguous(memory_format=torch.channels_last)
 
+    def _shifted(self, images: Tensor) -> Tensor:
+        """Every image (N, C, H, W) moved by up to `shift` pixels across and down, its border repeated."""
+        by, (height, width) = self.settings.shift, images.shape[2:]
+        padded = F.pad(images, (by, by, by, by), mode="replicate")
+        corners = torch.randint(2 * by + 1, (len(images), 2), generator=self.generator).tolist()
+        moved = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
+        return torch.stack(moved).contiguous(memory_format=torch.channels_last)
+
     def refiner_step(self, pretraining: bool = False) -> dict[str, Tensor]:
         s = self.settings
         synthetic = self.draw(self.domains.synthetic.x)
@@ -179,6 +191,8 @@ class Trainer:
     def discriminator_step(self) -> dict[str, Tensor]:
         s = self.settings
         real = self.draw(self.domains.real.x)
+        if s.shift:
+            real = self._shifted(real)
         with torch.no_grad():
             refined = self.refiner(self.draw(self.domains.synthetic.x))
         if s.history:
@@ -209,12 +223,15 @@ class Trainer:
 
     @torch.no_grad()
     def refine(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) → uint8, by the averaged weights where the settings ask for them."""
+        """uint8 (N, C, H, W) → uint8, by the averaged weights where the settings ask for them.
+
+        Eyes are equalised again, as all eyes are before anything is trained on them.
+        """
         kept = {k: v.clone() for k, v in self.refiner.state_dict().items()} if self.averaged else {}
         if self.averaged:
             self.refiner.load_state_dict(self.averaged)
         try:
-            return refine(self.refiner, images)
+            return refine(self.refiner, images, self.domains.task)
         finally:
             if kept:
                 self.refiner.load_state_dict(kept)
@@ -267,18 +284,19 @@ def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def refine(net: nn.Module, images: Tensor) -> Tensor:
-    """uint8 (N, C, H, W) → uint8."""
+def refine(net: nn.Module, images: Tensor, task: str = "") -> Tensor:
+    """uint8 (N, C, H, W) → uint8; equalised where the task is gaze."""
     parts = [to_uint8(net(to_float(part).contiguous(memory_format=torch.channels_last)))
              for part in images.split(100)]  # fmt: skip
-    return torch.cat(parts).contiguous() if parts else images.clone()
+    refined = torch.cat(parts).contiguous() if parts else images.clone()
+    return eyes.equalise(refined) if task == "gaze" else refined
 
 
 def load_refiner(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The refiner of a checkpoint, with averaged weights where it has them, and the checkpoint's state."""
     tensors, settings, state = checkpoint.load(path)
     try:
-        net = models.refiner(settings["net"], state["shape"][0])
+        net = models.refiner(settings["net"], state["shape"][0], settings["mirror"])
         net.load_state_dict(_group(tensors, "averaged.") or _group(tensors, "refiner."))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a SimGAN training ({error})") from error
