@@ -18,7 +18,7 @@ from examples.common import checkpoint
 from examples.common.checkpoint import CheckpointError
 from examples.common.images import DataError
 from examples.simgan import data, digits, evaluate, eyes, models, report
-from examples.simgan.cli import main
+from examples.simgan.cli import arguments, main, settings_of
 from examples.simgan.train import Settings, Trainer, load_refiner, to_float, to_uint8, train
 
 Image = pytest.importorskip("PIL.Image", reason="the examples' extra is not installed")
@@ -279,6 +279,34 @@ def test_train_writes_pictures_results_and_a_report(two_folders, tmp_path, capsy
     page = (out / "report.html").read_text()
     assert "data:image/png;base64," in page and "<svg" in page and "reference ops" in page
     assert "report.html" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_every_logged_value(domains, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = train(domains, QUICK, log_every=1, tensorboard=tmp_path).curves
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    names = {name for row in curves for name in row} - {"step"}
+    assert names == set(events.Tags()["scalars"]) and "change" in names
+    for name in names:
+        expected = [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in curves if name in row]
+        assert [(event.step, event.value) for event in events.Scalars(name)] == expected
+
+
+@pytest.mark.parametrize("net", ["gaze", "hand"])
+def test_the_papers_preset_trains(two_folders, tmp_path, net):
+    few = [*two_folders, "--steps", "1", "--batch", "2", "--history", "4", "--out", str(tmp_path / "out")]
+    settings = settings_of(arguments(["train", "--preset", "paper", "--net", net]))
+    assert (settings.batch, settings.lr, settings.optimiser, settings.reduction) == (
+        512, 0.001, "sgd", "batchmean",
+    )  # fmt: skip
+    assert (settings.pretrain_refiner, settings.pretrain_discriminator) == (1000, 200)
+    assert (settings.refiner_steps, settings.discriminator_steps, settings.mirror) == (2, 1, 0)
+    assert main([*few, "--preset", "paper", "--net", net]) == 0
+    refiner, _ = load_refiner(tmp_path / "out" / "seed-0" / "checkpoint.safetensors")
+    assert count(refiner) == {"gaze": 296_129, "hand": 4_018_625}[net]
 
 
 def test_checkpoints_that_do_not_fit_are_refused(domains, tmp_path):

@@ -107,11 +107,12 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     half = radius * uniform(1.05, 1.35)
     u = (along / half).clamp(-1.6, 1.6)
     skew = normal(0.12, 0.12) * nasal
-    opening = (uniform(0.2, 0.55) * radius + radius * 0.35 * pitch).clamp(min=1.2)
-    arc = 1 - u.abs().clamp(max=1) ** uniform(1.6, 2.6)
+    opening = (uniform(0.26, 0.5) * radius + radius * 0.35 * pitch).clamp(min=1.2)
+    arc = 1 - u.abs().clamp(max=1) ** uniform(1.7, 2.8)
     corner = normal(0.0, 0.06) * radius * u * nasal
+    across = across + uniform(0.0, 1.2) * patches(3, 6, HEIGHT * scale, WIDTH * scale)  # no arc is perfect
     upper = corner - opening * arc * (1 + skew * u)
-    lower = corner + (uniform(0.2, 0.45) * radius - radius * 0.12 * pitch) * arc * (1 - skew * u)
+    lower = corner + (uniform(0.24, 0.44) * radius - radius * 0.12 * pitch) * arc * (1 - skew * u)
     above, below = upper - across, across - lower  # pixels from the lids' edges, positive on the skin
     beside = along.abs() - half
     open_eye = torch.maximum(torch.maximum(above, below), beside)
@@ -122,22 +123,19 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     angle = torch.acos((dx / radius * gx + dy / radius * gy + depth * gz).clamp(-1, 1))
     iris_angle = uniform(0.46, 0.56)
     pupil_angle = iris_angle * uniform(0.3, 0.55)
-    ball = uniform(0.45, 0.9) - uniform(0.0, 0.4) * rho
-    ball = ball + uniform(0.0, 0.3) * (light_x * dx + light_y * dy) / radius
-    iris = uniform(0.06, 0.3) * (0.85 + 0.3 * (angle / iris_angle).clamp(max=1))
+    ball = uniform(0.4, 0.85) - uniform(0.0, 0.3) * rho
+    iris = uniform(0.05, 0.25) * (0.85 + 0.3 * (angle / iris_angle).clamp(max=1))
     ball = ball + (iris - ball) * inside((angle - iris_angle) * radius, uniform(1.2, 3.0))
     ball = ball - 0.06 * line((angle - iris_angle * 0.95) * radius, 1.2)
     ball = ball + (uniform(0.02, 0.1) - ball) * inside((angle - pupil_angle) * radius, uniform(1.0, 2.5))
-    ball = ball * (1 - uniform(0.2, 0.75) * torch.exp(above.clamp(max=0) / uniform(1.5, 6.0)))
-    ball = ball * (1 - uniform(0.1, 0.7) * inside(-beside - uniform(1.0, 7.0), 5.0))
+    ball = ball * (1 - uniform(0.2, 0.6) * torch.exp(above.clamp(max=0) / uniform(1.5, 5.0)))
+    ball = ball * (1 - uniform(0.0, 0.55) * inside(-beside - uniform(1.0, 6.0), 5.0))
 
-    # Skin: the light's side is bright, the socket dark towards nose and brow, folds above and below.
+    # Skin: the socket is dark towards nose and brow, folds above and below.
     skin = uniform(0.4, 0.85)
-    skin = skin + uniform(0.0, 0.7) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
     skin = skin - uniform(0.0, 0.5) * line(along / half * nasal - 1.3, uniform(0.4, 0.9)) * inside(
         across - 4, 10.0
     )
-    skin = skin + uniform(0.0, 0.12) * patches(4, 5, HEIGHT * scale, WIDTH * scale)
     skin = skin + uniform(0.0, 0.3) * (y / HEIGHT - 0.5)  # the cheek
     fold = uniform(1.5, 7.5) * (0.4 + 0.6 * (1 - u.abs().clamp(max=1) ** 2))
     near = inside(beside, 5.0)
@@ -154,6 +152,10 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     picture = picture * (1 - uniform(0.0, 0.3) * line(below, uniform(0.6, 1.8)) * inside(beside, 4.0))
     wet = line(below - uniform(0.6, 1.6), uniform(0.5, 1.2)) * inside(beside, 3.0)
     picture = picture + uniform(0.0, 0.12) * wet
+    # Light and shadow: brighter to one side, and uneven.
+    light = 1 + uniform(0.0, 1.2) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
+    light = light + uniform(0.0, 0.2) * patches(4, 5, HEIGHT * scale, WIDTH * scale)
+    picture = picture * light.clamp(0.15, 1.8)
     # The mirror image of a lamp on the cornea.
     gleam_x = centre_x + radius * (0.75 * gx + 0.14 * light_x)
     gleam_y = centre_y + radius * (0.75 * gy + 0.2 * light_y)
@@ -170,8 +172,8 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     grain = torch.randn(small.shape, generator=generator)
     texture = patches(18, 28, HEIGHT, WIDTH)[:, None]
     small = small * (1 + uniform(0.0, 0.06)[:, None] * texture)
-    small = _blur(small, uniform(0.35, 0.7).view(n))
-    strength = 0.06 * torch.rand(n, generator=generator) ** 2
+    small = _blur(small, uniform(0.35, 0.6).view(n))
+    strength = 0.06 * torch.rand(n, generator=generator) ** 3
     grain = strength.view(n, 1, 1, 1) * _blur(grain, uniform(0.35, 0.6).view(n))
     small = small + grain * small.clamp(min=0.02).sqrt()
     small = (small * uniform(0.85, 1.05)[:, None]).clamp(0, 1)
