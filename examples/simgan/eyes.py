@@ -170,25 +170,24 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     small = F.avg_pool2d(picture[:, None].clamp(min=0), scale)
     small = small / small.amax((2, 3), keepdim=True)
     grain = torch.randn(small.shape, generator=generator)
-    texture = patches(18, 28, HEIGHT, WIDTH)[:, None]
-    small = small * (1 + uniform(0.0, 0.06)[:, None] * texture)
-    small = _blur(small, uniform(0.35, 0.6).view(n))
-    strength = 0.06 * torch.rand(n, generator=generator) ** 3
-    grain = strength.view(n, 1, 1, 1) * _blur(grain, uniform(0.35, 0.6).view(n))
+    texture = patches(20, 34, HEIGHT, WIDTH)[:, None]
+    small = small * (1 + uniform(0.02, 0.07)[:, None] * texture)
+    small = _blur(small, uniform(0.2, 0.4).view(n), uniform(0.4, 0.65).view(n))
+    strength = 0.01 + 0.06 * torch.rand(n, generator=generator) ** 3
+    grain = strength.view(n, 1, 1, 1) * _blur(grain, uniform(0.4, 0.6).view(n), uniform(0.5, 0.7).view(n))
     small = small + grain * small.clamp(min=0.02).sqrt()
     small = (small * uniform(0.85, 1.05)[:, None]).clamp(0, 1)
     return equalise((small * 255).round().to(torch.uint8)), gaze
 
 
-def _blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Every image (N, 1, H, W) with a Gaussian of its own width, (N,) pixels; borders are reflected."""
+def _blur(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """Every image (N, 1, H, W) with a Gaussian of its own widths, (N,) pixels; borders are reflected."""
     n, reach = len(images), 4
     offsets = torch.arange(-reach, reach + 1)
-    kernel = torch.exp(-0.5 * (offsets / sigma[:, None]) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)
+    rows, columns = (torch.softmax(-0.5 * (offsets / sigma[:, None]) ** 2, 1) for sigma in (across, down))
     padded = F.pad(images, (reach,) * 4, mode="reflect").transpose(0, 1)
-    padded = F.conv2d(padded, kernel.view(n, 1, -1, 1), groups=n)
-    return F.conv2d(padded, kernel.view(n, 1, 1, -1), groups=n).transpose(0, 1)
+    padded = F.conv2d(padded, columns.view(n, 1, -1, 1), groups=n)
+    return F.conv2d(padded, rows.view(n, 1, 1, -1), groups=n).transpose(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------- files
