@@ -25,7 +25,7 @@ from fastda.workloads import Case
 CONTENDERS = {
     "fastda": ("fastda", "fastda channels_last"),
     "eager": ("eager", "eager channels_last"),
-    "compile": ("torch.compile", "torch.compile channels_last"),
+    "compile": ("torch.compile channels_last",),
 }
 
 

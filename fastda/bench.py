@@ -346,25 +346,25 @@ class Frozen(nn.Module):
 
 
 def _compiled(task: Task) -> Contenders:
-    """torch.compile, for the shape; frozen for inference."""
+    """torch.compile, for the shape; frozen for inference. Convolutions in channels_last, where it was never
+    slower than contiguous."""
     if task.workload.steps:
         for label, step in task.steps("torch.compile"):
             step()
             yield label, step
         return
-    formula = task.workload.formulas["eager"]
-    for layout in ("contiguous", "channels_last") if task.has_formats else ("contiguous",):
-        if task.case.mode == "forward":
-            arguments = task.arguments(layout)
-            model = Frozen(task.workload.around(formula), arguments).eval()
-            compiled = torch.compile(model, dynamic=False, options={"freezing": True})
-            call: Call = functools.partial(compiled, arguments[model.first])
-        else:
-            compiled = torch.compile(task.workload.around(formula), dynamic=False)
-            arguments = task.arguments(layout)
-            call = task.bound(functools.partial(compiled, **arguments), arguments)
-        call()
-        yield "torch.compile" + (" channels_last" if layout == "channels_last" else ""), call
+    formula = task.workload.around(task.workload.formulas["eager"])
+    layout = "channels_last" if task.has_formats else "contiguous"
+    arguments = task.arguments(layout)
+    if task.case.mode == "forward":
+        model = Frozen(formula, arguments).eval()
+        compiled = torch.compile(model, dynamic=False, options={"freezing": True})
+        call: Call = functools.partial(compiled, arguments[model.first])
+    else:
+        compiled = torch.compile(formula, dynamic=False)
+        call = task.bound(functools.partial(compiled, **arguments), arguments)
+    call()
+    yield "torch.compile" + (" channels_last" if task.has_formats else ""), call
 
 
 # In the order in which they are built.
@@ -588,8 +588,7 @@ def run(
     folder: Path | None = None,
     also: Callable[[Case, Row], Row] = lambda case, row: {},
     *,
-    sessions: int = 4,
-    expensive: float = math.inf,
+    sessions: int = 3,
     session: Callable[[], contextlib.AbstractContextManager[Callable[..., Row]]] = fresh_process,
     seed: int = 0,
     **settings: Any,
@@ -597,9 +596,8 @@ def run(
     """Go round the cases `sessions` times; yields each case's row, as far as it is known, every time.
 
     With `folder`, the sessions are kept there, and a run that was interrupted goes on where it stopped,
-    unless the build, the contenders or the settings are others. A case that takes `expensive` seconds a
-    session has three at most. `also` says what further goes into a row; `session` gives what measures, as
-    `measure` does.
+    unless the build, the contenders or the settings are others. `also` says what further goes into a row;
+    `session` gives what measures, as `measure` does.
     """
     settings = {"seed": seed, **settings}
     same = {"fingerprint": fingerprint(), "providers": list(providers), "settings": settings}
@@ -613,8 +611,7 @@ def run(
             timing = None
             for case in todo:
                 rows = kept[case.id]
-                enough = number >= 3 and rows[-1]["seconds"] > expensive
-                if len(rows) <= number and not enough:
+                if len(rows) <= number:
                     timing = timing or stack.enter_context(session())
                     row = timing(case, providers, **{**settings, "seed": seed + number})
                     rows.append(row | (also(case, row) if not rows else {}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 import tempfile
@@ -231,7 +230,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser, peers: Sequence[str]) -
         help="of fastda's input; peers have both",
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or xpu (default: cpu)")
-    parser.add_argument("--sessions", type=int, help="processes per case (default: 4, --quick: 3)")
+    parser.add_argument("--sessions", type=int, default=3, help="processes per case (default: 3)")
     parser.add_argument(
         "--rounds", type=int, help="rounds per session at least (default: 2, or what is done after 10 s)"
     )
@@ -265,7 +264,6 @@ def run_bench(
 
     providers = {**bench.PROVIDERS, **(peers or {})}
     console, rich = _rich()
-    sessions = (3 if args.quick else 4) if args.sessions is None else args.sessions
     rounds = 2 if args.rounds is None else args.rounds
     wanted = args.peers or (["eager"] if args.quick else list(providers))
     _check("--peers", wanted, providers)
@@ -274,7 +272,7 @@ def run_bench(
     _check("--mode", args.mode, ("forward", "backward", "step"))
     _check("--layout", args.layout, ("contiguous", "channels_last"))
     _check("--device", [args.device], backend.info()["devices"])
-    numbers = {"--sessions": [sessions], "--rounds": [rounds], "--threads": args.threads}
+    numbers = {"--sessions": [args.sessions], "--rounds": [rounds], "--threads": args.threads}
     for option, values in numbers.items():
         for value in values:
             if value < 1:
@@ -296,8 +294,7 @@ def run_bench(
     chosen = {name: providers[name] for name in ("fastda", *wanted) if name in providers}
     stamp = bench.machine({1, *(case.threads for case in todo)})
     settings: dict[str, Any] = {
-        "sessions": sessions,
-        "expensive": 60.0 if args.sessions is None else math.inf,
+        "sessions": args.sessions,
         "rounds": rounds,
         "seconds": 0.3 if args.quick else 0.8,
         "device": args.device,
@@ -306,7 +303,7 @@ def run_bench(
     if args.rounds is None:
         settings["patience"] = 10.0
     results = (run or bench.run)(todo, chosen, args.out / "cases" if args.out else None, **settings)
-    plan = bench.TimeLeft(todo, sessions, len(chosen) + 1)
+    plan = bench.TimeLeft(todo, args.sessions, len(chosen) + 1)
     try:
         rows = _collect(rich, console, results, plan, len(todo))
     except KeyboardInterrupt:

@@ -73,7 +73,7 @@ def test_the_sessions_interval_covers_what_differs_between_processes():
 
 def test_two_runs_of_recorded_sessions_agree():
     # Sessions of a dozen cases as a busy machine gave them over a quarter of an hour, in order; each run is
-    # four in a row. One session each, by bootstrap intervals, is how often runs would agree without sessions.
+    # some in a row. One session each, by bootstrap intervals, is how often runs would agree without sessions.
     recorded = json.loads((Path(__file__).parent / "bench_sessions.json").read_text())
 
     def agreeing(count):
@@ -87,7 +87,7 @@ def test_two_runs_of_recorded_sessions_agree():
 
     assert len(recorded) > 20 and all(len(sessions) >= 16 for sessions in recorded.values())
     assert agreeing(1) < 0.85
-    assert agreeing(4) > 0.93
+    assert agreeing(3) > 0.93 and agreeing(4) > 0.93
 
 
 def test_runs_agree_where_their_difference_is_within_their_intervals():

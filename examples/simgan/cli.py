@@ -133,7 +133,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "bench", help="time of a gaze training step: fused, as people write it, and at its best"
     )
     sub.add_argument("--batch", nargs="+", type=int, default=[32, 128])
-    sub.add_argument("--rounds", type=int, default=3, help="in each of four processes, at least")
+    sub.add_argument("--rounds", type=int, default=3, help="in each of three processes, at least")
     sub.add_argument("--threads", type=int, default=1)
     sub.add_argument("--compile", action="store_true", help="torch.compile as a contender too")
     sub.add_argument("--out", type=Path, help="folder for simgan-step.json")
