@@ -32,17 +32,17 @@ class _PlainBlock(nn.Module):
         return F.relu(x + self.conv2(F.relu(self.conv1(x))))
 
 
-def _plain_refiner(lean: bool) -> nn.Sequential:
-    """The parameters are in the order of `fastda.nn.Refiner.gaze`'s."""
-    blocks = [_PlainBlock(lean) for _ in range(4)]
-    return nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.ReLU(lean), *blocks, nn.Conv2d(64, 1, 1))
+def _plain_refiner(channels: int, lean: bool) -> nn.Sequential:
+    """The parameters are in the order of `fastda.nn.Refiner`'s."""
+    first, last = nn.Conv2d(channels, 64, 3, padding=1), nn.Conv2d(64, channels, 1)
+    return nn.Sequential(first, nn.ReLU(lean), *(_PlainBlock(lean) for _ in range(4)), last)
 
 
 class SimganStep:
     """Two steps of the refiner and one of the discriminator on a fixed set of noise images.
 
     Args:
-        sizes: (batch, 1, 35, 55).
+        sizes: (batch, channels, height, width); the paper's are (512, 1, 35, 55).
         fused: with fastda's modules and losses.
         usual: as it is usually written: contiguous tensors, a discriminator that takes gradients in the
             refiner's step, cross-entropy over both channels, accuracies by argmax. Otherwise the best that is
@@ -60,18 +60,18 @@ class SimganStep:
         layout: torch.memory_format = torch.channels_last,
     ) -> None:
         self.fused, self.usual, self.layout = fused, usual, layout
-        self.batch = sizes[0]
+        self.batch, channels, *_ = sizes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.images = torch.randint(256, (1024, *sizes[1:]), dtype=torch.uint8)
-            refiner = fastda.nn.Refiner.gaze()
-            discriminator = fastda.nn.PatchDiscriminator.gaze()
+            refiner = fastda.nn.Refiner(channels, 64, 4, 3)
+            discriminator = fastda.nn.PatchDiscriminator.gaze(channels)
         self.r_parameters = list(refiner.parameters())
         self.d_parameters = list(discriminator.to(memory_format=layout).parameters())
         self.refiner: Callable[[Tensor], Tensor] = refiner
         self.discriminator: Any = discriminator
         if not fused:
-            plain = _plain_refiner(lean=not usual)
+            plain = _plain_refiner(channels, lean=not usual)
             with torch.no_grad():
                 for mine, given in zip(plain.parameters(), self.r_parameters, strict=True):
                     mine.copy_(given)
@@ -171,15 +171,20 @@ def reverse(x: Tensor, scale: float) -> Tensor:
     return _Reverse.apply(x, scale)
 
 
+def _width(h: int, w: int) -> int:
+    """Of the features of an h×w image."""
+    return 48 * (((h - 4) // 2 - 4) // 2) * (((w - 4) // 2 - 4) // 2)
+
+
 class _DannNet(nn.Module):
-    def __init__(self, fused: bool, usual: bool) -> None:
+    def __init__(self, channels: int, width: int, fused: bool, usual: bool) -> None:
         super().__init__()
         self.fused, self.usual = fused, usual
-        self.conv1, self.conv2 = nn.Conv2d(3, 32, 5), nn.Conv2d(32, 48, 5)
+        self.conv1, self.conv2 = nn.Conv2d(channels, 32, 5), nn.Conv2d(32, 48, 5)
         self.label = nn.Sequential(
-            nn.Linear(768, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
+            nn.Linear(width, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
         )
-        self.domain1, self.domain2 = nn.Linear(768, 100), nn.Linear(100, 1)
+        self.domain1, self.domain2 = nn.Linear(width, 100), nn.Linear(100, 1)
 
     def features(self, x: Tensor) -> Tensor:
         for conv in (self.conv1, self.conv2):
@@ -207,7 +212,7 @@ class DannStep:
     """A step of SGD with momentum on half a batch of each domain, of noise.
 
     Args:
-        sizes: (batch, 3, 28, 28), the batch of both domains together.
+        sizes: (batch, channels, height, width), the batch of both domains together; digits are 3×28×28.
         fused: the reversal folded into the domain classifier's first layer by fastda.
         usual: as it is usually written, with ReLU before pooling.
         compiled: the network with its losses by torch.compile.
@@ -224,7 +229,7 @@ class DannStep:
     ) -> None:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            net = _DannNet(fused, usual).to(memory_format=layout)
+            net = _DannNet(sizes[1], _width(*sizes[2:]), fused, usual).to(memory_format=layout)
             images = torch.rand(sizes).to(memory_format=layout)
             self.labels = torch.randint(10, (sizes[0] // 2,))
         self.source, self.target = images.split(sizes[0] // 2)
@@ -243,5 +248,6 @@ class DannStep:
     @staticmethod
     def flops(n: int, c: int, h: int, w: int) -> float:
         first, second = (h - 4) * (w - 4), ((h - 4) // 2 - 4) * ((w - 4) // 2 - 4)
-        dense = 768 * 100 + 100 * 100 + 100 * 10 + 2 * (768 * 100 + 100)  # labels on half the batch
+        width = _width(h, w)
+        dense = width * 100 + 100 * 100 + 100 * 10 + 2 * (width * 100 + 100)  # labels on half the batch
         return 3.0 * (2 * n * (first * 25 * c * 32 + second * 25 * 32 * 48) + n * dense)
