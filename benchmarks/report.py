@@ -457,10 +457,13 @@ def markdown(runs: list[dict[str, Any]]) -> str:
             f", peers held to it ({', '.join(f'{k}={v}' for k, v in m['held'].items())})" if m["held"] else ""
         )
         peaks = m["peaks"].get("1")
+        sessions = min((r.get("sessions", 1) for r in run["rows"]), default=1)
         parts.append(
             f"Kernels for {m['isa'].upper()}{held}. {m['processor']}, {m['cores']} cores; "
             f"fastda {m['fastda']}, torch {m['torch']}, Python {m['python']}; "
             f"one core measured at {peaks['gflops']:.0f} GFLOP/s and {peaks['gbs']:.0f} GB/s (copy). float32."
+            + f" In brackets 95 % intervals over {sessions} processes."
+            * (sessions > 1)
         )
         for name, title in FAMILIES.items():
             rows = [r for r in run["rows"] if family(r) == name]

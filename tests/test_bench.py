@@ -301,7 +301,11 @@ def test_bad_arguments_give_one_clear_line(capsys, argv, message):
 
 
 def row(workload="refiner_block", ratio=2.0, peer="eager", mode="backward"):
-    sizes = {"refiner_block": [3, 64, 3, 37, 53], "grad_reverse": [128, 768]}[workload]
+    sizes = {
+        "refiner_block": [3, 64, 3, 37, 53],
+        "grad_reverse": [128, 768],
+        "simgan_step": [32, 1, 35, 55],
+    }[workload]
     case = {"workload": workload, "sizes": sizes, "dtype": "float32", "threads": 1, "mode": mode}
     r = {"ratio": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
     one = {"ratio": 1, "low": 1, "high": 1}
@@ -335,6 +339,13 @@ def test_losses_are_said_as_plainly_as_wins():
     assert "2.00× [1.90–2.10]" in text
     assert "**0.50× [0.40–0.60]**" in text
     assert "a processor" in text and "torch 2" in text
+    step = {**row("simgan_step", 2.5, "eager, usual code", "step"), "sessions": 3}
+    step["contenders"]["torch.compile channels_last"] = won["contenders"]["eager"]
+    text = report.markdown([{"machine": MACHINE, "rows": [step]}])
+    assert (
+        "over 3 processes" in text and "PyTorch as mostly written | best of eager and torch.compile" in text
+    )
+    assert "`simgan_step` 32×1×35×55, step | 1 | 10 ms | 2.50× [2.40–2.60] | 2.00× [1.90–2.10] |" in text
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path):
