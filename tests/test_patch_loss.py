@@ -21,9 +21,23 @@ from fastda.testing import error, tolerance
 KINDS = verify.KINDS
 DTYPES = verify.DTYPES
 isa_independent = pytest.mark.isa_independent
+needs_node = pytest.mark.skipif(ops._node is None, reason="no C++ autograd module for this torch")
 native = pytest.mark.skipif(
     backend.info()["devices"]["cpu"]["serving"] != "cpp", reason="the reference serves this run"
 )
+
+
+@pytest.fixture(params=["node", "function"])
+def route(request, monkeypatch):
+    """The C++ node, then what stands behind it: as where FASTDA_AUTOGRAD_EXTENSION=0."""
+    if request.param == "function":
+        monkeypatch.setattr(ops, "_node", None)
+    elif ops._node is None:
+        pytest.skip("no C++ autograd module for this torch")
+    return request.param
+
+
+both_routes = pytest.mark.usefixtures("route")
 
 
 def channels(kind):
@@ -78,6 +92,7 @@ def test_matches_the_reference(op, sizes, options, dtype):
     common.check_against_reference(op, arguments_of(op, sizes, options, dtype))
 
 
+@both_routes
 @calls
 def test_first_and_second_derivatives(op, sizes, options):
     common.check_gradients(op, arguments_of(op, sizes, options))
@@ -325,6 +340,7 @@ def test_two_classes_are_one_channel_of_the_head():
 # -- the graph ----------------------------------------------------------------------------------------------
 
 
+@both_routes
 @calls
 def test_a_graph_can_be_walked_twice(op, sizes, options):
     """The first backward hands its gradients over; what happens to them must not reach the second."""
@@ -349,6 +365,7 @@ def test_a_graph_can_be_walked_twice(op, sizes, options):
         grad(out, inputs, [torch.ones_like(o) for o in out])
 
 
+@both_routes
 def test_a_loss_in_a_sum_of_losses():
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
 
@@ -360,23 +377,102 @@ def test_a_loss_in_a_sum_of_losses():
 
 
 @native
-def test_gradients_are_computed_only_where_they_are_wanted(monkeypatch):
-    asked = []
-
-    def spy(name, serving, tensors, options, needs):
-        asked.append(needs)
-        return run(name, serving, tensors, options, needs)
-
-    run = ops._run
-    monkeypatch.setattr(ops, "_run", spy)
+@both_routes
+def test_gradients_are_computed_only_where_they_are_wanted():
     real, fake = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4, requires_grad=True)
-    assert fastda.patch_discriminator_loss(real, fake).requires_grad
+    with torch.profiler.profile(record_shapes=True) as profile:
+        assert fastda.patch_discriminator_loss(real, fake).requires_grad
+        with torch.no_grad():
+            assert not fastda.patch_discriminator_loss(real, fake).requires_grad
+        assert not fastda.patch_discriminator_loss(real, fake.detach()).requires_grad
+        with torch.inference_mode():
+            assert not fastda.patch_generator_loss(fake).requires_grad
+    asked = [e.concrete_inputs for e in profile.events() if e.name.startswith("fastda::")]
+    assert [inputs[-2:] for inputs in asked[:3]] == [[False, True], [False, False], [False, False]]
+    assert [inputs[-1] for inputs in asked[3:]] == [False]
+
+
+@needs_node
+@few
+def test_several_gradients_at_once(op, sizes, options):
+    arguments = arguments_of(op, sizes, options)
+    inputs = [arguments[n] for n in common.wanted(arguments)]
+
+    def batched(module):
+        out = getattr(module, op)(**arguments)
+        out = out[0] if isinstance(out, tuple) else out
+        weights = torch.stack([torch.full_like(out, factor) for factor in (1.0, -0.5, 3.0)])
+        return [
+            grad(out, inputs, weights, is_grads_batched=True, retain_graph=True, allow_unused=True)
+            for _ in range(2)
+        ]
+
+    torch.testing.assert_close(batched(fastda), batched(reference))
+
+
+@needs_node
+@isa_independent
+@few
+def test_compiled_autograd(op, sizes, options):
+    arguments = arguments_of(op, sizes, options)
+    inputs = [arguments[n] for n in common.wanted(arguments)]
+
+    def loss(module):
+        out = getattr(module, op)(**arguments)
+        outs = out if isinstance(out, tuple) else (out,)
+        return sum(3 * o.sum() for o in outs if o.requires_grad)
+
+    expected = grad(loss(reference), inputs)
+    ours = loss(fastda)
+    for _ in range(2):
+        for x in inputs:
+            x.grad = None
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            ours.backward(retain_graph=True)
+        torch.testing.assert_close([x.grad for x in inputs], list(expected))
+
+
+@both_routes
+@isa_independent
+def test_anomaly_mode_names_the_loss(route):
+    x = torch.full((1, 1, 2, 2), math.nan, requires_grad=True)
+    name = "LossBackward" if route == "node" else "_LossBackward"
+    with (
+        pytest.warns(UserWarning, match="patch_generator_loss"),
+        pytest.raises(RuntimeError, match=f"Function '{name}' returned nan"),
+        torch.autograd.detect_anomaly(check_nan=True),
+    ):
+        loss = fastda.patch_generator_loss(x, "bce")
+        assert loss.grad_fn.name() == name
+        loss.backward()
+
+
+@both_routes
+@isa_independent
+def test_an_argument_changed_in_place_is_noticed_where_it_is_needed_again():
+    """The first backward needs none of them: its gradients are of the values that the forward saw."""
+    x = torch.randn(2, 2, 3, 4)
+    y = (x.requires_grad_() * 1.0).detach().requires_grad_()
+    expected = grad(fastda.patch_generator_loss(y), y)
+    loss = fastda.patch_generator_loss(y)
     with torch.no_grad():
-        assert not fastda.patch_discriminator_loss(real, fake).requires_grad
-    assert not fastda.patch_discriminator_loss(real, fake.detach()).requires_grad
-    with torch.inference_mode():
-        assert not fastda.patch_generator_loss(fake).requires_grad
-    assert asked == [(False, True), (False, False), (False, False), (False,)]
+        y.mul_(2.0)
+    torch.testing.assert_close(grad(loss, y, retain_graph=True), expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        grad(loss, y)
+
+
+@both_routes
+@isa_independent
+def test_an_error_in_the_reference_reaches_the_caller(monkeypatch):
+    def broken(*arguments):
+        raise ArithmeticError("broken on purpose")
+
+    x = torch.randn(2, 2, 3, 4, requires_grad=True)
+    loss = fastda.patch_generator_loss(x)
+    monkeypatch.setitem(ops._OPERATORS, "patch_generator_loss", (1, broken))
+    with pytest.raises(ArithmeticError, match="broken on purpose"):
+        grad(loss, x, create_graph=True)
 
 
 @native
@@ -396,6 +492,7 @@ def test_head_runs_as_one_operator():
     assert [name for name in seen if "detach" not in name] == ["fastda.patch_head_discriminator_loss.default"]
 
 
+@both_routes
 def test_a_scale_changed_after_forward_does_not_reach_the_gradient():
     scale = torch.tensor(0.3)
     a, b = torch.randn(2, 1, 3, 4, requires_grad=True), torch.randn(2, 1, 3, 4)
@@ -404,8 +501,14 @@ def test_a_scale_changed_after_forward_does_not_reach_the_gradient():
     assert torch.equal(grad(loss, a)[0], 0.3 * (a - b).sign())
 
 
+@both_routes
 def test_checkpointing_recomputes_the_loss():
     x = torch.randn(2, 2, 3, 4, requires_grad=True)
+    with torch.autograd.graph.save_on_cpu():
+        saved = fastda.patch_generator_loss(x * 2)
+    expected = grad(reference.patch_generator_loss(x * 2), x)
+    for _ in range(2):
+        torch.testing.assert_close(grad(saved, x, retain_graph=True), expected)
     loss = torch.utils.checkpoint.checkpoint(fastda.patch_generator_loss, x * 2, use_reentrant=False)
     torch.testing.assert_close(grad(loss, x), grad(reference.patch_generator_loss(x * 2), x))
 

@@ -1,12 +1,10 @@
-// Gradient reversal as nodes of torch's C++ autograd graph, called through plain CPython functions.
+// Gradient reversal as nodes of torch's C++ autograd graph.
 //
 // What this saves over a Python autograd.Function: the Function's call overhead, and an allocation of the
-// size of the gradient, by multiplying in place one that nobody else holds. Every function here returns None
-// for a call that it leaves alone; fastda/ops/grad_reverse.py then checks the arguments and goes the general
-// way.
+// size of the gradient, by multiplying in place one that nobody else holds. Bad arguments are left to
+// fastda/ops/grad_reverse.py, which checks them.
 #include <ATen/ScalarOps.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/alias.h>
 #include <ATen/ops/empty.h>
@@ -14,49 +12,13 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/neg.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/autograd/saved_variable.h>
-#include <torch/csrc/autograd/variable.h>
-#include <torch/csrc/dynamo/compiled_autograd.h>
-#include <torch/version.h>
 
 #include <mutex>
-#include <optional>
-#include <type_traits>
 
+#include "autograd/node.h"
+
+namespace fastda::autograd {
 namespace {
-
-using at::Tensor;
-using c10::DispatchKey;
-using torch::autograd::InputMetadata;
-using torch::autograd::Node;
-using torch::autograd::SavedVariable;
-using torch::autograd::variable_list;
-using torch::dynamo::autograd::CompiledNodeArgs;
-using torch::dynamo::autograd::SwapSavedVariables;
-
-// Tracing, transforms and tensor modes see every operator; they have to go the general way.
-const c10::DispatchKeySet kForeign(
-    {DispatchKey::Python, DispatchKey::PythonTLSSnapshot, DispatchKey::PythonDispatcher,
-     DispatchKey::Functionalize, DispatchKey::FuncTorchDynamicLayerFrontMode,
-     DispatchKey::FuncTorchDynamicLayerBackMode, DispatchKey::FuncTorchGradWrapper,
-     DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchVmapMode, DispatchKey::Batched,
-     DispatchKey::VmapMode, DispatchKey::Tracer, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
-
-bool foreign_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has_any(kForeign); }
-
-// A plain strided tensor of a real floating dtype.
-bool plain(const Tensor& t) {
-  return t.defined() && t.layout() == c10::kStrided && at::isFloatingType(t.scalar_type()) &&
-         !t.key_set().has_any(kForeign) && !t.is_inference() && !t._fw_grad(0).defined();
-}
-
-// Whether a backward pass may use raw kernels and write into its own memory: no graph of it is recorded, and
-// no vmap over several gradients, mode or tensor subclass is watching.
-bool unobserved(const Tensor& grad) { return !c10::GradMode::is_enabled() && !foreign_mode() && plain(grad); }
 
 // Whether autograd records `x` now.
 bool recorded(const Tensor& x) { return c10::GradMode::is_enabled() && x.requires_grad(); }
@@ -95,23 +57,6 @@ Tensor times(Tensor grad, const Tensor& factor) {
   return owned(grad) ? grad.mul_(factor) : grad.mul(factor).to(grad.scalar_type());
 }
 
-// Compiled autograd puts into its graph a call of `function` on the node's gradients and its state.
-variable_list compiled_call(const Node& node, const variable_list& grads, SwapSavedVariables& saved,
-                            torch::dynamo::autograd::functional_apply_t function,
-                            std::vector<c10::IValue> state) {
-  using namespace torch::dynamo::autograd;
-  std::vector<at::TypePtr> types;
-  for (const auto& value : state)
-    types.push_back(value.isTensor() ? at::TypePtr(at::TensorType::get()) : value.type());
-  PyObject* compiler = saved.get_py_compiler();
-  const auto& interface = getPyCompilerInterface();
-  const auto name = interface->bind_function(compiler, node.name(), std::move(function), std::move(types),
-                                             /*is_custom_function=*/true);
-  return interface->call_function(
-      compiler, "apply_functional", name, grads, state,
-      IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(get_input_metadata(node.next_edges())));
-}
-
 struct GradReverseBackward final : Node {
   explicit GradReverseBackward(Tensor f) : factor(std::move(f)) {}
 
@@ -137,16 +82,6 @@ struct GradReverseBackward final : Node {
 
   Tensor factor;
 };
-
-// torch keeps nodes in std::shared_ptr up to some version, in c10::intrusive_ptr later.
-template <typename T, typename... Args>
-auto make_node(Args&&... args) {
-  using Pointer = decltype(torch::autograd::Edge::function);
-  if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-    return std::shared_ptr<T>(new T(std::forward<Args>(args)...), [](T* node) { deleteNode(node); });
-  else
-    return c10::make_intrusive<T>(std::forward<Args>(args)...);
-}
 
 // A view of x whose gradient is reversed; x requires grad.
 Tensor reversed(const Tensor& x, Tensor factor) {
@@ -244,6 +179,8 @@ struct GradReverseLinearBackward final : Node {
   SavedVariable x, weight;
 };
 
+}  // namespace
+
 // grad_reverse(x, scale) -> view of x, or None.
 PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -298,29 +235,4 @@ PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count
   END_HANDLE_TH_ERRORS
 }
 
-PyMethodDef methods[] = {
-    {"grad_reverse", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(grad_reverse)), METH_FASTCALL,
-     nullptr},
-    {"grad_reverse_linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(grad_reverse_linear)),
-     METH_FASTCALL, nullptr},
-    {nullptr, nullptr, 0, nullptr},
-};
-
-#define FASTDA_STRING_(x) #x
-#define FASTDA_STRING(x) FASTDA_STRING_(x)
-#define FASTDA_INIT_(name) PyInit_##name
-#define FASTDA_INIT(name) FASTDA_INIT_(name)
-
-PyModuleDef module = {PyModuleDef_HEAD_INIT,
-                      FASTDA_STRING(TORCH_EXTENSION_NAME),
-                      nullptr,
-                      -1,
-                      methods,
-                      nullptr,
-                      nullptr,
-                      nullptr,
-                      nullptr};
-
-}  // namespace
-
-PyMODINIT_FUNC FASTDA_INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
+}  // namespace fastda::autograd

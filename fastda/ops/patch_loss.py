@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch.compiler import is_compiling
 from fastda import backend, compat, reference
 from fastda.ops.common import composite_backward, distinct
 from fastda.reference.patch_loss import patch_terms
+
+_node = backend.autograd_module
 
 KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
 REDUCTIONS = ("mean", "sum", "batchmean")
@@ -100,6 +102,18 @@ def _run(
     return getattr(backend.kernels(serving), name)(*tensors, *options, *needs)
 
 
+def differentiable_gradients(
+    name: str,
+    options: tuple[Any, ...],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad: Tensor,
+) -> list[Tensor | None]:
+    """The gradients of the raw operator's first result as a graph of PyTorch's operators."""
+    formula = _OPERATORS[name][1]
+    return composite_backward(lambda *t: formula(*t, *options), tensors, needs, grad)
+
+
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -120,14 +134,14 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         name, serving, options = ctx.call
-        count, formula = _OPERATORS[name]
+        count = _OPERATORS[name][0]
         needs = ctx.needs_input_grad[3:]
         grads: Any
         if is_compiling():
             saved = ctx.saved_tensors
             grads = [(g * grad).to(x.dtype) for g, x in zip(saved[-count:], saved, strict=False)]
         elif torch.is_grad_enabled():
-            grads = composite_backward(lambda *t: formula(*t, *options), ctx.saved_tensors, needs, grad)
+            grads = differentiable_gradients(name, options, ctx.saved_tensors, needs, grad)
         else:
             # Handed over, not kept: whoever receives a gradient may change it in place. A second backward
             # through a retained graph computes it again.
@@ -148,6 +162,10 @@ def _apply(name: str, serving: str, options: tuple[Any, ...], *tensors: Tensor |
     """The raw operator's results without its gradients, recorded where a gradient is wanted."""
     count = _OPERATORS[name][0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:count]):
+        if _node is not None and serving != "triton" and not is_compiling():
+            outputs = _node.loss(name, count, options, *tensors)
+            if outputs is not None:
+                return outputs
         return _Loss.apply(name, serving, options, *distinct(*tensors))
     return _run(name, serving, tensors, options, (False,) * count)[:-count]
 
