@@ -50,6 +50,15 @@ def convolution_tf32() -> bool:
     return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009 (mypy)
 
 
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds; False where a compiler leaves them open, without a promise."""
+    if not torch.compiler.is_compiling():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether calling `module` does more than its forward."""
     return bool(

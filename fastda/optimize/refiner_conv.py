@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 
 from fastda import compat
 from fastda.ops.refiner_conv import conv_same, refiner_block
@@ -22,7 +21,12 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
 FAST_KERNELS = (3, 7)
 LEAST_CHANNELS = 16
-LEAST_SIZE = 8
+LEAST_SIZE = 4
+# They go by tiles of 4×4 pixels. One pixel of so many must be wanted, and there must be enough tiles for the
+# weights, which are transformed at every call.
+WANTED_OF = 2
+WEIGHTS_PER_TILE = 2048
+FEW_WEIGHTS = 128 * 128
 
 
 def serve(report: Report, path: str, module: nn.Module) -> None:
@@ -39,13 +43,29 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether a convolution of x is one that the operators serve; if not, the original knows what to do."""
     return (
         x.dim() == 4
-        # A compiler would take the question for a promise about all sizes.
-        and (is_compiling() or min(x.shape[2:]) >= LEAST_SIZE)
         and x.shape[1] == weight.shape[1]
         and x.device == weight.device
         and x.dtype in _DTYPES
         and (x.dtype == weight.dtype or compat.autocast_dtype(x.device.type) is not None)
     )
+
+
+def _pays(x: Tensor, weight: Tensor, border: int = 0) -> bool:
+    """Whether a convolution of x is faster than PyTorch's, where a border of the result is not wanted."""
+    n, _, height, width = x.shape
+    h, w = height - 2 * border, width - 2 * border
+    tiles = n * (-(-height // 4)) * (-(-width // 4))
+    weights = weight.shape[0] * weight.shape[1]
+    if (
+        compat.known(h < LEAST_SIZE)
+        or compat.known(w < LEAST_SIZE)
+        or compat.known(WANTED_OF * n * h * w < 16 * tiles)
+    ):
+        return False
+    # Where sizes are open, few weights are taken to be worth it, and many are not.
+    if weights <= FEW_WEIGHTS:
+        return not compat.known(WEIGHTS_PER_TILE * tiles < weights)
+    return compat.known(WEIGHTS_PER_TILE * tiles >= weights)
 
 
 def _no_gain(*weights: tuple[int, ...]) -> str | None:
@@ -58,6 +78,14 @@ def _no_gain(*weights: tuple[int, ...]) -> str | None:
     return None
 
 
+def _padding(conv: nn.Conv2d) -> int | None:
+    """How many pixels it pads on every side; None if not everywhere the same."""
+    if conv.padding == "same":
+        return conv.kernel_size[0] // 2
+    sides = (0, 0) if conv.padding == "valid" else conv.padding
+    return int(sides[0]) if sides[0] == sides[1] else None
+
+
 def _refusal(conv: nn.Conv2d) -> str | None:
     """Why `conv_same` does not serve this layer; None if it does."""
     k = conv.kernel_size[0]
@@ -65,10 +93,9 @@ def _refusal(conv: nn.Conv2d) -> str | None:
         return f"kernel {conv.kernel_size} is not square and odd"
     if conv.stride != (1, 1):
         return f"stride {conv.stride}"
-    if conv.padding not in ((k // 2, k // 2), "same"):
+    padding = _padding(conv)
+    if padding is None or padding > k // 2:
         return f"padding {conv.padding} with kernel {conv.kernel_size}"
-    if conv.padding_mode != "zeros":
-        return f"padding_mode {conv.padding_mode!r}"
     if conv.dilation != (1, 1):
         return f"dilation {conv.dilation}"
     if conv.groups != 1:
@@ -78,6 +105,23 @@ def _refusal(conv: nn.Conv2d) -> str | None:
     if conv.weight.is_meta:
         return "on the meta device"
     return _no_gain(conv.weight.shape)
+
+
+def _serves(conv: nn.Conv2d, x: Tensor) -> bool:
+    """Whether this call of the layer is one for `_convolve`; nothing was measured away from the CPU."""
+    border = conv.kernel_size[0] // 2 - (_padding(conv) or 0)
+    return _fits(x, conv.weight) and x.device.type == "cpu" and _pays(x, conv.weight, border)
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    """The layer's result. What `conv_same` pads more than the layer does is a border that is cut off."""
+    padding = _padding(conv) or 0
+    border = conv.kernel_size[0] // 2 - padding
+    if padding and conv.padding_mode != "zeros":
+        x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
+        border += padding
+    y = conv_same(x, weight, bias, relu=relu)
+    return F.pad(y, (-border,) * 4) if border else y
 
 
 def _pair(module: Any, following: Any) -> bool:
@@ -99,8 +143,8 @@ class _Chain(Optimized, nn.Sequential):
         i = 0
         while i < len(modules) - 1:
             module = modules[i]
-            if _pair(module, modules[i + 1]) and _fits(input, module.weight):
-                input = conv_same(input, module.weight, module.bias, relu=True)
+            if _pair(module, modules[i + 1]) and _serves(module, input):
+                input = _convolve(module, input, module.weight, module.bias, relu=True)
                 i += 2
             else:
                 input = module(input)
@@ -115,8 +159,8 @@ class _Convolution(Optimized, nn.Conv2d):
     """nn.Conv2d by conv_same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _refusal(self) is None and _fits(input, self.weight):
-            return conv_same(input, self.weight, self.bias)
+        if _refusal(self) is None and _serves(self, input):
+            return _convolve(self, input, self.weight, self.bias, relu=False)
         return super().forward(input)
 
 
@@ -125,8 +169,12 @@ def _prove_convolution(conv: nn.Conv2d, relu: bool) -> None:
         y = torch.func.functional_call(conv, parameters, x)
         return F.relu(y) if relu else y
 
-    tensors = {"x": random(2, conv.in_channels, 6, 9), **dict(conv.named_parameters())}
-    prove("conv_same", original, functools.partial(conv_same, relu=relu), tensors, conv.weight)
+    def fast(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _convolve(conv, x, weight, bias, relu)
+
+    k = conv.kernel_size[0]
+    tensors = {"x": random(2, conv.in_channels, k + 3, k + 6), **dict(conv.named_parameters())}
+    prove("conv_same", original, fast, tensors, conv.weight)
 
 
 def _serve_convolution(report: Report, path: str, conv: nn.Conv2d) -> None:
@@ -162,8 +210,9 @@ class _Block(Optimized):
         unchanged, parameters, relu = self._plan
         if len(inputs) == 1 and not named and all(part.holds(self) for part in unchanged):
             given = {name: _get(self, path) for name, path in parameters}
-            if isinstance(inputs[0], Tensor) and _fits(inputs[0], given["weight1"]):
-                return _block(inputs[0], **given, relu=relu)
+            x = inputs[0]
+            if isinstance(x, Tensor) and _fits(x, given["weight1"]) and _pays(x, given["weight1"]):
+                return _block(x, **given, relu=relu)
         return super().forward(*inputs, **named)
 
     def served(self) -> list[nn.Module]:
@@ -212,7 +261,7 @@ def _read_block(module: nn.Module, channels: int) -> tuple[dict[str, str], bool]
         placeholders, (*operations, output) = _trace(module, channels)
     except Exception as problem:  # whatever the author's code raises
         raise Refused(f"cannot be traced: {problem}") from problem
-    computes = [n.target._schema.name.removeprefix("aten::") for n in operations]
+    computes = [n.target.__name__.partition(".")[0] for n in operations]
     block = ["convolution", "relu", "convolution", "add"]
     if computes not in (block, [*block, "relu"]):
         raise Refused(f"computes {', '.join(computes)}")
