@@ -104,7 +104,9 @@ def test_refiner_block_matches_reference(sizes):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    "sizes", [(2, 20, 33, 3, 13, 11), (2, 20, 17, 7, 13, 9), (2, 5, 7, 3, 5, 9)], ids=str
+    "sizes",
+    [(2, 20, 33, 3, 29, 27), (2, 20, 33, 3, 13, 11), (2, 20, 17, 7, 13, 9), (2, 5, 7, 3, 5, 9)],
+    ids=str,
 )
 def test_layouts_and_views(sizes, layout):
     arguments = images_as(conv(sizes, residual=True), LAYOUTS[layout])
@@ -115,6 +117,12 @@ def test_layouts_and_views(sizes, layout):
         assert out.is_contiguous(memory_format=memory_format) == expected.is_contiguous(
             memory_format=memory_format
         )
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("sizes", [(1, 330, 310, 3, 28, 31), (1, 260, 150, 3, 28, 31)], ids=str)
+def test_many_channels(sizes, layout):
+    check_against_reference("conv_same", images_as(conv(sizes), LAYOUTS[layout]))
 
 
 def test_operands_of_different_layouts():
@@ -231,7 +239,9 @@ def test_offsets_past_2_to_the_31(kernel, c, memory_format):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("sizes", [(2, 33, 20, 3, 13, 11), (1, 5, 7, 7, 9, 8)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 33, 20, 3, 29, 27), (2, 33, 20, 3, 13, 11), (1, 5, 7, 7, 9, 8)], ids=str
+)
 def test_dtypes(sizes, dtype):
     for layout in ("contiguous", "channels_last"):
         arguments = images_as(conv(sizes, dtype, residual=True), LAYOUTS[layout])
@@ -301,7 +311,11 @@ def test_block_accuracy_with_the_same_gates(shape, k, memory_format):
         assert relative_l2(got[i], right[i]) <= 2e-6
 
 
-@pytest.mark.parametrize("sizes", [(2, 20, 33, 3, 13, 11), (1, 17, 20, 7, 9, 8), (2, 5, 7, 3, 6, 9)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 20, 33, 3, 29, 27), (2, 20, 33, 3, 13, 11), (1, 17, 20, 7, 9, 8), (2, 5, 7, 3, 6, 9)],
+    ids=str,
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 def test_nan_and_inf_go_where_the_definition_takes_them(sizes, value, memory_format):
@@ -362,7 +376,7 @@ def test_block_carries_nan_like_the_reference():
 
 
 @pytest.mark.parametrize("kernel", [3, 7])
-@pytest.mark.parametrize("shape", [(3, 64, 37, 53), (2, 12, 19, 21)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 64, 37, 53), (1, 80, 19, 21), (2, 12, 19, 21)], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 def test_bits_do_not_depend_on_threads_or_run(shape, kernel, memory_format):
     n, c, h, w = shape

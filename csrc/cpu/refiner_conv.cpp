@@ -78,9 +78,10 @@ MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channel
 
 template <typename Args>
 const ConvKernels& kernels_for(const Args& a) {
-  for (const ConvKernels* kernels : {&winograd_kernels(), &winograd_large_kernels()})
+  for (const ConvKernels* kernels :
+       {&winograd_panels_kernels(), &winograd_kernels(), &winograd_large_kernels()})
     if (kernels->serves &&
-        kernels->serves(a.dtype, a.in_channels, a.out_channels, a.height, a.width, a.kernel))
+        kernels->serves(a.dtype, a.batch, a.in_channels, a.out_channels, a.height, a.width, a.kernel))
       return *kernels;
   return direct_kernels();
 }
@@ -108,8 +109,9 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
   args.out_gate = view_of(fusion.out_gate), args.out = view_of(out);
   args.relu = fusion.relu;
 
-  View filter{const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1),
-              weight.stride(2), weight.stride(3)};
+  View& filter = args.filter;
+  filter = {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2),
+            weight.stride(3)};
   if (rotate) {
     filter.data =
         static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
@@ -117,7 +119,7 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
   }
   const auto run = [&](const ConvKernels& kernels) {
     const Tensor prepared = empty({kernels.prepared_bytes(args)}, ScalarType::Byte);
-    kernels.prepare_filter(args, filter, prepared.mutable_data_ptr());
+    kernels.prepare(args, prepared.mutable_data_ptr());
     args.prepared = prepared.const_data_ptr();
     const int64_t bytes = kernels.conv_scratch_bytes(args);
     std::atomic<bool> right = true;
@@ -149,9 +151,13 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
   args.kernel = want_weight ? d_weight.size(2) : 1;
   if (want_weight) args.x = view_of(x);
   args.grad = view_of(grad), args.grad_gate = view_of(gate);
-  const View d_filter = want_weight ? view_of(d_weight) : View{};
+  if (want_weight) args.d_filter = view_of(d_weight);
 
   const auto run = [&](const ConvKernels& kernels) {
+    const Tensor prepared =
+        empty({kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0}, ScalarType::Byte);
+    if (kernels.prepare_grad) kernels.prepare_grad(args, prepared.mutable_data_ptr());
+    args.prepared = prepared.const_data_ptr();
     const int64_t chunks = kernels.chunks(args), sum_bytes = kernels.sum_bytes(args);
     const int64_t bytes = kernels.filter_grad_scratch_bytes(args);
     const Tensor sums = empty({chunks * sum_bytes}, ScalarType::Byte);
@@ -161,7 +167,7 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
       for (int64_t chunk = begin; chunk < end; ++chunk)
         kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
     });
-    return kernels.combine(args, sum, d_filter, want_bias ? d_bias.mutable_data_ptr() : nullptr);
+    return kernels.combine(args, sum, want_bias ? d_bias.mutable_data_ptr() : nullptr);
   };
   if (!run(kernels_for(args))) run(direct_kernels());
 }

@@ -1,7 +1,8 @@
 // Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter gradient.
 //
-// Three implementations of one table: `direct` serves every case; `winograd` (3 x 3 filters) and
-// `winograd_large` (7 x 7, 11 x 11, …), both in float32 arithmetic, are faster where they apply.
+// Four implementations of one table: `direct` serves every case; `winograd` and `winograd_panels` (3 x 3
+// filters; many tiles, many channels) and `winograd_large` (7 x 7, 11 x 11, …), all in float32 arithmetic,
+// are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +27,8 @@ struct ConvArgs {
   DType dtype;
   bool channels_last;  // of every activation below
   int64_t batch, in_channels, out_channels, height, width, kernel;
-  View x, x_gate;
-  const void* prepared;  // by prepare_filter
+  View x, x_gate, filter;
+  const void* prepared;  // by prepare
   const void* bias;      // [out_channels] or null
   View residual, residual_gate;
   bool relu;
@@ -41,33 +42,38 @@ struct FilterGradArgs {
   bool channels_last;
   int64_t batch, in_channels, out_channels, height, width, kernel;
   View x, grad, grad_gate;
+  const void* prepared;  // by prepare_grad
+  View d_filter;         // no data: not wanted
 };
 
 struct ConvKernels {
   // Null where the instruction set has no such kernels.
-  bool (*serves)(DType, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
-                 int64_t kernel);
+  bool (*serves)(DType, int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
+                 int64_t width, int64_t kernel);
 
-  // Bytes of the filter as the kernels want it, and of the scratch that one call of conv() needs.
+  // What all tasks share is made first: the filter, or the input, as the kernels want it.
   int64_t (*prepared_bytes)(const ConvArgs&);
-  void (*prepare_filter)(const ConvArgs&, const View& filter, void* prepared);
-  int64_t (*conv_scratch_bytes)(const ConvArgs&);
+  void (*prepare)(const ConvArgs&, void* prepared);
+  int64_t (*conv_scratch_bytes)(const ConvArgs&);  // of one call of conv()
   int64_t (*conv_tasks)(const ConvArgs&);
   // False: an intermediate value was not finite, and the output is only right where it spreads that no
   // further than the definition does. Use `direct` instead.
   bool (*conv)(const ConvArgs&, int64_t task, void* scratch);
 
+  // As above; null: nothing is shared.
+  int64_t (*grad_prepared_bytes)(const FilterGradArgs&);
+  void (*prepare_grad)(const FilterGradArgs&, void* prepared);
   // The work is cut into chunks, whatever the number of threads; each sums into storage of its own, and
-  // combine() adds the chunks in their order. Either of its outputs may be absent (no data, null); false as
-  // for conv().
+  // combine() makes the results of the chunks in their order; false as for conv(). d_bias may be null.
   int64_t (*chunks)(const FilterGradArgs&);
   int64_t (*sum_bytes)(const FilterGradArgs&);
   int64_t (*filter_grad_scratch_bytes)(const FilterGradArgs&);
   void (*filter_grad)(const FilterGradArgs&, int64_t chunk, void* sums, void* scratch);
-  bool (*combine)(const FilterGradArgs&, const void* sums, const View& d_filter, void* d_bias);
+  bool (*combine)(const FilterGradArgs&, const void* sums, void* d_bias);
 };
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 
 }  // namespace fastda::cpu

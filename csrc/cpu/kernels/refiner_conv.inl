@@ -36,15 +36,15 @@ struct DirectSizes {
 };
 
 template <typename T, typename S>
-void prepare_direct(const ConvArgs& a, const View& filter, S* out) {
+void prepare_direct(const ConvArgs& a, S* out) {
   const int64_t padded_k = padded<S>(a.out_channels), taps = a.kernel * a.kernel;
   for (int64_t k0 = 0; k0 < padded_k;) {
     const int64_t width = panel_width<S>(k0, padded_k) * lanes<S>;
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < a.in_channels; ++c, out += width)
         for (int64_t k = 0; k < width; ++k)
-          out[k] =
-              k0 + k < a.out_channels ? S(load(at<T>(filter, k0 + k, c, t / a.kernel, t % a.kernel))) : S(0);
+          out[k] = k0 + k < a.out_channels ? S(load(at<T>(a.filter, k0 + k, c, t / a.kernel, t % a.kernel)))
+                                           : S(0);
     k0 += width;
   }
 }
@@ -78,9 +78,8 @@ int64_t prepared_bytes(const ConvArgs& a) {
 int64_t conv_scratch_bytes(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return DirectSizes<S>(a).bytes(); });
 }
-void prepare_filter(const ConvArgs& a, const View& filter, void* prepared) {
-  with_types(a.dtype,
-             [&]<typename T, typename S>() { prepare_direct<T, S>(a, filter, static_cast<S*>(prepared)); });
+void prepare(const ConvArgs& a, void* prepared) {
+  with_types(a.dtype, [&]<typename T, typename S>() { prepare_direct<T, S>(a, static_cast<S*>(prepared)); });
 }
 int64_t conv_tasks(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return direct_cut<S>(a).tasks; });
@@ -153,7 +152,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
 }
 
 template <typename T, typename S>
-void combine_direct(const FilterGradArgs& a, const char* sums, const View& d_filter, T* d_bias) {
+void combine_direct(const FilterGradArgs& a, const char* sums, T* d_bias) {
   const GradSizes<S> sizes(a);
   const int64_t chunk_bytes = sizes.sum_bytes(), count = sizes.chunks(a);
   const auto total = [&](int64_t offset, auto zero) {
@@ -165,11 +164,11 @@ void combine_direct(const FilterGradArgs& a, const char* sums, const View& d_fil
     }
     return sum;
   };
-  if (d_filter.data)
+  if (a.d_filter.data)
     for (int64_t t = 0; t < sizes.taps; ++t)
       for (int64_t c = 0; c < a.in_channels; ++c)
         for (int64_t k = 0; k < a.out_channels; ++k)
-          store(const_cast<T*>(at<T>(d_filter, k, c, t / a.kernel, t % a.kernel)),
+          store(const_cast<T*>(at<T>(a.d_filter, k, c, t / a.kernel, t % a.kernel)),
                 S(total(((t * a.in_channels + c) * sizes.padded_k + k) * int64_t(sizeof(S)), S(0))));
   if (d_bias)
     for (int64_t k = 0; k < a.out_channels; ++k)
@@ -190,22 +189,21 @@ void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scrat
     grad_direct<T, S>(a, chunk, static_cast<char*>(sums), static_cast<char*>(scratch));
   });
 }
-bool combine(const FilterGradArgs& a, const void* sums, const View& d_filter, void* d_bias) {
+bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
   with_types(a.dtype, [&]<typename T, typename S>() {
-    combine_direct<T, S>(a, static_cast<const char*>(sums), d_filter, static_cast<T*>(d_bias));
+    combine_direct<T, S>(a, static_cast<const char*>(sums), static_cast<T*>(d_bias));
   });
   return true;
 }
 
-bool serves(DType, int64_t, int64_t, int64_t, int64_t, int64_t) { return true; }
+bool serves(DType, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return true; }
 
 }  // namespace
 
 extern const ConvKernels direct;
 const ConvKernels direct = {
-    serves,  prepared_bytes, prepare_filter, conv_scratch_bytes,        conv_tasks,
-    conv,    chunks,         sum_bytes,      filter_grad_scratch_bytes, filter_grad,
-    combine,
+    serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
+    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA

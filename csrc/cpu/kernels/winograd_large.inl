@@ -183,7 +183,7 @@ bool transform_output(const Tiles& t, const float* m, int64_t step, int64_t k, f
 
 // Where the last pieces are nearly full: 7 x 7, 11 x 11, … Others save less, at the same error of a piece.
 // And where products are fused with sums (avx2, avx512), without which the error is near its bound.
-bool serves(DType dtype, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
+bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
             int64_t kernel) {
   return vector_bytes > 16 && kernel >= 7 && kernel % TAPS == TAPS - 1 && dtype != DType::f64 &&
          in_channels >= 16 && out_channels >= 16 && min(height, width) >= 2 * TILE;
@@ -204,7 +204,7 @@ int64_t prepared_bytes(const ConvArgs& a) {
 }
 // [point][panel][piece][c][k in panel]
 template <typename T>
-void transform_filter(const ConvArgs& a, const View& filter, float* out) {
+void transform_filter(const ConvArgs& a, float* out) {
   constexpr int L = lanes<float>;
   const Layout layout(a);
   for (int64_t k0 = 0; k0 < layout.k;) {
@@ -220,7 +220,7 @@ void transform_filter(const ConvArgs& a, const View& filter, float* out) {
               double g[L] = {};
               for (int64_t j = 0; j < min(L, a.out_channels - k0 - k); ++j)
                 if (h < a.kernel && w < a.kernel && c < a.in_channels)
-                  g[j] = double(load(at<T>(filter, k0 + k + j, c, h, w)));
+                  g[j] = double(load(at<T>(a.filter, k0 + k + j, c, h, w)));
               for (int p = 0; p < POINTS; ++p)
                 for (int j = 0; j < L; ++j) half[p][x][j] += G.at[p][y] * g[j];
             }
@@ -238,8 +238,8 @@ void transform_filter(const ConvArgs& a, const View& filter, float* out) {
     k0 += width;
   }
 }
-void prepare_filter(const ConvArgs& a, const View& filter, void* prepared) {
-  with_type(a.dtype, [&]<typename T>() { transform_filter<T>(a, filter, static_cast<float*>(prepared)); });
+void prepare(const ConvArgs& a, void* prepared) {
+  with_type(a.dtype, [&]<typename T>() { transform_filter<T>(a, static_cast<float*>(prepared)); });
 }
 
 int64_t conv_scratch_bytes(const ConvArgs& a) {
@@ -357,7 +357,7 @@ void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scrat
 }
 
 template <typename T>
-bool combine_chunks(const FilterGradArgs& a, const char* sums, const View& d_filter, T* d_bias) {
+bool combine_chunks(const FilterGradArgs& a, const char* sums, T* d_bias) {
   constexpr int L = lanes<float>;
   const Layout layout(a);
   const int64_t count = chunks(a), bytes = sum_bytes(a);
@@ -384,7 +384,7 @@ bool combine_chunks(const FilterGradArgs& a, const char* sums, const View& d_fil
               double g = 0;
               for (int p = 0; p < POINTS; ++p) g += G.at[p][x] * half[y][p][j];
               finite &= g - g == 0;
-              store(const_cast<T*>(at<T>(d_filter, k + j, c, h, w)), float(g));
+              store(const_cast<T*>(at<T>(a.d_filter, k + j, c, h, w)), float(g));
             }
           }
         }
@@ -402,9 +402,9 @@ bool combine_chunks(const FilterGradArgs& a, const char* sums, const View& d_fil
   }
   return finite;
 }
-bool combine(const FilterGradArgs& a, const void* sums, const View& d_filter, void* d_bias) {
+bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
   return with_type(a.dtype, [&]<typename T>() {
-    return combine_chunks<T>(a, static_cast<const char*>(sums), d_filter, static_cast<T*>(d_bias));
+    return combine_chunks<T>(a, static_cast<const char*>(sums), static_cast<T*>(d_bias));
   });
 }
 
@@ -412,9 +412,8 @@ bool combine(const FilterGradArgs& a, const void* sums, const View& d_filter, vo
 
 extern const ConvKernels winograd_large;
 const ConvKernels winograd_large = {
-    serves,  prepared_bytes, prepare_filter, conv_scratch_bytes,        conv_tasks,
-    conv,    chunks,         sum_bytes,      filter_grad_scratch_bytes, filter_grad,
-    combine,
+    serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
+    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA
