@@ -21,7 +21,7 @@ from examples.common.checkpoint import CheckpointError, digest
 from examples.dann import cli, data, sda
 from examples.dann.data import Images, Pair
 from examples.dann.models import SOURCE, TARGET, DomainBatchNorm, DomainNet, WeightRelation
-from examples.dann.train import Settings, Trainer, train
+from examples.dann.train import Settings, Trainer, information, train, vary_strokes, warp
 
 pytestmark = pytest.mark.isa_independent
 
@@ -341,7 +341,7 @@ def weights(result):
 @pytest.mark.parametrize("method", ["source", "dann", "related"])
 def test_target_labels_play_no_part(pair, method):
     """With wrong target labels, and early stopping, the weights and the criterion stay the same bits."""
-    settings = replace(QUICK, method=method, epochs=3, patience=1)
+    settings = replace(QUICK, method=method, epochs=3, patience=1, augment=True, information=1.0)
     wrong = replace(
         pair,
         target_train=Images(pair.target_train.x, pair.target_train.y.flip(0)),
@@ -351,6 +351,40 @@ def test_target_labels_play_no_part(pair, method):
     assert weights(true) == weights(false)
     assert [row["criterion"] for row in true.history] == [row["criterion"] for row in false.history]
     assert true.accuracy != false.accuracy or true.history != false.history
+
+
+def test_information_is_the_mutual_information_of_image_and_prediction():
+    logits = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    p = logits.detach().softmax(1)
+    expected = sum((q * (q / p.mean(0)).log()).sum() for q in p) / len(p)
+    torch.testing.assert_close(information(logits).detach(), expected)
+    assert torch.autograd.gradcheck(information, logits)
+    certain = 1000 * torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(information(certain), torch.tensor(4.0, dtype=torch.float64).log())
+    assert information(certain[:1].expand(5, -1)).item() == 0
+
+
+def test_warp_keeps_an_image_within_its_bounds_and_moves_each_differently():
+    x = torch.zeros(200, 1, 28, 28)
+    x[:, :, 13:15, 13:15] = 255  # the middle
+    y = warp(x, torch.Generator().manual_seed(0))
+    place = torch.arange(28.0) - 13.5
+    mass = y.sum((1, 2, 3))
+    centre = torch.stack([(y.sum((1, 2)) * place).sum(1), (y.sum((1, 3)) * place).sum(1)]) / mass
+    assert centre.abs().max() < 2 * 1.22 * 1.45 and centre.std(1).min() > 0.8
+    assert (mass / mass.median()).log().abs().max() < 0.8
+    x[:] = torch.randint(256, (28, 28)).float()
+    y = warp(x, torch.Generator().manual_seed(1))
+    assert y.min() >= 0 and y.max() <= 255
+    assert len({image.numpy().tobytes() for image in y}) == 200
+
+
+def test_strokes_vary_between_erosion_and_dilation():
+    x = torch.zeros(400, 1, 9, 9, dtype=torch.uint8)
+    x[:, :, :, 3:6] = 200  # a stroke three pixels wide: one when eroded, five when dilated
+    width = vary_strokes(x, torch.Generator().manual_seed(0))[:, 0, 4].sum(1) / 200
+    assert width.min() >= 1 and width.max() <= 5
+    assert width.min() < 1.1 and width.max() > 4.9 and abs(width.mean() - 3) < 0.25
 
 
 def test_relation_is_stable_at_the_default_rate_and_momentum():
@@ -386,8 +420,9 @@ def test_fused_and_reference_ops_learn_alike(pair):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("change", [{"amp": True}, {"invert": True}, {"randomise": True},
-                                    {"normalisation": "domain"}, {"normalisation": "none"}])  # fmt: skip
+@pytest.mark.parametrize("change", [{"amp": True}, {"invert": True}, {"randomise": True}, {"augment": True},
+                                    {"information": 1.0}, {"normalisation": "domain"},
+                                    {"normalisation": "none"}])  # fmt: skip
 def test_options_change_the_training_and_stay_finite(pair, change):
     plain, other = train(pair, QUICK), train(pair, replace(QUICK, **change))
     assert weights(plain) != weights(other)
@@ -401,12 +436,37 @@ def test_stops_early_at_the_best_criterion(pair):
     assert criterion.index(max(criterion)) == len(criterion) - 3
 
 
-def test_sda_codes_and_its_baseline(pair):
-    result = sda.train_sda(pair, 0, widths=(20, 10), epochs=2)
-    assert len(result["predictions"]) == len(pair.target_test)
-    assert 0 <= result["baseline"] <= 1 and 0 <= result["target_accuracy"] <= 1
-    again = sda.train_sda(pair, 0, widths=(20, 10), epochs=2)
-    assert result["predictions"] == again["predictions"]
+def test_denoising_layer_is_the_least_squares_solution_over_maskings():
+    """Against the normal equations of very many masked copies, drawn; and no better one is near."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(40, 6, generator=g).double() @ torch.rand(6, 6, generator=g).double()
+    ours = sda.denoising_layer(x, 0.4)
+    clean = x.repeat(20_000, 1)
+    noisy = clean * (torch.rand(clean.shape, generator=g) >= 0.4)
+    noisy = torch.cat([noisy, torch.ones(len(noisy), 1, dtype=torch.float64)], 1)
+    drawn = torch.linalg.solve(noisy.T @ noisy, noisy.T @ clean).T
+    torch.testing.assert_close(ours, drawn, atol=0.01, rtol=0.02)
+    unmasked = sda.denoising_layer(x, 0.0)
+    torch.testing.assert_close(unmasked[:, :-1], torch.eye(6, dtype=torch.float64), atol=1e-2, rtol=0)
+
+
+def test_sda_takes_the_masking_that_serves_on_the_source(pair):
+    results = {p: sda.train_sda(pair, 0, layers=2, shares=(p,)) for p in (0.3, 0.9)}
+    both = sda.train_sda(pair, 0, layers=2, shares=(0.3, 0.9))
+    assert both["predictions"] == results[both["masked"]]["predictions"]
+    assert len(both["predictions"]) == len(pair.target_test)
+    # Target labels are for the accuracies alone.
+    wrong = replace(
+        pair,
+        target_train=Images(pair.target_train.x, pair.target_train.y.flip(0)),
+        target_test=Images(pair.target_test.x, pair.target_test.y.flip(0)),
+    )
+    blind = sda.train_sda(wrong, 0, layers=2, shares=(0.3, 0.9))
+    assert blind["predictions"] == both["predictions"]
+    assert (
+        blind["target_accuracy"]
+        == (torch.tensor(both["predictions"]) == pair.target_test.y.flip(0)).double().mean()
+    )
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
@@ -523,7 +583,7 @@ torch.distributed.init_process_group("gloo")
 torch.set_default_dtype(torch.float64)
 pair = shapes_pair()
 for method in ("dann", "related"):
-    net = train(pair, replace(QUICK, method=method, epochs=1)).net
+    net = train(pair, replace(QUICK, method=method, epochs=1, augment=True, information=1.0)).net
     if rank_and_world()[0] == 0:
         weights = {k: v.contiguous() for k, v in net.state_dict().items()}
         save_file(weights, f"{sys.argv[1]}/{method}.safetensors")
@@ -558,7 +618,8 @@ def test_two_processes_train_like_one_with_the_joined_batch(tmp_path, float64):
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err.decode()
     for method in ("dann", "related"):
-        alone = train(shapes_pair(), replace(QUICK, method=method, epochs=1)).net.state_dict()
+        settings = replace(QUICK, method=method, epochs=1, augment=True, information=1.0)
+        alone = train(shapes_pair(), settings).net.state_dict()
         together = load_file(tmp_path / f"{method}.safetensors")
         assert alone.keys() == together.keys()
         for name, value in alone.items():
@@ -567,6 +628,23 @@ def test_two_processes_train_like_one_with_the_joined_batch(tmp_path, float64):
 
 
 # ---------------------------------------------------------------------------------------------- results
+
+
+def test_tensorboard_holds_the_history_of_every_epoch_also_after_resuming(trees, tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the package tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = [str(a) for a in command(trees, tmp_path, "--tensorboard", "--resume")[3:]]
+    arguments[arguments.index("--epochs") + 1] = "2"
+    assert cli.main(arguments) == 0
+    assert cli.main(arguments) == 0  # finds the training finished; writes nothing twice
+    history = json.loads((tmp_path / "results.json").read_text())["trainings"][0]["history"]
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "dann-0"))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == history[0].keys()
+    for name in history[0]:
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(i + 1, pytest.approx(row[name])) for i, row in enumerate(history)]
 
 
 def test_gap_covered_is_the_median_of_the_seeds_shares():

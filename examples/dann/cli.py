@@ -39,6 +39,10 @@ PRESETS = {
     "paper": Settings(normalisation="domain"),
     "demo": Settings(lr=0.1, epochs=12, average=0.99, batch_norm=True, redraw=True),
 }
+# What "tuned" changes for a pair: few source images, whose strokes and slant are unlike the target's.
+OF_PAIR: dict[str, dict[str, Any]] = {
+    "digits-mnist": {"epochs": 12, "augment": True, "ceiling": 0.3, "information": 1.0},
+}
 NAMES = {
     "source": "source only",
     "dann": "DANN",
@@ -100,13 +104,24 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         default=None,
         help="domain randomization of the source",
     )
+    add(
+        "--augment",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="random affine map and stroke width of all training images",
+    )
+    add(
+        "--information",
+        type=float,
+        help="weight of information maximisation on the target's predictions (DANN, related weights)",
+    )
     add("--relation", type=float, help="weight of the related-weights regulariser")
     add("--patience", type=int, help="stop after N epochs without a better target-free criterion")
     add("--amp", action="store_true", default=None, help="bfloat16 autocast")
     add(
         "--tensorboard",
         action="store_true",
-        help="scalars under OUT/tensorboard (needs the package tensorboard)",
+        help="losses and accuracies under OUT/tensorboard (pip install tensorboard)",
     )
     add(
         "--compare-reference",
@@ -128,9 +143,10 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     names = ("epochs", "batch", "lr", "ceiling", "average", "normalisation", "batch_norm", "redraw", "invert",
-             "randomise", "relation", "patience", "amp")  # fmt: skip
+             "randomise", "augment", "information", "relation", "patience", "amp")  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return replace(PRESETS[options.preset], **given)
+    bundled = options.preset == "tuned" and options.source is None
+    return replace(PRESETS[options.preset], **(OF_PAIR.get(options.pair, {}) if bundled else {}) | given)
 
 
 def load_pair(options: argparse.Namespace) -> data.Pair:

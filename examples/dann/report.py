@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fastda
 from examples.common.checkpoint import write_atomically
 from examples.common.page import environment, png, svg
 from examples.dann.data import Pair
@@ -90,7 +91,7 @@ def _projections(features: dict[str, np.ndarray]) -> tuple[np.ndarray, str]:
     return TSNE(2, perplexity=30, init="pca", random_state=0, max_iter=500).fit_transform(leading), "t-SNE"
 
 
-def feature_maps(main: dict[str, dict[str, Any]]) -> tuple[str, str]:
+def feature_maps(names: tuple[str, ...], main: dict[str, dict[str, Any]]) -> tuple[str, str]:
     import matplotlib.pyplot as plt
 
     shown = [m for m in ("source", "dann", "related") if "features" in main.get(m, {})]
@@ -108,19 +109,26 @@ def feature_maps(main: dict[str, dict[str, Any]]) -> tuple[str, str]:
         by_domain, by_class = axes[0][2 * i], axes[0][2 * i + 1]
         for d, (colour, name) in enumerate((("#8a8f98", "source"), ("#c2571a", "target"))):
             by_domain.scatter(*points[domain == d].T, s=5, color=colour, linewidths=0, label=name, alpha=0.8)
-        handles, labels = by_domain.get_legend_handles_labels()
-        by_class.scatter(*points.T, s=5, c=classes, cmap="tab10", linewidths=0, alpha=0.85)
+        colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+        for c in np.unique(classes):
+            by_class.scatter(
+                *points[classes == c].T, s=5, color=colours[c % len(colours)], linewidths=0, label=names[c],
+                alpha=0.85,
+            )  # fmt: skip
         by_domain.set_title(f"{NAMES[method]}: domain", fontsize=9, loc="left")
         by_class.set_title("class", fontsize=9, loc="left")
         for axis in (by_domain, by_class):
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_color("#cccccc")
-    figure.legend(
-        handles, labels, loc="upper left", bbox_to_anchor=(0, 0.02), ncols=2, fontsize=8, frameon=False,
-        markerscale=2.5,
-    )  # fmt: skip
     figure.tight_layout()
+    style: dict[str, Any] = {
+        "fontsize": 8, "frameon": False, "markerscale": 2.5, "handletextpad": 0.1, "columnspacing": 0.9,
+    }  # fmt: skip
+    keys = [axis.get_legend_handles_labels() for axis in axes[0][:2]]
+    figure.legend(*keys[0], loc="upper left", bbox_to_anchor=(0, 0.03), ncols=2, **style)
+    if len(keys[1][0]) <= 20:
+        figure.legend(*keys[1], loc="upper right", bbox_to_anchor=(1, 0.03), ncols=10, **style)
     return svg(figure), how
 
 
@@ -129,7 +137,7 @@ def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
 
     shown = [m for m in ("source", "dann", "related", "target", "sda") if m in main][:4]
     n = len(pair.classes)
-    figure, axes = plt.subplots(1, len(shown), figsize=(2.6 * len(shown), 2.9), squeeze=False)
+    figure, axes = plt.subplots(1, len(shown), figsize=(10.4 / 4 * len(shown), 2.9), squeeze=False)
     truth = pair.target_test.y.numpy()
     for axis, method in zip(axes[0], shown, strict=True):
         counts = np.zeros((n, n))
@@ -148,7 +156,7 @@ def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
         axis.set_xlabel("predicted", fontsize=8)
     axes[0][0].set_ylabel("true", fontsize=8)
     figure.tight_layout()
-    return svg(figure, wide=len(shown) > 3)
+    return svg(figure, wide=len(shown) > 2)
 
 
 def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> list[dict[str, Any]]:
@@ -198,7 +206,7 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
                 "seconds": f"{median(seconds):.0f}",
             }
         )
-    maps, how = feature_maps(main)
+    maps, how = feature_maps(pair.classes, main)
     settings = next((r for r in results if r["method"] == "dann"), results[0])
     shown = {
         k: v for k, v in settings.items() if not isinstance(v, (list, dict)) and k not in ("method", "seed")
@@ -208,7 +216,7 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
     page = templates.get_template("report.html.j2").render(
         pair=pair, seeds=seeds, table=table, summary=summary, curves=curves(results), maps=maps, how=how,
         confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
-        names=NAMES, sda=[r for r in results if r["method"] == "sda"],
+        fastda=fastda.__version__, sda=[r for r in results if r["method"] == "sda"],
     )  # fmt: skip
     write_atomically(path, page)
     return path

@@ -41,6 +41,8 @@ class Settings:
     redraw: bool = False  # new photo patches behind the target's training digits in every epoch
     invert: bool = False  # inverts half of the source images
     randomise: bool = False  # domain randomization of the source
+    augment: bool = False  # random affine map and stroke width of all training images, the target's too
+    information: float = 0.0  # weight of information maximisation on the target's predictions
     relation: float = 0.1  # weight of the related-weights regulariser
     patience: int = 0  # epochs without a better target-free criterion before training stops; 0 never stops
     amp: bool = False
@@ -97,7 +99,50 @@ def randomise_domain(x: Tensor, generator: torch.Generator) -> Tensor:
     return ((dark + (light - dark) * share + strength * texture + noise).clamp(0, 1) * 255).round()
 
 
+def warp(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Random affine map of each image: ±15°, shear ±0.3, scale e^±0.2 an axis, shift ±1/14 of the side."""
+    n = len(x)
+
+    def uniform(bound: float) -> Tensor:
+        return (torch.rand(n, generator=generator) * 2 - 1) * bound
+
+    angle, shear = uniform(math.radians(15)), uniform(0.3)
+    wide, high = uniform(0.2).exp(), uniform(0.2).exp()
+    cos, sin = angle.cos(), angle.sin()
+    rows = [cos / wide, (cos * shear - sin) / wide, uniform(1 / 7),
+            sin / high, (sin * shear + cos) / high, uniform(1 / 7)]  # fmt: skip
+    grid = F.affine_grid(torch.stack(rows, 1).view(n, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x.float(), grid.float(), align_corners=False)
+
+
+def vary_strokes(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Takes each image a random part of the way to its dilation or to its erosion by 3x3 pixels."""
+    x = x.float()
+    way = torch.rand(len(x), 1, 1, 1, generator=generator) * 2 - 1
+    dilated, eroded = F.max_pool2d(x, 3, 1, 1), -F.max_pool2d(-x, 3, 1, 1)
+    return torch.where(way > 0, x + (dilated - x) * way, x + (x - eroded) * way)
+
+
+def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
+    return vary_strokes(warp(x, generator), generator)
+
+
 # ---------------------------------------------------------------------------------------------- the training
+
+
+def information(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction less the mean entropy of the predictions, in nats (Krause et al. 2010).
+
+    Under torch.distributed the mean prediction is that of the joined batch of all processes.
+    """
+    p = logits.softmax(1)
+    mean = p.mean(0)
+    _, world = rank_and_world()
+    if world > 1:
+        from torch.distributed.nn.functional import all_reduce
+
+        mean = all_reduce(mean) / world
+    return torch.special.entr(mean).sum() + (p * logits.log_softmax(1)).sum(1).mean()
 
 
 class Trainer:
@@ -148,14 +193,19 @@ class Trainer:
         logs = {"label_loss": label_loss.detach()}
         if target is None:
             return label_loss, logs
-        of_source = self.net.domain_logits(features)
-        of_target = self.net.domain_logits(self.net.embed(target, TARGET))
+        target_features = self.net.embed(target, TARGET)
+        of_source, of_target = self.net.domain_logits(features), self.net.domain_logits(target_features)
         logits = torch.cat([of_source, of_target])
         is_source = torch.cat([torch.ones_like(of_source), torch.zeros_like(of_target)])
         domain_loss = F.binary_cross_entropy_with_logits(logits, is_source)
         logs["domain_loss"] = domain_loss.detach()
         logs["domain_accuracy"] = ((logits.detach() > 0) == (is_source > 0.5)).float().mean()
         total = label_loss + domain_loss
+        if self.settings.information:
+            gained = information(self.net.label(target_features))
+            logs["information"] = gained.detach()
+            rise = 2 / (1 + math.exp(-10 * self.step / self.total_steps)) - 1  # as the reversal's scale
+            total = total - self.settings.information * rise * gained
         if self.net.relation is not None:
             relation = self.net.relation(*self.net.features)
             logs["relation"] = relation.detach()
@@ -206,11 +256,16 @@ class Trainer:
                     x = invert_half(x, generator)
                 if s.randomise:
                     x = randomise_domain(x, generator)
+            if s.augment:
+                x = augmented(x, generator)
             target = None
             if s.adversarial:
                 if len(other) < self.half:
                     other = torch.cat([other, torch.randperm(len(target_x), generator=generator)])
-                target, other = target_x[other[: self.half]][rank::world], other[self.half :]
+                target, other = target_x[other[: self.half]], other[self.half :]
+                if s.augment:
+                    target = augmented(target, generator)
+                target = target[rank::world]
             yield x[rank::world], labelled.y[picked][rank::world], target
 
     def epoch(self, progress: Any = None) -> dict[str, float]:
@@ -390,7 +445,7 @@ def train(
     if tensorboard is not None and rank == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history))
+        writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history) + 1)
     while len(trainer.history) < settings.epochs and not trainer.stopped:
         start = time.perf_counter()
         row = trainer.epoch(bar)
