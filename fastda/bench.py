@@ -569,11 +569,20 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+def _settle() -> None:
+    """Of a new process, which Ctrl-C ends without a word.
+
+    What is measured first, while the heap still grows page by page, may be twice as slow: thrown away.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    providers = {name: PROVIDERS[name] for name in ("fastda", "eager")}
+    measure(Case("grad_reverse", (128, 768)), providers, rounds=2, seconds=0.3)
+
+
 @contextlib.contextmanager
 def fresh_process() -> Iterator[Callable[..., Row]]:
-    """`measure`, in a process of its own for all calls, which Ctrl-C ends without a word."""
-    spawn, quiet = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_DFL)
-    with ProcessPoolExecutor(1, spawn, initializer=signal.signal, initargs=quiet) as pool:
+    """`measure`, in a process of its own for all calls."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_settle) as pool:
         yield lambda *args, **settings: pool.submit(measure, *args, **settings).result()
 
 
