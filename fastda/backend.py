@@ -109,7 +109,7 @@ def select(x: torch.Tensor) -> str:
 
     `cpp` and `cuda` are the two dispatch keys of `torch.ops.fastda`.
     """
-    if compat.transforms_active() or compat.exporting_to_onnx():
+    if compat.transforms_active() or compat.exporting_to_onnx() or compat.tracing():
         return "reference"
     device_type = x.device.type
     if _forced is None:

@@ -27,6 +27,11 @@ def exporting_to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def tracing() -> bool:
+    """True inside torch.jit.trace, which can keep torch's own operators alone."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast wants on this device, None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

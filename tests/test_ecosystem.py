@@ -132,6 +132,24 @@ def test_a_compiled_model_sees_a_later_hook():
     assert not torch.allclose(after, before)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.parametrize("trace", ["jit", "jit without gradients", "fx"])
+def test_traced_models_keep_the_reversal(trace):
+    model, original = pair()
+    if trace == "fx":
+        traced = torch.fx.symbolic_trace(model)
+        assert "grad_reverse" in traced.code
+    else:
+        with torch.set_grad_enabled(trace == "jit"):
+            traced = torch.jit.trace(model, (torch.randn(2, 1, 9, 8),))
+        kinds = {node.kind().split("::")[0] for node in traced.inlined_graph.nodes()}
+        assert kinds == {"aten", "prim"}
+        assert "PythonOp" not in str(traced.inlined_graph)
+    for shape in ((2, 1, 9, 8), (3, 1, 12, 10)):
+        x = torch.randn(shape)
+        assert_same(gradients(traced, x), gradients(original, x))
+
+
 @native
 def test_aotinductor_packages_load_and_run(tmp_path):
     """The package calls fastda's operators, in this process, where they are registered."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.overrides import has_torch_function
 
 from fastda import compat
 
@@ -39,6 +40,11 @@ def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (x, *tensors)
     )
+
+
+def is_symbolic(x: Any) -> bool:
+    """Whether `x` stands for a tensor in torch.fx.symbolic_trace, which records the call as it is."""
+    return not isinstance(x, Tensor) and has_torch_function((x,))
 
 
 def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.overrides import handle_torch_function
 
 from fastda import backend, compat, reference
-from fastda.ops.common import autocast
+from fastda.ops.common import autocast, is_symbolic
 
 _node = backend.autograd_module
 
@@ -61,6 +62,17 @@ def _factor(x: Tensor, scale: float | Tensor) -> float | Tensor:
             return -scale.item()
         scale = scale.to(x.device)
     return -scale
+
+
+def _as_sum(x: Tensor, scale: float | Tensor) -> Tensor:
+    """The reversal in torch's own operators, which a trace keeps: x + 0, where 0 has the gradient −1 − scale.
+
+    Where x is not finite, neither is the result (NaN for an infinity).
+    """
+    if isinstance(scale, Tensor) and scale.dim() == 1:
+        scale = scale.view(-1, *(1 for _ in x.shape[1:]))
+    z = (x * (-1 - scale)).to(x.dtype)
+    return x + (z - z.detach())
 
 
 class _GradReverse(torch.autograd.Function):
@@ -116,8 +128,12 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         y = _node.grad_reverse(x, scale)
         if y is not None:
             return y
+    if is_symbolic(x):
+        return handle_torch_function(grad_reverse, (x,), x, scale)
     _check_x("grad_reverse", x)
     _check_scale("grad_reverse", x, scale)
+    if compat.tracing():
+        return _as_sum(x, scale)
     serving = backend.select(x)
     if serving == "reference":
         return reference.grad_reverse(x, scale)
@@ -204,8 +220,12 @@ def grad_reverse_linear(
         y = _node.grad_reverse_linear(x, weight, bias, scale)
         if y is not None:
             return y
+    if is_symbolic(x):
+        return handle_torch_function(grad_reverse_linear, (x,), x, weight, bias, scale)
     _check_x("grad_reverse_linear", x)
     _check_scale("grad_reverse_linear", x, scale)
+    if compat.tracing():
+        return F.linear(_as_sum(x, scale), weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias)
     serving = backend.select(x)

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from fastda import backend, compat, reference
-from fastda.ops.common import autocast, composite_backward, distinct
+from fastda.ops.common import autocast, composite_backward, distinct, is_symbolic
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -147,6 +148,8 @@ def conv_same(
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
     """
+    if is_symbolic(x):
+        return handle_torch_function(conv_same, (x,), x, weight, bias, residual=residual, relu=relu)
     _check_tensor("conv_same", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
@@ -195,6 +198,9 @@ def checked_refiner_block(
     recompute: bool,
 ) -> Tensor:
     """`refiner_block` with a choice: `recompute` the inner activation in backward instead of keeping it."""
+    if is_symbolic(x):
+        inputs = (x, weight1, bias1, weight2, bias2)
+        return handle_torch_function(checked_refiner_block, (x,), *inputs, recompute=recompute)
     _check_tensor("refiner_block", "x", x)
     x, weight1, bias1, weight2, bias2 = autocast(x, weight1, bias1, weight2, bias2)
     _check("refiner_block", x, "weight1", weight1)

@@ -39,6 +39,11 @@ def serve(report: Report, path: str, module: nn.Module) -> None:
         _serve_chain(report, path, module)
 
 
+def _is_real(x: Any) -> bool:
+    """Whether x is a tensor; torch.fx has other things there, and torch.jit.trace notes every step."""
+    return isinstance(x, Tensor) and not compat.tracing()
+
+
 def _fits(x: Tensor, weight: Tensor) -> bool:
     """Whether a convolution of x is one that the operators serve; if not, the original knows what to do."""
     return (
@@ -139,6 +144,8 @@ class _Chain(Optimized, nn.Sequential):
     """nn.Sequential, each convolution and the ReLU behind it in one operator."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not _is_real(input):
+            return super().forward(input)
         modules = [*self, None]
         i = 0
         while i < len(modules) - 1:
@@ -159,7 +166,7 @@ class _Convolution(Optimized, nn.Conv2d):
     """nn.Conv2d by conv_same."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if _refusal(self) is None and _serves(self, input):
+        if _is_real(input) and _refusal(self) is None and _serves(self, input):
             return _convolve(self, input, self.weight, self.bias, relu=False)
         return super().forward(input)
 
@@ -208,10 +215,10 @@ class _Block(Optimized):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         unchanged, parameters, relu = self._plan
-        if len(inputs) == 1 and not named and all(part.holds(self) for part in unchanged):
+        x: Any = inputs[0] if len(inputs) == 1 and not named else None
+        if _is_real(x) and all(part.holds(self) for part in unchanged):
             given = {name: _get(self, path) for name, path in parameters}
-            x = inputs[0]
-            if isinstance(x, Tensor) and _fits(x, given["weight1"]) and _pays(x, given["weight1"]):
+            if _fits(x, given["weight1"]) and _pays(x, given["weight1"]):
                 return _block(x, **given, relu=relu)
         return super().forward(*inputs, **named)
 
