@@ -22,11 +22,10 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FAST_KERNELS = (3, 7)
 LEAST_CHANNELS = 16
 LEAST_SIZE = 4
-# They go by tiles of 4×4 pixels. One pixel of so many must be wanted, and there must be enough tiles for the
-# weights, which are transformed at every call.
+# They go by tiles of 4×4 pixels, of which one pixel in so many must be wanted. And they have a fixed cost:
+# a call must be of so many products of a tap.
 WANTED_OF = 2
-WEIGHTS_PER_TILE = 2048
-FEW_WEIGHTS = 128 * 128
+LEAST_PRODUCTS = 1 << 18
 
 
 def serve(report: Report, path: str, module: nn.Module) -> None:
@@ -60,17 +59,13 @@ def _pays(x: Tensor, weight: Tensor, border: int = 0) -> bool:
     n, _, height, width = x.shape
     h, w = height - 2 * border, width - 2 * border
     tiles = n * (-(-height // 4)) * (-(-width // 4))
-    weights = weight.shape[0] * weight.shape[1]
-    if (
+    # Sizes that are open to a compiler are taken to be large enough.
+    return not (
         compat.known(h < LEAST_SIZE)
         or compat.known(w < LEAST_SIZE)
         or compat.known(WANTED_OF * n * h * w < 16 * tiles)
-    ):
-        return False
-    # Where sizes are open, few weights are taken to be worth it, and many are not.
-    if weights <= FEW_WEIGHTS:
-        return not compat.known(WEIGHTS_PER_TILE * tiles < weights)
-    return compat.known(WEIGHTS_PER_TILE * tiles >= weights)
+        or compat.known(n * h * w * weight.shape[0] * weight.shape[1] < LEAST_PRODUCTS)
+    )
 
 
 def _no_gain(*weights: tuple[int, ...]) -> str | None:
