@@ -17,6 +17,10 @@ PyMethodDef methods[] = {
      "grad_reverse_linear(x, weight, bias or None, scale) -> tensor, or None"},
     {"loss", as_method<fastda::autograd::loss>(), METH_FASTCALL,
      "loss(operator, count, options, *tensors) -> results without gradients, or None"},
+    {"patch_discriminator_loss", as_method<fastda::autograd::patch_discriminator_loss>(), METH_FASTCALL,
+     "patch_discriminator_loss(real, fake, kind, reduction) -> loss and accuracies, or None"},
+    {"self_regularization", as_method<fastda::autograd::self_regularization>(), METH_FASTCALL,
+     "self_regularization(refined, synthetic, scale, reduction) -> loss, or None"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -31,6 +31,8 @@ using torch::dynamo::autograd::SwapSavedVariables;
 PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* loss(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* patch_discriminator_loss(PyObject*, PyObject* const* args, Py_ssize_t count);
+PyObject* self_regularization(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // Tracing, transforms and tensor modes see every operator; they have to go the general way.
 inline const c10::DispatchKeySet kForeign(

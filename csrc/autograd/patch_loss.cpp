@@ -71,7 +71,11 @@ c10::IValue from_python(PyObject* option) {
 }
 
 void scale_(std::vector<Tensor>& grads, const Tensor& by) {
-  if (by.dim() == 0 && by.is_cpu() && by.item<double>() == 1.0) return;
+  if (by.dim() == 0 && by.is_cpu()) {
+    // Without the dispatcher for the one factor that is usual.
+    if (by.scalar_type() == at::kFloat && *by.const_data_ptr<float>() == 1.0f) return;
+    if (by.scalar_type() == at::kDouble && *by.const_data_ptr<double>() == 1.0) return;
+  }
   for (Tensor& g : grads)
     if (g.defined()) g.mul_(by);
 }
@@ -189,52 +193,111 @@ struct LossBackward final : Node {
   mutable variable_list held;
 };
 
-}  // namespace
-
-// loss(operator, count, options, *tensors or None) -> results without gradients, or None. Grad mode is on.
-PyObject* loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
-  const size_t given = size_t(count) - 3;
-  if (given > most_tensors || foreign_mode()) Py_RETURN_NONE;
-  std::array<Tensor, most_tensors> tensors;
-  std::array<bool, most_tensors> needs{};
+// The operator's results without gradients; the node that gives those is on the first.
+std::vector<Tensor> recorded_call(Operator op, const std::array<Tensor, most_tensors>& tensors) {
   auto node = make_node<LossBackward>();
-  node->op.count = size_t(PyLong_AsLong(args[1]));
-  node->op.tensors = given;
-  for (size_t i = 0; i < given; ++i) {
-    PyObject* const t = args[3 + i];
-    if (t == Py_None) continue;
-    if (!THPVariable_CheckExact(t)) Py_RETURN_NONE;
-    tensors[i] = THPVariable_Unpack(t);
-    if (!plain(tensors[i])) Py_RETURN_NONE;
-    needs[i] = i < node->op.count && tensors[i].requires_grad();
-  }
-  node->op.name = PyUnicode_AsUTF8(args[0]);
-  const Py_ssize_t options = PyTuple_GET_SIZE(args[2]);
-  for (Py_ssize_t i = 0; i < options; ++i)
-    node->op.options.push_back(from_python(PyTuple_GET_ITEM(args[2], i)));
-
+  std::array<bool, most_tensors> needs{};
   torch::autograd::edge_list edges;
-  for (size_t i = 0; i < node->op.count; ++i)
+  for (size_t i = 0; i < op.count; ++i) {
+    needs[i] = tensors[i].defined() && tensors[i].requires_grad();
     edges.push_back(needs[i] ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
+  }
   node->set_next_edges(std::move(edges));
-  node->saved.reserve(given);
-  for (size_t i = 0; i < given; ++i) node->saved.emplace_back(tensors[i], /*is_output=*/false);
+  node->saved.reserve(op.tensors);
+  for (size_t i = 0; i < op.tensors; ++i) node->saved.emplace_back(tensors[i], /*is_output=*/false);
+  node->op = std::move(op);
   std::vector<Tensor> results;
   {
     pybind11::gil_scoped_release no_gil;
     results = node->op.run(tensors, needs);
   }
-  const size_t outputs = results.size() - node->op.count;
-  node->held.assign(std::make_move_iterator(results.begin() + std::ptrdiff_t(outputs)),
-                    std::make_move_iterator(results.end()));
+  const auto grads = results.end() - std::ptrdiff_t(node->op.count);
+  node->held.assign(std::make_move_iterator(grads), std::make_move_iterator(results.end()));
+  results.erase(grads, results.end());
   node->add_input_metadata(results[0]);
   torch::autograd::impl::set_gradient_edge(results[0], torch::autograd::Edge(std::move(node), 0));
-  THPObjectPtr out(PyTuple_New(Py_ssize_t(outputs)));
+  return results;
+}
+
+PyObject* as_tuple(std::vector<Tensor> results) {
+  THPObjectPtr out(PyTuple_New(Py_ssize_t(results.size())));
   if (!out) throw python_error();
-  for (size_t i = 0; i < outputs; ++i)
+  for (size_t i = 0; i < results.size(); ++i)
     PyTuple_SET_ITEM(out.get(), i, THPVariable_Wrap(std::move(results[i])));
   return out.release();
+}
+
+// Position of the string in `names`, or -1.
+template <size_t N>
+int64_t index_of(PyObject* string, const char* const (&names)[N]) {
+  if (PyUnicode_Check(string))
+    for (size_t i = 0; i < N; ++i)
+      if (PyUnicode_CompareWithASCIIString(string, names[i]) == 0) return int64_t(i);
+  return -1;
+}
+
+// As fastda/ops/patch_loss.py numbers them.
+constexpr const char* kinds[] = {"softmax", "bce", "lsgan", "hinge", "wgan"};
+constexpr const char* reductions[] = {"mean", "sum", "batchmean"};
+
+// A pair of tensors that the CPU's kernels take as they are, at least one of them recorded.
+bool fit(PyObject* const* args, std::array<Tensor, most_tensors>& tensors) {
+  if (foreign_mode() || !c10::GradMode::is_enabled()) return false;
+  for (int i = 0; i < 2; ++i) {
+    if (!THPVariable_CheckExact(args[i])) return false;
+    tensors[i] = THPVariable_Unpack(args[i]);
+    const auto type = tensors[i].scalar_type();
+    if (!plain(tensors[i]) || !tensors[i].is_cpu() || type != tensors[0].scalar_type() ||
+        (type != at::kFloat && type != at::kDouble && type != at::kHalf && type != at::kBFloat16))
+      return false;
+  }
+  return tensors[0].requires_grad() || tensors[1].requires_grad();
+}
+
+}  // namespace
+
+// loss(operator, count, options, *tensors or None) -> results without gradients, or None. Grad mode is on.
+PyObject* loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  Operator op{PyUnicode_AsUTF8(args[0]), size_t(PyLong_AsLong(args[1])), size_t(count) - 3, {}};
+  if (op.tensors > most_tensors || foreign_mode()) Py_RETURN_NONE;
+  std::array<Tensor, most_tensors> tensors;
+  for (size_t i = 0; i < op.tensors; ++i) {
+    PyObject* const t = args[3 + i];
+    if (t == Py_None) continue;
+    if (!THPVariable_CheckExact(t)) Py_RETURN_NONE;
+    tensors[i] = THPVariable_Unpack(t);
+    if (!plain(tensors[i])) Py_RETURN_NONE;
+  }
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[2]); ++i)
+    op.options.push_back(from_python(PyTuple_GET_ITEM(args[2], i)));
+  return as_tuple(recorded_call(std::move(op), tensors));
+  END_HANDLE_TH_ERRORS
+}
+
+// patch_discriminator_loss(real, fake, kind, reduction) -> loss and accuracies, or None.
+PyObject* patch_discriminator_loss(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  std::array<Tensor, most_tensors> tensors;
+  const int64_t kind = index_of(args[2], kinds), reduction = index_of(args[3], reductions);
+  if (kind < 0 || reduction < 0 || !fit(args, tensors)) Py_RETURN_NONE;
+  for (int i = 0; i < 2; ++i)
+    if (tensors[i].dim() != 4 || tensors[i].size(1) != (kind == 0 ? 2 : 1)) Py_RETURN_NONE;
+  return as_tuple(recorded_call({"patch_discriminator_loss", 2, 4, {kind, reduction, 0.0}}, tensors));
+  END_HANDLE_TH_ERRORS
+}
+
+// self_regularization(refined, synthetic, scale, reduction) -> loss, or None.
+PyObject* self_regularization(PyObject*, PyObject* const* args, Py_ssize_t) {
+  HANDLE_TH_ERRORS
+  std::array<Tensor, most_tensors> tensors;
+  const int64_t reduction = index_of(args[3], reductions);
+  if (reduction < 0 || !PyFloat_Check(args[2]) || !fit(args, tensors) ||
+      tensors[0].sizes() != tensors[1].sizes())
+    Py_RETURN_NONE;
+  auto results =
+      recorded_call({"self_regularization", 2, 3, {PyFloat_AS_DOUBLE(args[2]), reduction}}, tensors);
+  return THPVariable_Wrap(std::move(results[0]));
   END_HANDLE_TH_ERRORS
 }
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from fastda import backend, compat, reference
 from fastda.ops.common import composite_backward, distinct
 from fastda.reference.patch_loss import patch_terms
 
-_node = backend.autograd_module
+# C++ autograd nodes, which return None for whatever they leave alone.
+_node = backend.autograd_module if backend.native is not None else None
 
 KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
 REDUCTIONS = ("mean", "sum", "batchmean")
@@ -295,6 +296,17 @@ def patch_discriminator_loss(
     Source: SimGAN, arXiv 1612.07828, section 2.2 (softmax); LSGAN, arXiv 1611.04076; the hinge loss,
     arXiv 1705.02894; WGAN, arXiv 1701.07875.
     """
+    if (
+        _node is not None
+        and backend._forced is None
+        and label_smoothing == 0.0
+        and real_weight is None
+        and fake_weight is None
+        and not is_dynamo_compiling()
+    ):
+        results = _node.patch_discriminator_loss(real_logits, fake_logits, kind, reduction)
+        if results is not None:
+            return results if return_accuracy else results[0]
     op = "patch_discriminator_loss"
     _check_options(op, kind, reduction, label_smoothing, (*REDUCTIONS, "none"))
     _check_tensor(op, "real_logits", real_logits)
@@ -402,6 +414,10 @@ def self_regularization(
     Raises ValueError for shapes, devices and options that do not fit, TypeError for dtypes.
     Source: SimGAN, arXiv 1612.07828, section 2.1, λ‖ψ(R(x)) − ψ(x)‖₁.
     """
+    if _node is not None and backend._forced is None and not is_dynamo_compiling():
+        loss = _node.self_regularization(refined, synthetic, scale, reduction)
+        if loss is not None:
+            return loss
     op = "self_regularization"
     if reduction not in (*REDUCTIONS, "none"):
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, none, got {reduction!r}")
