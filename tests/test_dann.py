@@ -451,9 +451,11 @@ def test_denoising_layer_is_the_least_squares_solution_over_maskings():
 
 
 def test_sda_takes_the_masking_that_serves_on_the_source(pair):
-    results = {p: sda.train_sda(pair, 0, layers=2, shares=(p,)) for p in (0.3, 0.9)}
-    both = sda.train_sda(pair, 0, layers=2, shares=(0.3, 0.9))
-    assert both["predictions"] == results[both["masked"]]["predictions"]
+    better, worse = (sda.train_sda(pair, 0, layers=2, shares=(p,)) for p in (0.9, 0.3))
+    assert better["source_accuracy"] > worse["source_accuracy"]
+    for shares in ((0.3, 0.9), (0.9, 0.3)):
+        both = sda.train_sda(pair, 0, layers=2, shares=shares)
+        assert both["masked"] == 0.9 and both["predictions"] == better["predictions"]
     assert len(both["predictions"]) == len(pair.target_test)
     # Target labels are for the accuracies alone.
     wrong = replace(
@@ -461,7 +463,7 @@ def test_sda_takes_the_masking_that_serves_on_the_source(pair):
         target_train=Images(pair.target_train.x, pair.target_train.y.flip(0)),
         target_test=Images(pair.target_test.x, pair.target_test.y.flip(0)),
     )
-    blind = sda.train_sda(wrong, 0, layers=2, shares=(0.3, 0.9))
+    blind = sda.train_sda(wrong, 0, layers=2, shares=shares)
     assert blind["predictions"] == both["predictions"]
     assert (
         blind["target_accuracy"]

@@ -80,6 +80,7 @@ def train_sda(
         "target_accuracy": float((best[1] == truth).mean()),
         "baseline": float((by_pixels == truth).mean()),
         "masked": best[2],
+        "source_accuracy": best[0],
         "seconds": time.perf_counter() - start,
         "history": [],
         "predictions": best[1].tolist(),
