@@ -306,6 +306,10 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
             f"{median(values.values()):.3f}",
             f"{covered['median']:.2f}" if covered else "",
         )
+    sda = {r["seed"]: r["baseline"] for r in results if r["method"] == "sda"}
+    if sda:
+        values = [f"{sda[s]:.3f}" if s in sda else "" for s in seeds]
+        table.add_row("the same SVM on pixels", *values, f"{median(sda.values()):.3f}")
     if "reference" in summary:
         table.add_row("DANN, reference ops", f"{summary['reference']['target_accuracy']:.3f}")
     console = Console()
@@ -317,12 +321,6 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
             f"a step with the reference takes {summary['reference']['step_ratio']:.2f} times as long "
             "({:.2f} to {:.2f}).".format(*summary["reference"]["step_ratio_interval"])
         )
-    for r in results:
-        if r["method"] == "sda":
-            console.print(
-                f"SDA, seed {r['seed']}: {r['target_accuracy']:.3f}; "
-                f"the same SVM on pixels: {r['baseline']:.3f}"
-            )
 
 
 def main(argv: list[str] | None = None) -> int:

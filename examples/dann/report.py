@@ -206,6 +206,15 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
                 "seconds": f"{median(seconds):.0f}",
             }
         )
+    sda = {r["seed"]: r["baseline"] for r in results if r["method"] == "sda"}
+    if sda:
+        table.append(
+            {
+                "name": "The same SVM on pixels",
+                "values": [f"{100 * sda[s]:.1f}" if s in sda else "" for s in seeds],
+                "median": f"{100 * median(sda.values()):.1f}",
+            }
+        )
     maps, how = feature_maps(pair.classes, main)
     settings = next((r for r in results if r["method"] == "dann"), results[0])
     shown = {
@@ -216,7 +225,7 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
     page = templates.get_template("report.html.j2").render(
         pair=pair, seeds=seeds, table=table, summary=summary, curves=curves(results), maps=maps, how=how,
         confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
-        fastda=fastda.__version__, sda=[r for r in results if r["method"] == "sda"],
+        fastda=fastda.__version__,
     )  # fmt: skip
     write_atomically(path, page)
     return path
