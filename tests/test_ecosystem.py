@@ -95,7 +95,7 @@ def test_compile_without_a_break_and_with_dynamic_shapes(backend_name):
 
 @native
 @pytest.mark.parametrize(
-    ("n", "size", "dynamic", "served"), [(2, 8, False, True), (2, 5, False, False), (2, 8, True, True)]
+    ("n", "size", "dynamic", "served"), [(2, 8, False, True), (16, 5, False, False), (2, 8, True, True)]
 )
 def test_compiled_convolutions_are_served_unless_they_are_known_to_be_small(n, size, dynamic, served):
     model = nn.Conv2d(64, 64, 3, padding=1)

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastda import backend
 
@@ -66,6 +67,62 @@ def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel):
     expected = modules | {"fastda/py.typed", "fastda/_C.abi3.so"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
+
+
+@native
+def test_what_a_registry_checks(wheel, tmp_path):
+    pytest.importorskip("twine", reason="twine is not installed")
+    source = checkout_into(tmp_path / "source")
+    run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    out = run([sys.executable, "-m", "twine", "check", "--strict", wheel, sdist], tmp_path)
+    assert out.count("PASSED") == 2
+
+
+def environment_without_packages(folder):
+    """Its interpreter, its packages' folder, and the words that run pip for it."""
+    run([sys.executable, "-m", "venv", "--without-pip", folder], "/", PYTHONPATH="")
+    python = folder / "bin" / "python"
+    (site,) = folder.glob("lib/python3*/site-packages")
+    return python, site, [sys.executable, "-m", "pip", "-q", "--python", python]
+
+
+def installed_and_removed(wheel, folder):
+    """Install, import with the torch that is at hand, remove; returns the file that was imported."""
+    python, site, pip = environment_without_packages(folder)
+    run([*pip, "install", "--no-deps", "--no-index", wheel], "/", PYTHONPATH="")
+    assert (folder / "bin" / "fastda").exists()
+    # No .pth file there is read, so nothing but torch comes from it.
+    packages = str(Path(torch.__file__).parents[1])
+    code = f"import sys; sys.path.append({packages!r}); import fastda; print(fastda.__file__)"
+    out = run([python, "-c", code], folder, PYTHONPATH="")
+    run([*pip, "uninstall", "-y", "fastda-kernels"], "/", PYTHONPATH="")
+    assert not list(site.glob("*"))  # pip removes an empty folder, too
+    assert not (folder / "bin" / "fastda").exists()
+    return Path(out.splitlines()[-1])
+
+
+@native
+def test_a_wheel_goes_without_a_trace(wheel, tmp_path):
+    file = installed_and_removed(wheel, tmp_path / "env")
+    assert file.is_relative_to(tmp_path / "env")
+
+
+def test_an_editable_install_imports_the_checkout_and_goes_without_a_trace(tmp_path):
+    source = checkout_into(tmp_path / "source")
+    code = f"from setuptools import build_meta; build_meta.build_editable({str(tmp_path)!r})"
+    run([sys.executable, "-c", code], source, CXX="/nonexistent/c++", FASTDA_REQUIRE_NATIVE="0")
+    (wheel,) = tmp_path.glob("*.whl")
+    file = installed_and_removed(wheel, tmp_path / "env")
+    assert file == source / "fastda" / "__init__.py"
+
+
+def test_the_manylinux_build_leaves_out_the_libraries_of_torch():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is in Python from 3.11")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["cibuildwheel"]
+    assert all(build.startswith("cp310-manylinux_") for build in settings["build"])
+    excluded = re.findall(r"--exclude (\S+)", settings["repair-wheel-command"])
+    assert excluded == ["libtorch.so", "libtorch_cpu.so"]  # as the test of what the extension links has it
 
 
 @native
