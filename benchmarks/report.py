@@ -21,6 +21,15 @@ FAMILIES = {
     "patch_loss": "Patch losses",
     "grad_reverse": "Gradient reversal",
 }
+# How a case's sizes read; others are joined by ×.
+SIZES = {
+    "patch_discriminator_loss": "{}+{} maps of {}×{}",
+    "patch_generator_loss": "{} maps of {}×{}",
+    "patch_head_discriminator_loss": "{}+{} of {}×{}×{}",
+    "refiner_block": "{0}×{1}×{3}×{4}, {2}×{2}",
+    "refiner": "{0}×1×{2}×{3}, {1} blocks",
+    "grad_reverse_linear": "{}×{}→{}",
+}
 MODES = {"forward": "forward", "backward": "forward + backward", "step": "step"}
 ISAS = ("avx2", "base")  # folders of runs that were held to an instruction set
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -106,7 +115,8 @@ def seconds(t: float) -> str:
 
 
 def sizes(row: Row) -> str:
-    return "×".join(map(str, row["case"]["sizes"]))
+    op = row["case"]["workload"].partition(".")[0]
+    return SIZES.get(op, "×".join(["{}"] * len(row["case"]["sizes"]))).format(*row["case"]["sizes"])
 
 
 def what(row: Row) -> str:
@@ -476,17 +486,22 @@ def markdown(runs: list[dict[str, Any]]) -> str:
                 kinds.append(("engine", "best of " + ", ".join(ENGINES)))
             if any(best(r, "layer") for r in rows):
                 kinds.append(("layer", "best published layer"))
-            head = [title, "threads", "fastda", *(k[1] for k in kinds)]
-            lines = [head, ["---", "---:", "---:", *("---:" for _ in kinds)]]
+            other = "fastda channels_last"
+            layouts = ["fastda", *([other] if all(other in r["contenders"] for r in rows) else [])]
+            head = [title, "threads", *layouts, *(k[1] for k in kinds)]
+            lines = [head, ["---", *("---:" for _ in head[1:])]]
             for r in rows:
                 case = r["case"]
                 label = f"`{case['workload']}` {sizes(r)}, {MODES[case['mode']]}"
                 key = ratio_key(r)
                 if key == "added_ratio":
                     label += ", time added"
-                time = r["contenders"]["fastda"]["added" if key == "added_ratio" else "median"]
+                measured = "added" if key == "added_ratio" else "median"
+                times = [
+                    seconds(r["contenders"][n][measured]) if n in r["contenders"] else "" for n in layouts
+                ]
                 cells = [_cell(r, best(r, kind), key) for kind, _ in kinds]
-                lines.append([label, str(case["threads"]), seconds(time), *cells])
+                lines.append([label, str(case["threads"]), *times, *cells])
             parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
 
