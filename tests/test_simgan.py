@@ -86,6 +86,32 @@ def test_a_mirrored_refiner_leaves_no_frame():
     assert torch.allclose(plain(x)[..., 5:-5, 5:-5], mirrored(x)[..., 5:-5, 5:-5], atol=1e-6)
 
 
+def test_matching_gives_cells_the_real_images_statistics_and_leaves_detail():
+    generator = torch.Generator().manual_seed(4)
+    mixed = torch.randn(6, 6, generator=generator)
+
+    def draw(mean, mixing):
+        coarse = mean + torch.randn(4000, 6, generator=generator) @ mixing
+        fine = torch.randn(4000, 1, 12, 18, generator=generator)
+        blocks = coarse.view(-1, 1, 2, 3).repeat_interleave(6, 2).repeat_interleave(6, 3)
+        return blocks + fine
+
+    synthetic, real = draw(0.0, torch.eye(6)), draw(0.5, mixed)
+    matching = models.Matching(6, 1, 12, 18)
+    assert torch.equal(matching(synthetic), synthetic)
+    matching.fit(synthetic, real)
+    lit = matching.cells(synthetic) @ (matching.matrix.T + torch.eye(6)) + matching.offset
+    expected = matching.cells(real)
+    torch.testing.assert_close(lit.mean(0), expected.mean(0), rtol=0, atol=1e-4)
+    spread = expected.T.cov()
+    assert (lit.T.cov() - spread).norm() < 0.15 * spread.norm()  # the ridge's share
+    assert (synthetic.flatten(1).T.cov().diagonal() - 2).abs().mean() < 0.2  # what it had been
+    change = (matching(synthetic) - synthetic)[:, 0]
+    assert change.diff(n=2, dim=2).abs().mean() < 0.15 * change.abs().mean()  # smooth
+    matching.fit(synthetic, synthetic)
+    torch.testing.assert_close(matching(synthetic), synthetic, rtol=0, atol=1e-4)
+
+
 def test_psi_keeps_what_it_says():
     x = torch.randn(2, 3, 8, 9)
     assert torch.equal(models.features("identity", x), x)

@@ -94,6 +94,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "pretrain_discriminator": "steps of D alone", "lr": "of R", "discriminator_lr": "of D",
         "kind": "of the patch loss", "reduction": "of both losses", "label_smoothing": "of D's targets",
         "reg_scale": "λ", "psi": "ψ", "history": "B, refined images that D sees again; 0 turns it off",
+        "match": "pixels of a cell: means over cells get the real images' statistics first; 0: off",
         "mirror": "pixels of reflection around R's input, against frames",
         "shift": "pixels by which real images are moved at random",
         "average": "decay of the moving average of R's weights; 0 turns it off", "optimiser": "of both nets",

@@ -37,6 +37,53 @@ def refiner(net: str, channels: int = 1, mirror: int = 0) -> Refiner:
     return made
 
 
+class Matching(nn.Module):
+    """Synthetic images lit like real ones: means over cells of `cell` pixels get the real ones' statistics.
+
+    Of all maps that give these means (one vector an image) the mean and covariance that they have in real
+    images, the one that changes least: the optimal transport between two Gaussians. What is finer than a cell
+    is left to R and D, which see patches and so cannot know how brightness runs across a whole image.
+    """
+
+    def __init__(self, cell: int, channels: int, height: int, width: int) -> None:
+        super().__init__()
+        self.grid = -(-height // cell), -(-width // cell)
+        size = channels * self.grid[0] * self.grid[1]
+        self.matrix = nn.Buffer(torch.zeros(size, size))
+        self.offset = nn.Buffer(torch.zeros(size))
+
+    def cells(self, x: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(x, self.grid).flatten(1)
+
+    @torch.no_grad()
+    def fit(self, synthetic: Tensor, real: Tensor) -> None:
+        """Float images (N, C, H, W) of both kinds."""
+        a, b = self.cells(synthetic).double(), self.cells(real).double()
+        unit = torch.eye(a.shape[1], dtype=a.dtype)
+        # A few real images do not determine so many directions: where they are silent, little is changed.
+        ridge = 0.02 * torch.cov(b.T).diagonal().mean() * unit
+        root = _root(torch.cov(a.T) + ridge)
+        inverse = torch.linalg.inv(root)
+        transport = inverse @ _root(root @ (torch.cov(b.T) + ridge) @ root) @ inverse
+        self.matrix.copy_(transport - unit)
+        self.offset.copy_(b.mean(0) - transport @ a.mean(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        change = F.linear(self.cells(x), self.matrix, self.offset).view(len(x), -1, *self.grid)
+        change = F.interpolate(change, x.shape[2:], mode="bicubic", align_corners=False)
+        return (x + change).contiguous(memory_format=torch.channels_last)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    values, vectors = torch.linalg.eigh(matrix)
+    return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def matching(cell: int, shape: tuple[int, ...]) -> nn.Module:
+    """For images of `shape` (C, H, W); `cell` 0: nothing is done."""
+    return Matching(cell, *shape) if cell else nn.Identity()
+
+
 def discriminator(net: str, channels: int = 1, kind: str = "softmax") -> fastda.nn.PatchDiscriminator:
     make = fastda.nn.PatchDiscriminator.hand if net == "hand" else fastda.nn.PatchDiscriminator.gaze
     return make(channels, kind)

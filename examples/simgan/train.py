@@ -47,6 +47,7 @@ class Settings:
     history: int = (
         1024  # B, refined images kept for the discriminator; the paper gives none; 0 for no history
     )
+    match: int = 0  # cells of so many pixels get the real images' statistics before R sees them; 0 for none
     mirror: int = 0  # pixels of reflection around R's input instead of zeros alone
     shift: int = 0  # pixels by which real images are moved at random, so that D cannot learn a few by heart
     average: float = 0.0  # decay of the moving average of the refiner's weights, 0 to use the last weights
@@ -62,7 +63,7 @@ class Settings:
         for name, least in (
             ("steps", 0), ("batch", 1), ("refiner_steps", 1), ("discriminator_steps", 1),
             ("pretrain_refiner", 0), ("pretrain_discriminator", 0), ("history", 0),
-            ("mirror", 0), ("shift", 0),
+            ("match", 0), ("mirror", 0), ("shift", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -101,6 +102,9 @@ class Trainer:
         channels = domains.synthetic.x.shape[1]
         torch.manual_seed(settings.seed)
         self.refiner = models.refiner(settings.net, channels, settings.mirror)
+        self.matching = models.matching(settings.match, tuple(domains.synthetic.x.shape[1:]))
+        if isinstance(self.matching, models.Matching):
+            self.matching.fit(to_float(domains.synthetic.x), to_float(domains.real.x))
         self.discriminator = models.discriminator(settings.net, channels, settings.kind)
         self.discriminator.to(memory_format=torch.channels_last)
         self.buffer = fastda.nn.ImageHistoryBuffer(max(1, settings.history), seed=settings.seed)
@@ -153,6 +157,11 @@ class Trainer:
         picked = torch.randint(len(images), (self.settings.batch,), generator=self.generator)
         return to_float(images[picked]).contiguous(memory_format=torch.channels_last)
 
+    def draw_synthetic(self) -> Tensor:
+        """As R gets them, and as the ℓ₁ term wants them back."""
+        matched: Tensor = self.matching(self.draw(self.domains.synthetic.x))
+        return matched
+
     def _shifted(self, images: Tensor) -> Tensor:
         """Every image (N, C, H, W) moved by up to `shift` pixels across and down, its border repeated."""
         by, (height, width) = self.settings.shift, images.shape[2:]
@@ -163,7 +172,7 @@ class Trainer:
 
     def refiner_step(self, pretraining: bool = False) -> dict[str, Tensor]:
         s = self.settings
-        synthetic = self.draw(self.domains.synthetic.x)
+        synthetic = self.draw_synthetic()
         refined = self.refiner(synthetic)
         if pretraining:
             loss = fastda.self_regularization(refined, synthetic, reduction=s.reduction)
@@ -194,7 +203,7 @@ class Trainer:
         if s.shift:
             real = self._shifted(real)
         with torch.no_grad():
-            refined = self.refiner(self.draw(self.domains.synthetic.x))
+            refined = self.refiner(self.draw_synthetic())
         if s.history:
             refined = self.buffer.query(refined)
         d = self.discriminator
@@ -231,7 +240,7 @@ class Trainer:
         if self.averaged:
             self.refiner.load_state_dict(self.averaged)
         try:
-            return refine(self.refiner, images, self.domains.task)
+            return refine(nn.Sequential(self.matching, self.refiner), images, self.domains.task)
         finally:
             if kept:
                 self.refiner.load_state_dict(kept)
@@ -242,6 +251,7 @@ class Trainer:
         tensors = {f"refiner.{k}": v for k, v in self.refiner.state_dict().items()}
         tensors |= {f"discriminator.{k}": v for k, v in self.discriminator.state_dict().items()}
         tensors |= {f"averaged.{k}": v for k, v in self.averaged.items()}
+        tensors |= {f"matching.{k}": v for k, v in self.matching.state_dict().items()}
         tensors |= {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
         for name, optimiser in self._optimisers():
             for index, values in optimiser.state_dict()["state"].items():
@@ -261,6 +271,7 @@ class Trainer:
             self.refiner.load_state_dict(_group(tensors, "refiner."))
             self.discriminator.load_state_dict(_group(tensors, "discriminator."))
             self.buffer.load_state_dict(_group(tensors, "buffer."))
+            self.matching.load_state_dict(_group(tensors, "matching."))
             self.averaged = _group(tensors, "averaged.")
             for name, optimiser in self._optimisers():
                 states: dict[int, dict[str, Tensor]] = {}
@@ -298,9 +309,11 @@ def load_refiner(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         net = models.refiner(settings["net"], state["shape"][0], settings["mirror"])
         net.load_state_dict(_group(tensors, "averaged.") or _group(tensors, "refiner."))
+        matching = models.matching(settings["match"], tuple(state["shape"]))
+        matching.load_state_dict(_group(tensors, "matching."))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of a SimGAN training ({error})") from error
-    return net.eval(), state
+    return nn.Sequential(matching, net).eval(), state
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
