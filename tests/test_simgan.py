@@ -324,6 +324,7 @@ def test_tensorboard_gets_every_logged_value(domains, tmp_path):
 @pytest.mark.parametrize("net", ["gaze", "hand"])
 def test_the_papers_preset_trains(two_folders, tmp_path, net):
     few = [*two_folders, "--steps", "1", "--batch", "2", "--history", "4", "--out", str(tmp_path / "out")]
+    assert settings_of(arguments(["train", "--preset", "paper"])).net == "gaze"
     settings = settings_of(arguments(["train", "--preset", "paper", "--net", net]))
     assert (settings.batch, settings.lr, settings.optimiser, settings.reduction) == (
         512, 0.001, "sgd", "batchmean",

@@ -40,11 +40,14 @@ QUICK = Settings(
 )  # fmt: skip
 TUNED = {
     "strokes": replace(QUICK, reg_scale=0.3),
-    "fonts": replace(QUICK, reg_scale=0.03),
-    "eyes": replace(QUICK, reg_scale=0.1, batch=16),
+    "fonts": replace(QUICK, reg_scale=0.01, discriminator_lr=0.001, steps=400),
+    "eyes": replace(
+        QUICK, steps=200, reg_scale=0.3, batch=16, refiner_steps=1, discriminator_lr=0.001, match=4, mirror=5,
+        shift=2,
+    ),
     "folders": replace(QUICK, reg_scale=0.1),
-}
-# The paper's step sizes, minibatch and sums; it gives neither λ nor B.
+}  # fmt: skip
+# The paper's networks for gaze, step sizes, minibatch and sums; it gives neither λ nor B.
 PAPER = Settings(
     steps=10_000, batch=512, optimiser="sgd", lr=0.001, discriminator_lr=0.001, reduction="batchmean",
     reg_scale=0.0001, history=5120,
@@ -177,7 +180,7 @@ def _size(text: str) -> tuple[int, int]:
 def settings_of(options: argparse.Namespace) -> Settings:
     base = TUNED[options.data]
     if options.preset == "paper":
-        base = replace(PAPER, net=base.net)
+        base = PAPER
     elif options.preset == "demo":
         base = replace(base, **DEMO)
     given = {f.name: getattr(options, f.name) for f in fields(Settings) if hasattr(options, f.name)}
