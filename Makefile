@@ -44,8 +44,8 @@ $(VENV)/.built: $(VENV)/.torch $(SOURCES)
 
 $(VENV)/.packages: pyproject.toml | $(VENV)/.built
 	FASTDA_REQUIRE_NATIVE=1 $(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[test]'
-	# Without what it depends on: a torchvision that would bring a torch of its own.
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps pytorch-adapt==0.0.83 pytorch-metric-learning==1.6.3 torchmetrics==0.9.3
+	# Without what it depends on: a torchvision that would bring a torch of its own, a torchmetrics of 2022.
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps pytorch-adapt==0.0.83 pytorch-metric-learning==1.6.3
 	touch $@
 
 build: $(VENV)/.built $(VENV)/.packages ## make the environment and compile the extension in place

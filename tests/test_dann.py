@@ -687,3 +687,15 @@ def test_every_method_in_one_run_and_its_page(trees, tmp_path, capsys):
     for name in ("Source only", "DANN", "Related weights", "Train on target", "SDA"):
         assert name in page
     assert "a step with the reference takes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_lightning_goes_on_with_the_schedule_of_its_checkpoint(pair, tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    from examples.dann.lightning_module import fit
+
+    started = fit(pair, 2, tmp_path)
+    before = {name: value.clone() for name, value in started.net.named_parameters()}
+    resumed = fit(pair, 4, tmp_path / "more", resume=tmp_path / "last.ckpt")
+    assert (int(started.net.reverse.steps), int(resumed.net.reverse.steps)) == (2, 4)
+    assert float(resumed.net.reverse.scale) == pytest.approx(2 / (1 + np.exp(-10)) - 1)
+    assert all(not torch.equal(value, before[name]) for name, value in resumed.net.named_parameters())

@@ -8,9 +8,7 @@ import itertools
 import pickle
 import random
 import statistics
-import sys
 import time
-import types
 
 import pytest
 import torch
@@ -433,14 +431,7 @@ def test_pytorch_revgrad(calls):
 
 
 @pytest.fixture
-def pytorch_adapt(monkeypatch):
-    """It pins a torchmetrics that needs pkg_resources, which setuptools has dropped."""
-    if importlib.util.find_spec("pkg_resources") is None:
-        names = {
-            "DistributionNotFound": importlib.metadata.PackageNotFoundError,
-            "get_distribution": importlib.metadata.distribution,
-        }
-        monkeypatch.setitem(sys.modules, "pkg_resources", types.SimpleNamespace(**names))
+def pytorch_adapt():
     pytest.importorskip("pytorch_adapt", reason="pytorch-adapt is not installed")
     return importlib.import_module("pytorch_adapt.hooks")
 
