@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.base import ROOT
 from fastda.bench import FLOOR, combined
-from fastda.workloads import WORKLOADS
+from fastda.workloads import WORKLOADS, Workload
 
 ENGINES = ("ONNX Runtime", "OpenVINO", "ncnn")
 FAMILIES = {
@@ -21,14 +21,20 @@ FAMILIES = {
     "patch_loss": "Patch losses",
     "grad_reverse": "Gradient reversal",
 }
-# How a case's sizes read; others are joined by ×.
+# How a case's sizes read, and what they are; others are joined by × and told by Workload.about.
 SIZES = {
-    "patch_discriminator_loss": "{}+{} maps of {}×{}",
-    "patch_generator_loss": "{} maps of {}×{}",
-    "patch_head_discriminator_loss": "{}+{} of {}×{}×{}",
-    "refiner_block": "{0}×{1}×{3}×{4}, {2}×{2}",
-    "refiner": "{0}×1×{2}×{3}, {1} blocks",
-    "grad_reverse_linear": "{}×{}→{}",
+    "patch_discriminator_loss": ("{}+{} maps of {}×{}", "real + refined images, height × width"),
+    "patch_generator_loss": ("{} maps of {}×{}", "images, height × width"),
+    "patch_head_discriminator_loss": (
+        "{}+{} of {}×{}×{}",
+        "real + refined images, channels × height × width",
+    ),
+    "refiner_block": (
+        "{0}×{1}×{3}×{4}, {2}×{2}",
+        "images × channels × height × width, filters' height × width",
+    ),
+    "refiner": ("{0}×1×{2}×{3}, {1} blocks", "images × channels × height × width"),
+    "grad_reverse_linear": ("{}×{}→{}", "batch × inputs → outputs"),
 }
 MODES = {"forward": "forward", "backward": "forward + backward", "step": "step"}
 ISAS = ("avx2", "base")  # folders of runs that were held to an instruction set
@@ -116,7 +122,15 @@ def seconds(t: float) -> str:
 
 def sizes(row: Row) -> str:
     op = row["case"]["workload"].partition(".")[0]
-    return SIZES.get(op, "×".join(["{}"] * len(row["case"]["sizes"]))).format(*row["case"]["sizes"])
+    form = SIZES[op][0] if op in SIZES else "×".join(["{}"] * len(row["case"]["sizes"]))
+    return form.format(*row["case"]["sizes"])
+
+
+def about(workload: Workload) -> str:
+    """What a workload is, and what its sizes are in the form that `sizes` gives them."""
+    if workload.op not in SIZES:
+        return workload.about
+    return f"{workload.about.rpartition(': ')[0]}: {SIZES[workload.op][1]}"
 
 
 def what(row: Row) -> str:
@@ -427,7 +441,7 @@ def page(out: Path) -> Path:
                 "title": FAMILIES[f],
                 "bars": bars(g),
                 "table": table(g, run["machine"]),
-                "about": {w.op: w.about for w in WORKLOADS if w.name in {r["case"]["workload"] for r in g}},
+                "about": {w.op: about(w) for w in WORKLOADS if w.name in {r["case"]["workload"] for r in g}},
             }
             for f, g in groups.items()
             if g
