@@ -21,21 +21,6 @@ FAMILIES = {
     "patch_loss": "Patch losses",
     "grad_reverse": "Gradient reversal",
 }
-# How a case's sizes read, and what they are; others are joined by × and told by Workload.about.
-SIZES = {
-    "patch_discriminator_loss": ("{}+{} maps of {}×{}", "real + refined images, height × width"),
-    "patch_generator_loss": ("{} maps of {}×{}", "images, height × width"),
-    "patch_head_discriminator_loss": (
-        "{}+{} of {}×{}×{}",
-        "real + refined images, channels × height × width",
-    ),
-    "refiner_block": (
-        "{0}×{1}×{3}×{4}, {2}×{2}",
-        "images × channels × height × width, filters' height × width",
-    ),
-    "refiner": ("{0}×1×{2}×{3}, {1} blocks", "images × channels × height × width"),
-    "grad_reverse_linear": ("{}×{}→{}", "batch × inputs → outputs"),
-}
 MODES = {"forward": "forward", "backward": "forward + backward", "step": "step"}
 ISAS = ("avx2", "base")  # folders of runs that were held to an instruction set
 RESULTS = ROOT / "benchmarks" / "results.json"
@@ -74,10 +59,13 @@ def load(out: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def _workload(row: Row) -> Workload:
+    return next(w for w in WORKLOADS if w.name == row["case"]["workload"])
+
+
 def _position(row: Row) -> tuple[Any, ...]:
     case = row["case"]
-    sizes = next(w.sizes for w in WORKLOADS if w.name == case["workload"])
-    known = [tuple(s) for s in sizes]
+    known = [tuple(s) for s in _workload(row).sizes]
     size = tuple(case["sizes"])
     return (
         known.index(size) if size in known else len(known),
@@ -88,7 +76,7 @@ def _position(row: Row) -> tuple[Any, ...]:
 
 
 def family(row: Row) -> str:
-    return next(w.family for w in WORKLOADS if w.name == row["case"]["workload"])
+    return _workload(row).family
 
 
 def best(row: Row, kind: str) -> str | None:
@@ -121,16 +109,7 @@ def seconds(t: float) -> str:
 
 
 def sizes(row: Row) -> str:
-    op = row["case"]["workload"].partition(".")[0]
-    form = SIZES[op][0] if op in SIZES else "×".join(["{}"] * len(row["case"]["sizes"]))
-    return form.format(*row["case"]["sizes"])
-
-
-def about(workload: Workload) -> str:
-    """What a workload is, and what its sizes are in the form that `sizes` gives them."""
-    if workload.op not in SIZES:
-        return workload.about
-    return f"{workload.about.rpartition(': ')[0]}: {SIZES[workload.op][1]}"
+    return _workload(row).show(row["case"]["sizes"])
 
 
 def what(row: Row) -> str:
@@ -441,7 +420,7 @@ def page(out: Path) -> Path:
                 "title": FAMILIES[f],
                 "bars": bars(g),
                 "table": table(g, run["machine"]),
-                "about": {w.op: about(w) for w in WORKLOADS if w.name in {r["case"]["workload"] for r in g}},
+                "about": {w.op: w.about for w in WORKLOADS if w.name in {r["case"]["workload"] for r in g}},
             }
             for f, g in groups.items()
             if g

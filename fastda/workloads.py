@@ -33,7 +33,7 @@ class Workload:
     family: str
     op: str
     sizes: Sequence[Sizes]  # the first for --quick; read as by the operator's entry in verify.OPERATORS
-    about: str  # what it is and what its sizes are, for who reads the results
+    about: str  # what it is and what its sizes are as `shown`, for who reads the results
     options: Options = field(default_factory=dict)
     # Ways to write it in plain PyTorch; "eager" is the leanest known, and what torch.compile gets.
     formulas: Mapping[str, Formula] = field(default_factory=dict)
@@ -51,6 +51,8 @@ class Workload:
     # For what is no operator: the shapes of its tensors, and what makes the call of `fastda` from them.
     tensors: Callable[..., dict[str, Sizes]] | None = None
     fused: Callable[..., Call] | None = None
+    # Format of the sizes for readers, where they are not just joined by ×.
+    shown: str = ""
     # For a whole training step, in place of formulas: what makes each contender's step from the sizes.
     steps: Mapping[str, Callable[[Sizes], Call]] = field(default_factory=dict)
 
@@ -58,6 +60,9 @@ class Workload:
     def name(self) -> str:
         kind = self.options.get("kind")
         return f"{self.op}.{kind}" if kind else self.op
+
+    def show(self, sizes: Sizes) -> str:
+        return self.shown.format(*sizes) if self.shown else "×".join(map(str, sizes))
 
 
 def _reversed_linear(x: Tensor, weight: Tensor, bias: Tensor, scale: float) -> Tensor:
@@ -179,8 +184,16 @@ def _conv_flops(n: int, c: int, k: int, size: int, h: int, w: int) -> float:
     return 2.0 * n * c * k * size * size * h * w
 
 
+def _contenders(step: type[SimganStep] | type[DannStep]) -> dict[str, Callable[[Sizes], Call]]:
+    return {
+        "fastda": functools.partial(step, fused=True),
+        "eager, usual code": functools.partial(step, usual=True, layout=torch.contiguous_format),
+        "eager channels_last": step,
+        "torch.compile channels_last": functools.partial(step, compiled=True),
+    }
+
+
 BLOCKS = ((3, 64, 3, 37, 53), (32, 64, 3, 35, 55), (2, 64, 3, 224, 224), (1, 64, 3, 35, 55))
-CONTIGUOUS = torch.contiguous_format
 MAPS = ((512, 512, 9, 14), (32, 32, 9, 14), (512, 512, 7, 7), (8, 8, 30, 30), (64, 64, 56, 56))
 WORKLOADS = (
     Workload(
@@ -198,20 +211,22 @@ WORKLOADS = (
         "grad_reverse",
         "grad_reverse_linear",
         ((128, 768, 100), (128, 320, 100), (128, 1024, 1024)),
-        "reversal and the next linear layer in one: batch × inputs × outputs",
+        "reversal and the next linear layer in one: batch × inputs → outputs",
         {"bias": True, "scale": 0.7},
         {"eager": _reversed_linear},
         floor=lambda x, weight, bias, scale: F.linear(x, weight, bias),
         flops=lambda n, i, o: 2.0 * n * i * o,
+        shown="{}×{}→{}",
     ),
     *(
         Workload(
             "patch_loss",
             "patch_discriminator_loss",
             MAPS if kind == "softmax" else (MAPS[0], MAPS[3], MAPS[4]),
-            "loss of a patch discriminator with both accuracies: real images × refined images × map",
+            "loss of a patch discriminator with both accuracies: real + refined images, height × width",
             {"kind": kind, "return_accuracy": True},
             {"eager": _discriminator, **written},
+            shown="{}+{} maps of {}×{}",
         )
         for kind, written in (
             ("softmax", {"eager, usual code": _softmax_as_written}),
@@ -224,9 +239,10 @@ WORKLOADS = (
         "patch_loss",
         "patch_generator_loss",
         ((512, 9, 14), (8, 30, 30)),
-        "loss of a refiner against a patch discriminator: images × map",
+        "loss of a refiner against a patch discriminator: images, height × width",
         {"kind": "softmax"},
         {"eager": _generator, "eager, usual code": _generator_as_written},
+        shown="{} maps of {}×{}",
     ),
     Workload(
         "patch_loss",
@@ -250,25 +266,27 @@ WORKLOADS = (
         "patch_loss",
         "patch_head_discriminator_loss",
         ((32, 32, 32, 9, 14), (512, 512, 32, 9, 14)),
-        "last 1×1 convolution and loss in one: real images × refined images × channels × map",
+        "last 1×1 convolution and loss in one: real + refined images, channels × height × width",
         {"kind": "softmax", "return_accuracy": True},
         {"eager": _head, "eager, usual code": _head_as_written},
+        shown="{}+{} of {}×{}×{}",
     ),
     Workload(
         "refiner",
         "refiner_block",
         (*BLOCKS, (2, 64, 7, 112, 112)),
-        "residual block of two convolutions: images × channels × filter side × height × width",
+        "residual block of two convolutions: images × channels × height × width, filters' height × width",
         formulas={"eager": _block},
         modes=("forward", "backward"),
         two_threads=BLOCKS[1:2],
         flops=lambda n, c, size, h, w: 2 * _conv_flops(n, c, c, size, h, w),
+        shown="{0}×{1}×{3}×{4}, {2}×{2}",
     ),
     Workload(
         "refiner",
         "refiner",
         ((1, 4, 35, 55), (32, 4, 35, 55)),
-        "SimGAN's whole refiner: images × blocks × height × width",
+        "SimGAN's whole refiner: images × channels × height × width",
         formulas={"eager": _network},
         modes=("forward", "backward"),
         two_threads=((32, 4, 35, 55),),
@@ -279,6 +297,7 @@ WORKLOADS = (
             + 2 * blocks * _conv_flops(n, 64, 64, 3, h, w)
             + _conv_flops(n, 64, 1, 1, h, w)
         ),
+        shown="{0}×1×{2}×{3}, {1} blocks",
     ),
     Workload(
         "step",
@@ -287,12 +306,7 @@ WORKLOADS = (
         "SimGAN: two steps of the refiner, one of the discriminator: images × channels × height × width",
         modes=("step",),
         two_threads=((32, 1, 35, 55),),
-        steps={
-            "fastda": functools.partial(SimganStep, fused=True),
-            "eager, usual code": functools.partial(SimganStep, usual=True, layout=CONTIGUOUS),
-            "eager channels_last": SimganStep,
-            "torch.compile channels_last": functools.partial(SimganStep, compiled=True),
-        },
+        steps=_contenders(SimganStep),
         flops=SimganStep.flops,
     ),
     Workload(
@@ -301,12 +315,7 @@ WORKLOADS = (
         ((128, 3, 28, 28),),
         "DANN's digit network: images of both domains × channels × height × width",
         modes=("step",),
-        steps={
-            "fastda": functools.partial(DannStep, fused=True),
-            "eager, usual code": functools.partial(DannStep, usual=True, layout=CONTIGUOUS),
-            "eager channels_last": DannStep,
-            "torch.compile channels_last": functools.partial(DannStep, compiled=True),
-        },
+        steps=_contenders(DannStep),
         flops=DannStep.flops,
     ),
 )

@@ -4,16 +4,21 @@ A call is the name of a public function and a dict of its arguments; the tensors
 those whose gradients are compared. `draw` makes one from the operator's entry in `fastda.verify`.
 """
 
+import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 import fastda
-from fastda import reference, verify
+from fastda import backend, reference, verify
 from fastda.testing import assert_matches
 
 F64 = torch.float64
+needs_node = pytest.mark.skipif(
+    backend.autograd_module is None, reason=f"no C++ autograd module: {backend.autograd_error}"
+)
+both_routes = pytest.mark.usefixtures("route")
 
 
 def draw(op, sizes, dtype=F64, seed=0, **options):

@@ -3,7 +3,10 @@ import zlib
 
 import pytest
 import torch
+from common import needs_node
 
+import fastda.ops.grad_reverse
+import fastda.ops.patch_loss
 from fastda.testing import poisoned_allocations
 
 
@@ -22,3 +25,12 @@ def poisoned_and_seeded(request):
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed))
     with poisoned_allocations():
         yield
+
+
+@pytest.fixture(params=[pytest.param("node", marks=needs_node), "function"])
+def route(request, monkeypatch):
+    """The C++ autograd node, then what stands behind it: as where FASTDA_AUTOGRAD_EXTENSION=0."""
+    if request.param == "function":
+        monkeypatch.setattr(fastda.ops.grad_reverse, "_node", None)
+        monkeypatch.setattr(fastda.ops.patch_loss, "_node", None)
+    return request.param

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from common import (
+    both_routes,
     check_against_reference,
     check_compiled,
     check_error,
@@ -23,6 +24,7 @@ from common import (
     check_transforms,
     compiled,
     draw,
+    needs_node,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,7 +32,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fastda
-import fastda.ops.grad_reverse as ops
 from fastda import backend, grad_reverse, grad_reverse_linear, reference
 from fastda.nn import DomainClassifier, GradientReversal, ScheduledGradientReversal
 from fastda.testing import assert_matches
@@ -39,20 +40,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 independent = pytest.mark.isa_independent
 native = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
-needs_node = pytest.mark.skipif(ops._node is None, reason="no C++ autograd module for this torch")
-
-
-@pytest.fixture(params=["node", "function"])
-def route(request, monkeypatch):
-    """The C++ node, then what stands behind it: as where FASTDA_AUTOGRAD_EXTENSION=0."""
-    if request.param == "function":
-        monkeypatch.setattr(ops, "_node", None)
-    elif ops._node is None:
-        pytest.skip("no C++ autograd module for this torch")
-    return request.param
-
-
-both_routes = pytest.mark.usefixtures("route")
 
 
 def leaf(*shape, dtype=torch.float32):

@@ -8,6 +8,7 @@ import common
 import pytest
 import torch
 import torch.nn.functional as F
+from common import both_routes, needs_node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
@@ -21,23 +22,9 @@ from fastda.testing import error, tolerance
 KINDS = verify.KINDS
 DTYPES = verify.DTYPES
 isa_independent = pytest.mark.isa_independent
-needs_node = pytest.mark.skipif(ops._node is None, reason="no C++ autograd module for this torch")
 native = pytest.mark.skipif(
     backend.info()["devices"]["cpu"]["serving"] != "cpp", reason="the reference serves this run"
 )
-
-
-@pytest.fixture(params=["node", "function"])
-def route(request, monkeypatch):
-    """The C++ node, then what stands behind it: as where FASTDA_AUTOGRAD_EXTENSION=0."""
-    if request.param == "function":
-        monkeypatch.setattr(ops, "_node", None)
-    elif ops._node is None:
-        pytest.skip("no C++ autograd module for this torch")
-    return request.param
-
-
-both_routes = pytest.mark.usefixtures("route")
 
 
 def channels(kind):
