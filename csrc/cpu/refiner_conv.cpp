@@ -94,12 +94,13 @@ struct Fusion {
 
 // out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
 // weight.size(0) channels and out has weight.size(1).
-void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& fusion, const Tensor& out,
-              bool channels_last) {
+// channels_last: of x; out_channels_last: of out and of what it is fused with.
+void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool rotate, const Fusion& fusion,
+              const Tensor& out, bool out_channels_last) {
   const int64_t k = weight.size(2);
   ConvArgs args{};
   args.dtype = dtype_of(x, "conv_same");
-  args.channels_last = channels_last;
+  args.x_channels_last = channels_last, args.out_channels_last = out_channels_last;
   args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = out.size(1);
   args.height = x.size(2), args.width = x.size(3), args.kernel = k;
   if (out.numel() == 0) return;
@@ -134,8 +135,8 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
 }
 
 // The gradients of weight and bias: each a tensor, or empty where not wanted.
-void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gate, bool channels_last,
-                     const Tensor& d_weight, const Tensor& d_bias) {
+void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad, const MaybeTensor& gate,
+                     bool grad_channels_last, const Tensor& d_weight, const Tensor& d_bias) {
   const bool want_weight = d_weight.dim() == 4, want_bias = d_bias.numel() > 0;
   if (!want_weight && !want_bias) return;
   if (grad.numel() == 0) {
@@ -145,7 +146,7 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
   }
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
-  args.channels_last = channels_last;
+  args.x_channels_last = channels_last, args.grad_channels_last = grad_channels_last;
   args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = grad.size(1);
   args.height = x.size(2), args.width = x.size(3);
   args.kernel = want_weight ? d_weight.size(2) : 1;
@@ -192,7 +193,7 @@ Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& b
   fusion.residual = laid_out(residual, channels_last);
   fusion.relu = relu;
   Tensor out = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
-  convolve(x, weight, false, fusion, out, channels_last);
+  convolve(x, channels_last, weight, false, fusion, out, channels_last);
   return out;
 }
 
@@ -209,12 +210,17 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, co
   Tensor d_x = nothing(x), d_weight = nothing(x), d_bias = nothing(x);
   if (need_x) {
     d_x = empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
-    convolve(grad, weight, true, fusion, d_x, channels_last);
+    convolve(grad, channels_last, weight, true, fusion, d_x, channels_last);
   }
   if (need_weight) d_weight = empty_filter(weight);
   if (need_bias) d_bias = empty({s.out_channels}, x.scalar_type());
-  filter_gradient(x, grad, fusion.x_gate, channels_last, d_weight, d_bias);
+  filter_gradient(x, channels_last, grad, fusion.x_gate, channels_last, d_weight, d_bias);
   return {d_x, d_weight, d_bias};
+}
+
+// Between the convolutions of a block all is channels_last, whatever x is: the kernels need not turn it.
+Tensor empty_inner(const Shape& s, ScalarType dtype) {
+  return empty_image(s.batch, s.out_channels, s.height, s.width, dtype, true);
 }
 
 Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, bool channels_last,
@@ -223,8 +229,8 @@ Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTenso
   Fusion fusion;
   fusion.bias = check_bias(bias1, x, s.out_channels, op);
   fusion.relu = true;
-  Tensor inner = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
-  convolve(x, weight1, false, fusion, inner, channels_last);
+  Tensor inner = empty_inner(s, x.scalar_type());
+  convolve(x, channels_last, weight1, false, fusion, inner, true);
   return inner;
 }
 
@@ -241,7 +247,7 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weig
   fusion.residual = x;
   fusion.relu = true;
   Tensor out = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
-  convolve(inner, weight2, false, fusion, out, channels_last);
+  convolve(inner, true, weight2, false, fusion, out, channels_last);
   return {out, keep_inner ? inner : nothing(x)};
 }
 
@@ -257,31 +263,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
   const Tensor output = with_unit_stride(output_any, channels_last);
-  Tensor inner = inner_any ? with_unit_stride(*inner_any, channels_last)
+  Tensor inner = inner_any ? with_unit_stride(*inner_any, true)
                            : inner_activation(x, weight1, bias1, channels_last, op);
   FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op, ": weight2 does not fit x");
   Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
          d_bias2 = nothing(x);
   if (need_weight2) d_weight2 = empty_filter(weight2);
   if (need_bias2) d_bias2 = empty({s.in_channels}, x.scalar_type());
-  filter_gradient(inner, grad, output, channels_last, d_weight2, d_bias2);
+  filter_gradient(inner, true, grad, output, channels_last, d_weight2, d_bias2);
   if (need_x || need_weight1 || need_bias1) {
     Fusion fusion;
     fusion.x_gate = output;
     fusion.out_gate = std::move(inner);
-    const Tensor d_inner =
-        empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
-    convolve(grad, weight2, true, fusion, d_inner, channels_last);
+    const Tensor d_inner = empty_inner(s, x.scalar_type());
+    convolve(grad, channels_last, weight2, true, fusion, d_inner, true);
     fusion.out_gate.reset();  // a recomputed inner activation is freed before d_x is made
     if (need_weight1) d_weight1 = empty_filter(weight1);
     if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());
-    filter_gradient(x, d_inner, std::nullopt, channels_last, d_weight1, d_bias1);
+    filter_gradient(x, channels_last, d_inner, std::nullopt, true, d_weight1, d_bias1);
     if (need_x) {
       Fusion shortcut;
       shortcut.residual = grad;
       shortcut.residual_gate = output;
       d_x = empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
-      convolve(d_inner, weight1, true, shortcut, d_x, channels_last);
+      convolve(d_inner, true, weight1, true, shortcut, d_x, channels_last);
     }
   }
   return {d_x, d_weight1, d_bias1, d_weight2, d_bias2};

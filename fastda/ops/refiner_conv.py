@@ -266,7 +266,10 @@ def _(
 def _(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
 ) -> tuple[Tensor, Tensor]:
-    return _image(x, x.shape[1]), _image(x, weight1.shape[0]) if keep_inner else x.new_empty(0)
+    inner = _image(x, weight1.shape[0])
+    if x.device.type == "cpu":
+        inner = inner.contiguous(memory_format=torch.channels_last)  # whatever x is
+    return _image(x, x.shape[1]), inner if keep_inner else x.new_empty(0)
 
 
 @backend.register_fake("refiner_block_backward")

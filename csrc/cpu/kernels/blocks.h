@@ -241,7 +241,7 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
   const T* bias = static_cast<const T*>(a.bias);
   for (int64_t r = 0; r < block.rows; ++r, sums += columns * stride) {
     const int64_t h = block.h + r;
-    if (a.channels_last) {
+    if (a.out_channels_last) {
       for (int64_t q = 0; q < block.columns; ++q) {
         for (int64_t k = 0; k < a.out_channels; k += L) {
           const int valid = int(min(L, a.out_channels - k));

@@ -25,7 +25,7 @@ struct View {
 // The data gradient is the same operation with the filter rotated by 180 degrees and its channels swapped.
 struct ConvArgs {
   DType dtype;
-  bool channels_last;  // of every activation below
+  bool x_channels_last, out_channels_last;  // of x and x_gate; of the other activations
   int64_t batch, in_channels, out_channels, height, width, kernel;
   View x, x_gate, filter;
   const void* prepared;  // by prepare
@@ -39,7 +39,7 @@ struct ConvArgs {
 // p], and d bias = sum of gate(grad_gate, grad).
 struct FilterGradArgs {
   DType dtype;
-  bool channels_last;
+  bool x_channels_last, grad_channels_last;
   int64_t batch, in_channels, out_channels, height, width, kernel;
   View x, grad, grad_gate;
   const void* prepared;  // by prepare_grad

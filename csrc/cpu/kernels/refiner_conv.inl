@@ -59,7 +59,7 @@ void conv_direct(const ConvArgs& a, int64_t task, char* scratch) {
   const int64_t p = a.kernel / 2, columns = block.columns + 2 * p;
   for (int64_t t = 0; t < sizes.taps; ++t)
     offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
-  pack<T, S>(a.x, a.x_gate, a.channels_last, a.in_channels, a.height, a.width,
+  pack<T, S>(a.x, a.x_gate, a.x_channels_last, a.in_channels, a.height, a.width,
              {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
   const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
   for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
@@ -134,7 +134,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
     const int64_t pixels = block.rows * columns;
     for (int64_t r = 0; r < block.rows; ++r) {
       S* row = grads + r * columns * sizes.padded_k;
-      pack<T, S>(a.grad, a.grad_gate, a.channels_last, a.out_channels, a.height, a.width,
+      pack<T, S>(a.grad, a.grad_gate, a.grad_channels_last, a.out_channels, a.height, a.width,
                  {block.n, block.h + r, block.w, 1, block.columns}, row, sizes.padded_k);
       for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i) row[i] = S(0);
     }
@@ -142,7 +142,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
     if (a.x.data == nullptr) continue;
     for (int64_t t = 0; t < sizes.taps; ++t)
       offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
-    pack<T, S>(a.x, View{}, a.channels_last, a.in_channels, a.height, a.width,
+    pack<T, S>(a.x, View{}, a.x_channels_last, a.in_channels, a.height, a.width,
                {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
     const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);

@@ -429,7 +429,7 @@ void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row,
   const int64_t channels = min(VL, p.out_channels - k), rows = min(4, grid.height - row * 4);
   const int64_t width = min(count * 4, grid.width - col * 4);
 
-  if (p.channels_last) {
+  if (p.out_channels_last) {
     const Mask mask = lanes(0, channels);
     const Vec b = bias ? load_vec(bias + k, mask) : splat(0.0f);
     for (int64_t q = 0; q < count; ++q) {

@@ -99,7 +99,7 @@ bool transform_output(const ConvArgs& p, const Grid& grid, int64_t begin, int64_
                       Scratch& scratch) {
   Vec finite = splat(0.0f);
   each_run_and_vector(
-      p.channels_last, grid, begin, end, 0, p.out_channels,
+      p.out_channels_last, grid, begin, end, 0, p.out_channels,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
         output_run<T>(p, grid, image, row, col, count, position, k, m, scratch, finite);
       });
@@ -183,18 +183,18 @@ bool conv_block(const ConvArgs& p, int64_t task, void* workspace) {
   Workspace v(data, max(padded(p.in_channels), padded(p.out_channels)), 37), m = v;
   v.channels = padded(p.in_channels);
   m.channels = padded(p.out_channels);
-  const Source source{p.x, p.x_gate, p.channels_last, p.in_channels};
+  const Source source{p.x, p.x_gate, p.x_channels_last, p.in_channels};
   const int64_t begin = blocks.begin(task), end = blocks.begin(task + 1);
   transform_input<T>(source, grid, begin, end, v, 1, scratch);
   clear_rest(v, end - begin, 1);
   Prefetch prefetch;
   const View* const outputs[] = {&p.residual, &p.residual_gate, &p.out_gate, &p.out};
   for (const View* x : outputs)
-    prefetch.add(*x, sizeof(T), p.channels_last, grid, p.out_channels, begin, end, 0);
+    prefetch.add(*x, sizeof(T), p.out_channels_last, grid, p.out_channels, begin, end, 0);
   const int64_t next = task + 1 < blocks.count ? blocks.begin(task + 2) : end;
   const View* const inputs[] = {&p.x, &p.x_gate};
   for (const View* x : inputs)
-    prefetch.add(*x, sizeof(T), p.channels_last, grid, p.in_channels, end, next, 1);
+    prefetch.add(*x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
   multiply_all(v, m, ceil_div(end - begin, TILES), static_cast<const float*>(p.prepared), p.in_channels,
                p.out_channels, prefetch);
   return transform_output<T>(p, grid, begin, end, m, scratch);
@@ -246,8 +246,8 @@ void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* wo
   const Workspace z(v.data + step * v.group, padded(p.out_channels), 36);
   double* sums = reinterpret_cast<double*>(partial + 36 * matrix_floats(p.in_channels, p.out_channels));
   for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
-  const Source input{p.x, {}, p.channels_last, p.in_channels};
-  const Source grad{p.grad, p.grad_gate, p.channels_last, p.out_channels};
+  const Source input{p.x, {}, p.x_channels_last, p.in_channels};
+  const Source grad{p.grad, p.grad_gate, p.grad_channels_last, p.out_channels};
   const int64_t blocks = ceil_div(group_end - group_begin, step);
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t first = group_begin + (group_end - group_begin) * b / blocks;
@@ -259,10 +259,10 @@ void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* wo
     clear_rest(z, end - begin, 0);
     Prefetch prefetch;
     const int64_t next = min(end + (end - begin), min(group_end * TILES, grid.tiles));
-    prefetch.add(p.x, sizeof(T), p.channels_last, grid, p.in_channels, end, next, 1);
+    prefetch.add(p.x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
     const View* const grads[] = {&p.grad, &p.grad_gate};
     for (const View* x : grads)
-      prefetch.add(*x, sizeof(T), p.channels_last, grid, p.out_channels, end, next, 0);
+      prefetch.add(*x, sizeof(T), p.grad_channels_last, grid, p.out_channels, end, next, 0);
     accumulate_all(v, z, last - first, partial, p.in_channels, p.out_channels, b == 0, prefetch);
   }
 }

@@ -123,7 +123,7 @@ void transform_input(const Args& a, const View& gate, const Layout<Args>& layout
                      float* packed, float* v, int64_t step) {
   const int64_t p = a.kernel / 2, c = layout.c;
   const int64_t rows = TILE * t.rows + TAPS - 1, columns = TILE * t.columns + TAPS - 1;
-  pack<T, float>(a.x, gate, a.channels_last, a.in_channels, a.height, a.width,
+  pack<T, float>(a.x, gate, a.x_channels_last, a.in_channels, a.height, a.width,
                  {t.block.n, TILE * t.block.h - p, TILE * t.block.w - p, rows, columns}, packed, c);
   for (int64_t q = 0; q < t.rows * t.columns; ++q) {
     const float* from = packed + (q / t.columns * TILE * columns + q % t.columns * TILE) * c;
@@ -296,7 +296,7 @@ template <typename T>
 void transform_gradient(const FilterGradArgs& a, const Tiles& t, int64_t k, float* packed, float* z,
                         int64_t step, double* bias) {
   const int64_t rows = TILE * t.block.rows, columns = TILE * t.block.columns;
-  pack<T, float>(a.grad, a.grad_gate, a.channels_last, a.out_channels, a.height, a.width,
+  pack<T, float>(a.grad, a.grad_gate, a.grad_channels_last, a.out_channels, a.height, a.width,
                  {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns}, packed, k);
   add_rows<float>(packed, rows * columns, k, bias);
   for (int64_t q = 0; q < t.pixels; ++q) {

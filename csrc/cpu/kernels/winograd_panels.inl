@@ -57,7 +57,7 @@ int64_t prepared_bytes(const ConvArgs& p) {
 void prepare(const ConvArgs& p, void* prepared) {
   const Grid grid(p.batch, p.height, p.width);
   const Parts v{static_cast<float*>(prepared), grid.groups, DEPTH};
-  const Source source{p.x, p.x_gate, p.channels_last, p.in_channels};
+  const Source source{p.x, p.x_gate, p.x_channels_last, p.in_channels};
   Scratch scratch;
   each_part(p.in_channels, DEPTH, [&](int64_t i, int64_t, int64_t) {
     with_type(p.dtype,
@@ -114,7 +114,7 @@ bool conv_panel(const ConvArgs& p, int64_t task, void* workspace) {
   });
   Vec finite = splat(0.0f);
   each_run_and_vector(
-      p.channels_last, grid, 0, grid.tiles, m.first, end,
+      p.out_channels_last, grid, 0, grid.tiles, m.first, end,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
         output_run<T>(p, grid, image, row, col, count, position, k, m, scratch, finite);
       });
@@ -155,8 +155,8 @@ void prepare_grad(const FilterGradArgs& p, void* prepared) {
   char* shared = static_cast<char*>(prepared);
   double* sums = static_cast<double*>(prepared);
   for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
-  const Source input{p.x, {}, p.channels_last, p.in_channels};
-  const Source grad{p.grad, p.grad_gate, p.channels_last, p.out_channels};
+  const Source input{p.x, {}, p.x_channels_last, p.in_channels};
+  const Source grad{p.grad, p.grad_gate, p.grad_channels_last, p.out_channels};
   const Parts v = layout.inputs(shared), z = layout.grads(shared);
   Scratch scratch;
   with_type(p.dtype, [&]<typename T>() {
