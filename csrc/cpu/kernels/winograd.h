@@ -320,23 +320,21 @@ void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
 
 // --- 36 matrix products
 
-// m[6][N vectors] = v[6][C] u[C][N vectors], `Add`ed to what m is. Meanwhile `ahead` floats from `next` are
-// fetched for each input channel: the next group's panel, or a piece of the next point's matrix.
+// m[6][N vectors] = v[6][C] u[C][N vectors], `Add`ed to what m is. Meanwhile the six rows at `next` are
+// fetched, and of what is at `ahead`, `pace` floats for every input channel.
 template <int N, bool Add>
 [[gnu::noinline]] void multiply(const float* v, int64_t v_stride, const float* u, int64_t C, float* m,
-                                int64_t m_stride, const float* next, int64_t ahead) {
+                                int64_t m_stride, const float* next, const float* ahead, int64_t pace) {
   Vec acc[TILES][N];
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
   const float* w = v + 3 * v_stride;
-  for (int64_t c = 0; c < C; ++c) {
+  const auto step = [&]() __attribute__((always_inline)) {
     Vec b[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) b[n] = load_vec(u + n * VL);
-    for (int64_t i = 0; i < ahead; i += 16)
-      _mm_prefetch(reinterpret_cast<const char*>(next + i), _MM_HINT_T0);
 #pragma GCC unroll 6
     for (int r = 0; r < TILES; ++r) {
       Vec a = splat(r < 3 ? v[r * v_stride] : w[(r - 3) * v_stride]);
@@ -346,8 +344,17 @@ template <int N, bool Add>
     }
     ++v, ++w;
     u += N * VL;
-    next += ahead;
+  };
+  int64_t c = 0;
+  for (; c + 2 <= C; c += 2) {
+    _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+    next += 2 * TILES;
+    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+    ahead += 2 * pace;
+    step();
+    step();
   }
+  if (c < C) step();
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
 #pragma GCC unroll 4
@@ -640,8 +647,10 @@ template <int R, int N>
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) b[n] = load_vec(zq + n * VL);
       _mm_prefetch(next, _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(vq + vs.slot), _MM_HINT_T0);
-      _mm_prefetch(reinterpret_cast<const char*>(zq + zs.slot + line * 16), _MM_HINT_T0);
+      if constexpr (VL == 16) {  // with AVX2 the loads leave no room for these
+        _mm_prefetch(reinterpret_cast<const char*>(vq + vs.slot), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(zq + zs.slot + line * 16), _MM_HINT_T0);
+      }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
         Vec a = splat(vq[r]);

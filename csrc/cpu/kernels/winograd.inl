@@ -79,14 +79,16 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
     each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
       for (int64_t c = 0; c < C; c += depth) {
         const float* panel = u + first * VL * C + c * N * VL;
-        const int64_t n = min(depth, C - c);
-        for (int64_t g = 0; g < groups; ++g) {
+        // Of the next panel, each group fetches its share.
+        const int64_t n = min(depth, C - c), pace = N * VL / groups;
+        const float* ahead = panel + n * N * VL;
+        for (int64_t g = 0; g < groups; ++g, ahead += n * pace) {
           const float* from = v.data + g * v.group + (t + 1) * v.slot + c;
-          const bool last = g + 1 == groups;
+          const float* next = g + 1 < groups ? from + v.group : v.data + (t + 2) * v.slot + c;
           (c == 0 ? multiply<N, false>
                   : multiply<N, true>)(from, v.channels, panel, n,
-                                       m.data + g * m.group + t * m.slot + first * VL, m.channels,
-                                       last ? panel + n * N * VL : from + v.group, last ? N * VL : TILES);
+                                       m.data + g * m.group + t * m.slot + first * VL, m.channels, next,
+                                       ahead, pace);
           prefetch.issue(share);
         }
       }

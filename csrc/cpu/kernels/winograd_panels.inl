@@ -79,11 +79,13 @@ void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const
   for (int t = 0; t < 36; ++t) {
     each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
       const float* panel = u + t * matrix_floats(DEPTH, PANEL) + first * VL * depth;
-      for (int64_t g = 0; g < groups; ++g) {
+      const float* ahead = panel + depth * N * VL;  // the next panel
+      const int64_t pace = N * VL / groups;
+      for (int64_t g = 0; g < groups; ++g, ahead += depth * pace) {
         const float* from = v.data + g * v.group + t * v.slot;
-        const bool last = g + 1 == groups;
+        const float* next = g + 1 < groups ? from + v.group : v.data + (t + 1) * v.slot;
         multiply<N, Add>(from, v.channels, panel, depth, m.data + g * m.group + t * m.slot + first * VL,
-                         m.channels, last ? panel + depth * N * VL : from + v.group, last ? N * VL : TILES);
+                         m.channels, next, ahead, pace);
       }
     });
   }
