@@ -273,6 +273,7 @@ def test_no_input_channels():
     [
         ((1, 64, 35, 55), 3),
         ((3, 64, 37, 53), 3),
+        ((3, 64, 64, 55), 3),
         pytest.param((32, 64, 35, 55), 3, marks=pytest.mark.slow),
         pytest.param((2, 64, 224, 224), 3, marks=pytest.mark.slow),
         ((1, 64, 29, 33), 7),
@@ -445,6 +446,28 @@ def test_recomputing_the_inner_activation_changes_no_bit():
     )
     for what, value in kept.items():
         assert torch.equal(again[what], value), what
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64, 55), (2, 33, 129, 130), (1, 48, 200, 101)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
+def test_backward_a_few_rows_at_a_time_changes_no_bit(shape, dtype, recompute, memory_format):
+    """So many rows go through a window of them; for more threads than chunks the gradient is made whole."""
+    n, c, h, w = shape
+    arguments = images_as(block((n, c, 3, h, w), dtype), lambda t: t.contiguous(memory_format=memory_format))
+    grad = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 64):
+            torch.set_num_threads(count)
+            y = checked_refiner_block(**arguments, recompute=recompute)
+            found.append(torch.autograd.grad(y, list(arguments.values()), grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        for name, one, same in zip(arguments, found[0], other, strict=True):
+            assert torch.equal(one, same), name
 
 
 @pytest.mark.isa_independent

@@ -18,6 +18,8 @@ struct f16 {
 
 namespace {
 
+inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // Accumulator type: float32 or wider.
 template <typename T>
 struct Acc {

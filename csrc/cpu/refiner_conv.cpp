@@ -93,21 +93,20 @@ struct Fusion {
 };
 
 // out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
-// weight.size(0) channels and out has weight.size(1).
+// weight.size(0) channels and out has weight.size(1). `like` has their batch, height, width and dtype.
 // channels_last: of x; out_channels_last: of out and of what it is fused with.
-void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool rotate, const Fusion& fusion,
-              const Tensor& out, bool out_channels_last) {
+ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last, const Tensor& weight, bool rotate,
+                   const Fusion& fusion, const View& out, bool out_channels_last) {
   const int64_t k = weight.size(2);
   ConvArgs args{};
-  args.dtype = dtype_of(x, "conv_same");
+  args.dtype = dtype_of(like, "conv_same");
   args.x_channels_last = channels_last, args.out_channels_last = out_channels_last;
-  args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = out.size(1);
-  args.height = x.size(2), args.width = x.size(3), args.kernel = k;
-  if (out.numel() == 0) return;
-  args.x = view_of(x), args.x_gate = view_of(fusion.x_gate);
+  args.batch = like.size(0), args.height = like.size(2), args.width = like.size(3), args.kernel = k;
+  args.in_channels = weight.size(rotate ? 0 : 1), args.out_channels = weight.size(rotate ? 1 : 0);
+  args.x = x, args.x_gate = view_of(fusion.x_gate);
   args.bias = fusion.bias ? fusion.bias->const_data_ptr() : nullptr;
   args.residual = view_of(fusion.residual), args.residual_gate = view_of(fusion.residual_gate);
-  args.out_gate = view_of(fusion.out_gate), args.out = view_of(out);
+  args.out_gate = view_of(fusion.out_gate), args.out = out;
   args.relu = fusion.relu;
 
   View& filter = args.filter;
@@ -118,10 +117,24 @@ void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool ro
         static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
     filter = {filter.data, filter.c, filter.n, -filter.h, -filter.w};
   }
+  return args;
+}
+
+// The tensor is what args.prepared points into.
+Tensor prepare(const ConvKernels& kernels, ConvArgs& args) {
+  Tensor prepared = empty({kernels.prepared_bytes(args)}, ScalarType::Byte);
+  kernels.prepare(args, prepared.mutable_data_ptr());
+  args.prepared = prepared.const_data_ptr();
+  return prepared;
+}
+
+void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool rotate, const Fusion& fusion,
+              const Tensor& out, bool out_channels_last) {
+  if (out.numel() == 0) return;
+  ConvArgs args =
+      conv_args(x, view_of(x), channels_last, weight, rotate, fusion, view_of(out), out_channels_last);
   const auto run = [&](const ConvKernels& kernels) {
-    const Tensor prepared = empty({kernels.prepared_bytes(args)}, ScalarType::Byte);
-    kernels.prepare(args, prepared.mutable_data_ptr());
-    args.prepared = prepared.const_data_ptr();
+    const Tensor prepared = prepare(kernels, args);
     const int64_t bytes = kernels.conv_scratch_bytes(args);
     std::atomic<bool> right = true;
     torch::stable::parallel_for(0, kernels.conv_tasks(args), 1, [&](int64_t begin, int64_t end) {
@@ -134,43 +147,76 @@ void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool ro
   if (!run(kernels_for(args))) run(direct_kernels());
 }
 
-// The gradients of weight and bias: each a tensor, or empty where not wanted.
+// channels_last: of x; grad_channels_last: of grad and its gate. d_weight and d_bias: each a tensor, or empty
+// where not wanted.
+FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View& grad,
+                                const MaybeTensor& gate, bool grad_channels_last, int64_t out_channels,
+                                const Tensor& d_weight) {
+  const bool want_weight = d_weight.dim() == 4;
+  FilterGradArgs args{};
+  args.dtype = dtype_of(x, "conv_same_backward");
+  args.x_channels_last = channels_last, args.grad_channels_last = grad_channels_last;
+  args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = out_channels;
+  args.height = x.size(2), args.width = x.size(3);
+  args.kernel = want_weight ? d_weight.size(2) : 1;
+  if (want_weight) args.x = view_of(x);
+  args.grad = grad, args.grad_gate = view_of(gate);
+  if (want_weight) args.d_filter = view_of(d_weight);
+  return args;
+}
+
+// f(chunk, where it sums, scratch) for every chunk; then they are combined. False where that is not finite.
+template <typename F>
+bool sum_chunks(const ConvKernels& kernels, const FilterGradArgs& args, int64_t scratch_bytes,
+                const Tensor& d_bias, F&& f) {
+  const int64_t chunks = kernels.chunks(args), sum_bytes = kernels.sum_bytes(args);
+  const Tensor sums = empty({chunks * sum_bytes}, ScalarType::Byte);
+  char* sum = static_cast<char*>(sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    char* scratch = workspace.reserve(scratch_bytes);
+    for (int64_t chunk = begin; chunk < end; ++chunk) f(chunk, sum + chunk * sum_bytes, scratch);
+  });
+  return kernels.combine(args, sum, d_bias.numel() > 0 ? d_bias.mutable_data_ptr() : nullptr);
+}
+
 void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad, const MaybeTensor& gate,
                      bool grad_channels_last, const Tensor& d_weight, const Tensor& d_bias) {
-  const bool want_weight = d_weight.dim() == 4, want_bias = d_bias.numel() > 0;
-  if (!want_weight && !want_bias) return;
+  if (d_weight.dim() != 4 && d_bias.numel() == 0) return;
   if (grad.numel() == 0) {
     Tensor zeros[] = {d_weight, d_bias};
     for (Tensor& t : zeros) torch::stable::zero_(t);
     return;
   }
-  FilterGradArgs args{};
-  args.dtype = dtype_of(x, "conv_same_backward");
-  args.x_channels_last = channels_last, args.grad_channels_last = grad_channels_last;
-  args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = grad.size(1);
-  args.height = x.size(2), args.width = x.size(3);
-  args.kernel = want_weight ? d_weight.size(2) : 1;
-  if (want_weight) args.x = view_of(x);
-  args.grad = view_of(grad), args.grad_gate = view_of(gate);
-  if (want_weight) args.d_filter = view_of(d_weight);
-
+  FilterGradArgs args =
+      filter_grad_args(x, channels_last, view_of(grad), gate, grad_channels_last, grad.size(1), d_weight);
   const auto run = [&](const ConvKernels& kernels) {
     const Tensor prepared =
         empty({kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0}, ScalarType::Byte);
     if (kernels.prepare_grad) kernels.prepare_grad(args, prepared.mutable_data_ptr());
     args.prepared = prepared.const_data_ptr();
-    const int64_t chunks = kernels.chunks(args), sum_bytes = kernels.sum_bytes(args);
-    const int64_t bytes = kernels.filter_grad_scratch_bytes(args);
-    const Tensor sums = empty({chunks * sum_bytes}, ScalarType::Byte);
-    char* sum = static_cast<char*>(sums.mutable_data_ptr());
-    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-      char* scratch = workspace.reserve(bytes);
-      for (int64_t chunk = begin; chunk < end; ++chunk)
-        kernels.filter_grad(args, chunk, sum + chunk * sum_bytes, scratch);
-    });
-    return kernels.combine(args, sum, want_bias ? d_bias.mutable_data_ptr() : nullptr);
+    return sum_chunks(
+        kernels, args, kernels.filter_grad_scratch_bytes(args), d_bias,
+        [&](int64_t chunk, void* sum, void* scratch) { kernels.filter_grad(args, chunk, sum, scratch); });
   };
   if (!run(kernels_for(args))) run(direct_kernels());
+}
+
+// The gradients of a block's first convolution and of its input, by way of that of its inner activation, of
+// which there are never more than some rows. False where that cannot be done, or came out not finite.
+bool backward_in_bands(ConvArgs inner, ConvArgs input, const FilterGradArgs& filter, const Tensor& d_bias) {
+  const ConvKernels& kernels = kernels_for(inner);
+  if (&kernels != &kernels_for(input) || &kernels != &kernels_for(filter) || kernels.band == nullptr)
+    return false;
+  if (int64_t(torch::stable::get_num_threads()) > kernels.chunks(filter)) return false;
+  const int64_t bytes = kernels.band_scratch_bytes(inner, input, filter);
+  if (bytes == 0) return false;
+  const Tensor prepared[] = {prepare(kernels, inner), prepare(kernels, input)};
+  std::atomic<bool> right = true;
+  const bool finite =
+      sum_chunks(kernels, filter, bytes, d_bias, [&](int64_t chunk, void* sum, void* scratch) {
+        if (!kernels.band(inner, input, filter, chunk, sum, scratch)) right = false;
+      });
+  return finite && right;
 }
 
 Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
@@ -263,29 +309,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
   const Tensor output = with_unit_stride(output_any, channels_last);
-  Tensor inner = inner_any ? with_unit_stride(*inner_any, true)
-                           : inner_activation(x, weight1, bias1, channels_last, op);
+  Tensor inner =
+      inner_any ? with_unit_stride(*inner_any, true) : inner_activation(x, weight1, bias1, channels_last, op);
   FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op, ": weight2 does not fit x");
   Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
          d_bias2 = nothing(x);
   if (need_weight2) d_weight2 = empty_filter(weight2);
   if (need_bias2) d_bias2 = empty({s.in_channels}, x.scalar_type());
   filter_gradient(inner, true, grad, output, channels_last, d_weight2, d_bias2);
+  if (need_weight1) d_weight1 = empty_filter(weight1);
+  if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());
+  Fusion fusion, shortcut;
+  fusion.x_gate = output;
+  fusion.out_gate = std::move(inner);
+  shortcut.residual = grad;
+  shortcut.residual_gate = output;
+  const auto empty_like_x = [&] {
+    return empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
+  };
+  if (need_x && need_weight1 && x.numel() > 0) {
+    d_x = empty_like_x();
+    if (backward_in_bands(
+            conv_args(x, view_of(grad), channels_last, weight2, true, fusion, {}, true),
+            conv_args(x, {}, true, weight1, true, shortcut, view_of(d_x), channels_last),
+            filter_grad_args(x, channels_last, {}, std::nullopt, true, s.out_channels, d_weight1), d_bias1))
+      return {d_x, d_weight1, d_bias1, d_weight2, d_bias2};
+  }
+  d_x = nothing(x);
   if (need_x || need_weight1 || need_bias1) {
-    Fusion fusion;
-    fusion.x_gate = output;
-    fusion.out_gate = std::move(inner);
     const Tensor d_inner = empty_inner(s, x.scalar_type());
     convolve(grad, channels_last, weight2, true, fusion, d_inner, true);
     fusion.out_gate.reset();  // a recomputed inner activation is freed before d_x is made
-    if (need_weight1) d_weight1 = empty_filter(weight1);
-    if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());
     filter_gradient(x, channels_last, d_inner, std::nullopt, true, d_weight1, d_bias1);
     if (need_x) {
-      Fusion shortcut;
-      shortcut.residual = grad;
-      shortcut.residual_gate = output;
-      d_x = empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
+      d_x = empty_like_x();
       convolve(d_inner, true, weight1, true, shortcut, d_x, channels_last);
     }
   }

@@ -70,6 +70,15 @@ struct ConvKernels {
   int64_t (*filter_grad_scratch_bytes)(const FilterGradArgs&);
   void (*filter_grad)(const FilterGradArgs&, int64_t chunk, void* sums, void* scratch);
   bool (*combine)(const FilterGradArgs&, const void* sums, void* d_bias);
+
+  // The backward of two convolutions in turn, a few rows at a time. What lies between them is made by
+  // `between`, is taken on to the input by `to_input`, and is the gradient in `to_filter`, by the chunks of
+  // filter_grad(); it is channels_last, never whole, and the views of it in the three are ignored. Null, or 0
+  // bytes: better made whole. false as for conv().
+  int64_t (*band_scratch_bytes)(const ConvArgs& between, const ConvArgs& to_input,
+                                const FilterGradArgs& to_filter);
+  bool (*band)(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter,
+               int64_t chunk, void* sums, void* scratch);
 };
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd)

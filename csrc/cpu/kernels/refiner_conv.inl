@@ -203,7 +203,8 @@ bool serves(DType, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { retur
 extern const ConvKernels direct;
 const ConvKernels direct = {
     serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
-    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine,
+    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine, nullptr,
+    nullptr,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA

@@ -85,10 +85,9 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
         for (int64_t g = 0; g < groups; ++g, ahead += n * pace) {
           const float* from = v.data + g * v.group + (t + 1) * v.slot + c;
           const float* next = g + 1 < groups ? from + v.group : v.data + (t + 2) * v.slot + c;
-          (c == 0 ? multiply<N, false>
-                  : multiply<N, true>)(from, v.channels, panel, n,
-                                       m.data + g * m.group + t * m.slot + first * VL, m.channels, next,
-                                       ahead, pace);
+          (c == 0 ? multiply<N, false> : multiply<N, true>)(from, v.channels, panel, n,
+                                                            m.data + g * m.group + t * m.slot + first * VL,
+                                                            m.channels, next, ahead, pace);
           prefetch.issue(share);
         }
       }
@@ -175,10 +174,10 @@ int64_t conv_scratch_bytes(const ConvArgs& p) {
 }
 int64_t conv_tasks(const ConvArgs& p) { return Blocks(p).count; }
 
+// The tiles [begin, end); those before `next` come next.
 template <typename T>
-bool conv_block(const ConvArgs& p, int64_t task, void* workspace) {
-  const Blocks blocks(p);
-  const Grid& grid = blocks.grid;
+bool conv_tiles(const ConvArgs& p, int64_t begin, int64_t end, int64_t next, void* workspace) {
+  const Grid grid(p.batch, p.height, p.width);
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   float* data = reinterpret_cast<float*>(&scratch + 1);
   // Both lie in the same slots; their own numbers of channels set the distance of the tiles alone.
@@ -186,14 +185,12 @@ bool conv_block(const ConvArgs& p, int64_t task, void* workspace) {
   v.channels = padded(p.in_channels);
   m.channels = padded(p.out_channels);
   const Source source{p.x, p.x_gate, p.x_channels_last, p.in_channels};
-  const int64_t begin = blocks.begin(task), end = blocks.begin(task + 1);
   transform_input<T>(source, grid, begin, end, v, 1, scratch);
   clear_rest(v, end - begin, 1);
   Prefetch prefetch;
   const View* const outputs[] = {&p.residual, &p.residual_gate, &p.out_gate, &p.out};
   for (const View* x : outputs)
     prefetch.add(*x, sizeof(T), p.out_channels_last, grid, p.out_channels, begin, end, 0);
-  const int64_t next = task + 1 < blocks.count ? blocks.begin(task + 2) : end;
   const View* const inputs[] = {&p.x, &p.x_gate};
   for (const View* x : inputs)
     prefetch.add(*x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
@@ -202,8 +199,12 @@ bool conv_block(const ConvArgs& p, int64_t task, void* workspace) {
   return transform_output<T>(p, grid, begin, end, m, scratch);
 }
 bool conv(const ConvArgs& p, int64_t task, void* scratch) {
+  const Blocks blocks(p);
+  const int64_t next = blocks.begin(min(task + 2, blocks.count));
   bool finite = false;
-  with_type(p.dtype, [&]<typename T>() { finite = conv_block<T>(p, task, scratch); });
+  with_type(p.dtype, [&]<typename T>() {
+    finite = conv_tiles<T>(p, blocks.begin(task), blocks.begin(task + 1), next, scratch);
+  });
   return finite;
 }
 
@@ -238,34 +239,54 @@ int64_t filter_grad_scratch_bytes(const FilterGradArgs& p) {
   return int64_t(sizeof(Scratch)) + 4 * block_groups(group) * group;
 }
 
+// Of a chunk: its tiles, and how many of them are a block.
+struct GradTiles {
+  int64_t begin, end, block;
+  GradTiles(const FilterGradArgs& p, const Grid& grid, int64_t chunk) {
+    const int64_t count = chunks(p), first = grid.groups * chunk / count;
+    const int64_t groups = grid.groups * (chunk + 1) / count - first;
+    begin = first * TILES, end = min((first + groups) * TILES, grid.tiles);
+    block = ceil_div(groups, ceil_div(groups, block_groups(grad_group_floats(p)))) * TILES;
+  }
+};
+
+double* bias_sums(const FilterGradArgs& p, float* partial) {
+  return reinterpret_cast<double*>(partial + 36 * matrix_floats(p.in_channels, p.out_channels));
+}
+
+// Adds what the tiles [begin, end) contribute, the `first` of their chunk or not; those before `next` come
+// next.
 template <typename T>
-void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* workspace) {
+void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t next, bool first, float* partial,
+                void* workspace) {
   const Grid grid(p.batch, p.height, p.width);
-  const int64_t count = chunks(p), step = block_groups(grad_group_floats(p));
-  const int64_t group_begin = grid.groups * chunk / count, group_end = grid.groups * (chunk + 1) / count;
+  const int64_t groups = ceil_div(end - begin, TILES);
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   const Workspace v(reinterpret_cast<float*>(&scratch + 1), padded(p.in_channels), 36);
-  const Workspace z(v.data + step * v.group, padded(p.out_channels), 36);
-  double* sums = reinterpret_cast<double*>(partial + 36 * matrix_floats(p.in_channels, p.out_channels));
-  for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
+  const Workspace z(v.data + groups * v.group, padded(p.out_channels), 36);
+  double* sums = bias_sums(p, partial);
+  if (first)
+    for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
   const Source input{p.x, {}, p.x_channels_last, p.in_channels};
   const Source grad{p.grad, p.grad_gate, p.grad_channels_last, p.out_channels};
-  const int64_t blocks = ceil_div(group_end - group_begin, step);
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t first = group_begin + (group_end - group_begin) * b / blocks;
-    const int64_t last = group_begin + (group_end - group_begin) * (b + 1) / blocks;
-    const int64_t begin = first * TILES, end = min(last * TILES, grid.tiles);
-    transform_input<T>(input, grid, begin, end, v, 0, scratch);
-    transform_gradient<T>(grad, grid, begin, end, z, sums, scratch);
-    clear_rest(v, end - begin, 0);
-    clear_rest(z, end - begin, 0);
-    Prefetch prefetch;
-    const int64_t next = min(end + (end - begin), min(group_end * TILES, grid.tiles));
-    prefetch.add(p.x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
-    const View* const grads[] = {&p.grad, &p.grad_gate};
-    for (const View* x : grads)
-      prefetch.add(*x, sizeof(T), p.grad_channels_last, grid, p.out_channels, end, next, 0);
-    accumulate_all(v, z, last - first, partial, p.in_channels, p.out_channels, b == 0, prefetch);
+  transform_input<T>(input, grid, begin, end, v, 0, scratch);
+  transform_gradient<T>(grad, grid, begin, end, z, sums, scratch);
+  clear_rest(v, end - begin, 0);
+  clear_rest(z, end - begin, 0);
+  Prefetch prefetch;
+  prefetch.add(p.x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
+  const View* const grads[] = {&p.grad, &p.grad_gate};
+  for (const View* x : grads)
+    prefetch.add(*x, sizeof(T), p.grad_channels_last, grid, p.out_channels, end, next, 0);
+  accumulate_all(v, z, groups, partial, p.in_channels, p.out_channels, first, prefetch);
+}
+
+template <typename T>
+void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* workspace) {
+  const GradTiles tiles(p, Grid(p.batch, p.height, p.width), chunk);
+  for (int64_t begin = tiles.begin; begin < tiles.end; begin += tiles.block) {
+    const int64_t end = min(begin + tiles.block, tiles.end), next = min(end + tiles.block, tiles.end);
+    grad_tiles<T>(p, begin, end, next, begin == tiles.begin, partial, workspace);
   }
 }
 void filter_grad(const FilterGradArgs& p, int64_t chunk, void* sums, void* scratch) {
@@ -311,12 +332,113 @@ bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
   return finite;
 }
 
+// --- the backward of two convolutions, a few rows at a time
+
+// The window of rows that a chunk has of what lies between.
+struct Band {
+  Grid grid;
+  int64_t conv_tiles;     // of a block
+  int64_t reach;          // tiles before and behind a tile that its 6 x 6 pixels touch
+  int64_t scratch_bytes;  // of the convolutions; the window lies behind it
+  int64_t row, rows;      // elements of a row; rows that there is room for
+  Band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter)
+      : grid(between.batch, between.height, between.width),
+        conv_tiles(min(Blocks(between).step, Blocks(to_input).step) * TILES),
+        reach(grid.cols + 1),
+        row(between.out_channels * between.width) {
+    const int64_t bytes[] = {conv_scratch_bytes(between), conv_scratch_bytes(to_input),
+                             filter_grad_scratch_bytes(to_filter)};
+    scratch_bytes = round_up(max(max(bytes[0], bytes[1]), bytes[2]), 64);
+    // As many tiles may be made before the first of them is through. Twice their rows, for moving them up
+    // each time would cost as much as making them.
+    const int64_t tiles = reach + 2 * conv_tiles + GradTiles(to_filter, grid, 0).block;
+    rows = 2 * (4 * (ceil_div(tiles, grid.cols) + 1) + 1);
+  }
+  // The tile's first row, counted through all images, or one `below`.
+  int64_t row_of(int64_t tile, int64_t below = 0) const {
+    const int64_t tile_row = tile / grid.cols;
+    return tile_row / grid.rows * grid.height + min(grid.height, tile_row % grid.rows * 4 + below);
+  }
+  // First tile of the image of the tile, or of the first image that begins at it or later.
+  int64_t image_of(int64_t tile) const { return tile - tile % (grid.rows * grid.cols); }
+  int64_t next_image(int64_t tile) const { return round_up(tile, grid.rows * grid.cols); }
+};
+
+int64_t band_scratch_bytes(const ConvArgs& between, const ConvArgs& to_input,
+                           const FilterGradArgs& to_filter) {
+  const Band band(between, to_input, to_filter);
+  const int64_t bytes = band.rows * band.row * size_of(between.dtype);
+  const bool worthwhile = 2 * band.rows <= between.batch * between.height && bytes <= 4 << 20;
+  return worthwhile ? band.scratch_bytes + bytes : 0;
+}
+
+template <typename T>
+bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, int64_t chunk, float* partial,
+                char* workspace) {
+  const Band band(between, to_input, to_filter);
+  const GradTiles tiles(to_filter, band.grid, chunk);
+  T* const window = reinterpret_cast<T*>(workspace + band.scratch_bytes);
+  // Tiles are made, then summed up in the filter's gradient, then passed on to the input.
+  int64_t made = max(tiles.begin - band.reach, band.image_of(tiles.begin));
+  int64_t summed = tiles.begin, passed = tiles.begin, base = 0;
+  const int64_t last = min(tiles.end + band.reach, band.next_image(tiles.end));
+  bool finite = true;
+  const auto open_at = [&](int64_t row) {
+    base = row;
+    const View rows{window - base * band.row, between.height * band.row, 1, band.row, between.out_channels};
+    between.out = to_input.x = to_filter.grad = rows;
+  };
+  const auto make = [&](int64_t until) {
+    while (made < until) {
+      const int64_t end = min(made + band.conv_tiles, last);
+      if (band.row_of(end - 1, 4) - base > band.rows) {
+        int64_t wanted = max(band.row_of(passed) - 1, band.row_of(band.image_of(passed)));
+        if (summed < tiles.end) wanted = min(wanted, band.row_of(summed));
+        const int64_t rows = band.row_of(made - 1, 4) - wanted;
+        if (rows > 0)
+          std::memmove(window, window + (wanted - base) * band.row, size_t(rows * band.row) * sizeof(T));
+        open_at(wanted);
+      }
+      finite &= conv_tiles<T>(between, made, end, min(end + band.conv_tiles, last), workspace);
+      made = end;
+    }
+  };
+  open_at(band.row_of(made));
+  while (summed < tiles.end || passed < tiles.end) {
+    if (summed < tiles.end) {
+      const int64_t end = min(summed + tiles.block, tiles.end), next = min(end + tiles.block, tiles.end);
+      make(end);
+      grad_tiles<T>(to_filter, summed, end, next, summed == tiles.begin, partial, workspace);
+      summed = end;
+    }
+    while (passed < tiles.end) {
+      const int64_t end = min(passed + band.conv_tiles, tiles.end);
+      const int64_t wanted = min(end + band.reach, band.next_image(end));
+      if (wanted > made && summed < tiles.end) break;
+      make(wanted);
+      finite &= conv_tiles<T>(to_input, passed, end, min(end + band.conv_tiles, tiles.end), workspace);
+      passed = end;
+    }
+  }
+  return finite;
+}
+bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter, int64_t chunk,
+          void* sums, void* scratch) {
+  bool finite = false;
+  with_type(between.dtype, [&]<typename T>() {
+    finite = band_chunk<T>(between, to_input, to_filter, chunk, static_cast<float*>(sums),
+                           static_cast<char*>(scratch));
+  });
+  return finite;
+}
+
 }  // namespace
 
 extern const ConvKernels winograd;
 const ConvKernels winograd = {
     serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
-    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine,
+    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine, band_scratch_bytes,
+    band,
 };
 
 #else

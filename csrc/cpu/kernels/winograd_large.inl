@@ -413,7 +413,8 @@ bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
 extern const ConvKernels winograd_large;
 const ConvKernels winograd_large = {
     serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
-    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine,
+    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine, nullptr,
+    nullptr,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA

@@ -239,6 +239,8 @@ const ConvKernels winograd_panels = {
     filter_grad_scratch_bytes,
     filter_grad,
     combine,
+    nullptr,
+    nullptr,
 };
 
 #else
