@@ -260,6 +260,10 @@ bool conv_block(const ConvArgs& a, int64_t task, char* scratch) {
   int64_t* offset = carve<int64_t>(scratch, layout.taps());
   layout.offsets(t, offset);
   transform_input<T>(a, a.x_gate, layout, t, packed, v, v_step);
+  // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow on Intel.
+  const int64_t rows = t.rows * t.columns;
+  for (int p = 0; p < POINTS * POINTS; ++p)
+    for (int64_t i = 0; i < max_rows * layout.c; ++i) v[p * v_step + rows * layout.c + i] = 0;
   for (int p = 0; p < POINTS * POINTS; ++p)
     multiply<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
                     static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k, m + p * m_step);
