@@ -19,7 +19,7 @@ from examples.common.checkpoint import CheckpointError
 from examples.common.images import DataError
 from examples.simgan import data, digits, evaluate, eyes, models, report
 from examples.simgan.cli import arguments, main, settings_of
-from examples.simgan.train import Settings, Trainer, load_refiner, to_float, to_uint8, train
+from examples.simgan.train import Settings, Trainer, load_refiner, shifted, to_float, to_uint8, train
 
 Image = pytest.importorskip("PIL.Image", reason="the examples' extra is not installed")
 pytestmark = pytest.mark.isa_independent
@@ -191,9 +191,8 @@ def test_the_discriminator_sees_earlier_images_too(domains):
 
 
 def test_shifted_images_are_moved_and_no_more(domains):
-    trainer = Trainer(domains, replace(QUICK, shift=2))
     x = to_float(domains.real.x[:30])
-    moved = trainer._shifted(x)
+    moved = shifted(x, 2, torch.Generator().manual_seed(0))
     inner = x[..., 2:-2, 2:-2]
     places = [(y, z) for y in range(5) for z in range(5)]
     for image, middle in zip(moved, inner, strict=True):
@@ -377,6 +376,9 @@ def test_drawn_digits_are_what_their_labels_say():
         means = torch.stack([soft[:150][labels[:150] == c].mean(0) for c in range(10)])
         right = (torch.cdist(soft[150:], means).argmin(1) == labels[150:]).float().mean()
         assert right > 0.7, draw.__name__
+    for side in (1, 2):  # of what was drawn last, fonts
+        centre = x[:, 0].float().sum(side) @ (torch.arange(28) + 0.5) / x.float().sum((1, 2, 3))
+        assert (centre - 14).abs().max() < 0.5
 
 
 def test_drawn_eyes_look_where_their_gaze_says():

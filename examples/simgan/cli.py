@@ -40,7 +40,7 @@ QUICK = Settings(
 )  # fmt: skip
 TUNED = {
     "strokes": replace(QUICK, reg_scale=0.3),
-    "fonts": replace(QUICK, reg_scale=0.01, discriminator_lr=0.001, steps=400),
+    "fonts": replace(QUICK, reg_scale=0.01, discriminator_lr=0.001, steps=200),
     "eyes": replace(
         QUICK, steps=200, reg_scale=0.3, batch=16, refiner_steps=1, discriminator_lr=0.001, match=4, mirror=5,
         shift=2,

@@ -255,7 +255,10 @@ def _glyphs(files: tuple[Path, ...], side: int = 64) -> Tensor:
 
 
 def font_digits(labels: Tensor, generator: torch.Generator, folder: Path | None = None) -> Tensor:
-    """Digits of random fonts, turned, slanted, stretched and bent; uint8 (N, 1, 28, 28), white on black."""
+    """Digits of random fonts, turned, slanted, stretched and bent; uint8 (N, 1, 28, 28), white on black.
+
+    Their centre of mass lies in the middle, as in MNIST.
+    """
     sheet = _glyphs(tuple(font_files(folder)))
     n = len(labels)
     glyphs = sheet[torch.randint(len(sheet), (n,), generator=generator), labels][:, None]
@@ -282,5 +285,16 @@ def font_digits(labels: Tensor, generator: torch.Generator, folder: Path | None 
     grid = grid + F.interpolate(field, (2 * SIZE, 2 * SIZE), mode="bicubic", align_corners=False).permute(
         0, 2, 3, 1
     )
-    images = F.avg_pool2d(F.grid_sample(glyphs, grid, align_corners=False), 2)
+    images = F.avg_pool2d(_centred(F.grid_sample(glyphs, grid, align_corners=False)), 2)
     return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _centred(images: Tensor) -> Tensor:
+    """Images (N, 1, S, S) on black, moved by whole pixels so that the centre of mass comes to the middle."""
+    side = images.shape[-1]
+    places = torch.arange(side) + 0.5
+    mass = images.sum((1, 2, 3)).clamp(min=1e-6)
+    down = side / 2 - images.sum((1, 3)) @ places / mass
+    across = side / 2 - images.sum((1, 2)) @ places / mass
+    moves = torch.stack([down, across], 1).round().int().tolist()
+    return torch.stack([image.roll(move, (1, 2)) for image, move in zip(images, moves, strict=True)])

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from examples.simgan.data import Domains, Images
 from examples.simgan.eyes import angle_between
 from examples.simgan.models import Classifier, GazeRegressor
-from examples.simgan.train import to_float
+from examples.simgan.train import shifted, to_float
 
 
 def fit(
     net: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], *, seed: int, steps: int,
-    batch: int = 64, lr: float = 0.001, progress: Any = None,
+    batch: int = 64, lr: float = 0.001, shift: int = 0, progress: Any = None,
 ) -> nn.Module:  # fmt: skip
-    """Adam on random minibatches, the step size falling to zero. `net` comes back in evaluation mode."""
+    """Adam on random minibatches, the step size falling to zero. `net` comes back in evaluation mode.
+
+    shift: pixels by which the images are moved at random.
+    """
     generator = torch.Generator().manual_seed(seed)
     net.to(memory_format=torch.channels_last)
     optimiser = torch.optim.Adam(net.parameters(), lr)
@@ -27,7 +30,8 @@ def fit(
     assert images.y is not None
     for _ in range(steps):
         picked = torch.randint(len(images), (batch,), generator=generator)
-        x = to_float(images.x[picked]).contiguous(memory_format=torch.channels_last)
+        x = to_float(images.x[picked])
+        x = shifted(x, shift, generator) if shift else x.contiguous(memory_format=torch.channels_last)
         value = loss(net(x), images.y[picked])
         optimiser.zero_grad()
         value.backward()
@@ -45,10 +49,12 @@ def predict(net: nn.Module, x: Tensor) -> Tensor:
                       for part in x.split(250)])  # fmt: skip
 
 
-def train_classifier(images: Images, classes: int, seed: int, steps: int, progress: Any = None) -> nn.Module:
+def train_classifier(
+    images: Images, classes: int, seed: int, steps: int, shift: int = 0, progress: Any = None
+) -> nn.Module:
     torch.manual_seed(seed)
     net = Classifier(*images.x.shape[1:], classes)
-    return fit(net, images, F.cross_entropy, seed=seed, steps=steps, progress=progress)
+    return fit(net, images, F.cross_entropy, seed=seed, steps=steps, shift=shift, progress=progress)
 
 
 def train_regressor(images: Images, seed: int, steps: int, progress: Any = None) -> nn.Module:
@@ -74,7 +80,7 @@ def two_sample(
     n = max(len(real), len(fake))
     balanced = [part[torch.arange(n) % len(part)] for part in (real, fake)]
     labels = torch.cat([torch.zeros(n, dtype=torch.long), torch.ones(n, dtype=torch.long)])
-    judge = train_classifier(Images(torch.cat(balanced), labels), 2, seed, steps, progress)
+    judge = train_classifier(Images(torch.cat(balanced), labels), 2, seed, steps, progress=progress)
     sides = [
         (predict(judge, x).argmax(1) == side).float().mean() for side, x in enumerate((real_test, fake_test))
     ]
@@ -88,8 +94,9 @@ def evaluate(
     """All measures as plain numbers.
 
     `accuracy` (of classes) or `error` (of gazes, degrees): on held-out real images, by what the network was
-    trained on, where the real images have labels. `gaze_kept`: degrees between what a regressor trained on
-    raw images reads from a held-out synthetic image and from its refined copy; `gaze_raw`, `gaze_refined`:
+    trained on, where the real images have labels. Classifiers see their training images moved by up to two
+    pixels. `gaze_kept`: degrees between what a regressor trained on raw images reads from a held-out
+    synthetic image and from its refined copy; `gaze_raw`, `gaze_refined`:
     its errors on both. `two_sample`: see there, the mean of several judges.
     """
     synthetic, held_out = domains.synthetic, domains.synthetic_test
@@ -103,7 +110,7 @@ def evaluate(
         truth = domains.real_test.y
         measures["accuracy"] = {}
         for name, images in (("raw", synthetic), ("refined", refined), ("raw + refined", both)):
-            net = train_classifier(images, len(domains.classes), seed, steps, progress)
+            net = train_classifier(images, len(domains.classes), seed, steps, 2, progress)
             said = predict(net, domains.real_test.x).argmax(1)
             measures["accuracy"][name] = float((said == truth).float().mean())
     if domains.task == "gaze" and both is not None:

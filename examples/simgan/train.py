@@ -90,6 +90,15 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def shifted(images: Tensor, by: int, generator: torch.Generator) -> Tensor:
+    """Every image (N, C, H, W) moved by up to `by` pixels across and down, its border repeated."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (by, by, by, by), mode="replicate")
+    corners = torch.randint(2 * by + 1, (len(images), 2), generator=generator).tolist()
+    moved = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
+    return torch.stack(moved).contiguous(memory_format=torch.channels_last)
+
+
 class Trainer:
     """Holds everything of one training; `advance()` is one step of the phase that it is in.
 
@@ -162,14 +171,6 @@ class Trainer:
         matched: Tensor = self.matching(self.draw(self.domains.synthetic.x))
         return matched
 
-    def _shifted(self, images: Tensor) -> Tensor:
-        """Every image (N, C, H, W) moved by up to `shift` pixels across and down, its border repeated."""
-        by, (height, width) = self.settings.shift, images.shape[2:]
-        padded = F.pad(images, (by, by, by, by), mode="replicate")
-        corners = torch.randint(2 * by + 1, (len(images), 2), generator=self.generator).tolist()
-        moved = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
-        return torch.stack(moved).contiguous(memory_format=torch.channels_last)
-
     def refiner_step(self, pretraining: bool = False) -> dict[str, Tensor]:
         s = self.settings
         synthetic = self.draw_synthetic()
@@ -201,7 +202,7 @@ class Trainer:
         s = self.settings
         real = self.draw(self.domains.real.x)
         if s.shift:
-            real = self._shifted(real)
+            real = shifted(real, s.shift, self.generator)
         with torch.no_grad():
             refined = self.refiner(self.draw_synthetic())
         if s.history:
