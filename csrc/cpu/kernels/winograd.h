@@ -320,11 +320,19 @@ void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
 
 // --- 36 matrix products
 
+// Cache lines that will be wanted later. Products fetch them one by one: many at once would hold up what the
+// products themselves wait for.
+struct Lines {
+  const char* const* at = nullptr;
+  int64_t count = 0;
+};
+
 // m[6][N vectors] = v[6][C] u[C][N vectors], `Add`ed to what m is. Meanwhile the six rows at `next` are
-// fetched, and of what is at `ahead`, `pace` floats for every input channel.
+// fetched, of what is at `ahead`, `pace` floats for every input channel, and `far`.
 template <int N, bool Add>
 [[gnu::noinline]] void multiply(const float* v, int64_t v_stride, const float* u, int64_t C, float* m,
-                                int64_t m_stride, const float* next, const float* ahead, int64_t pace) {
+                                int64_t m_stride, const float* next, const float* ahead, int64_t pace,
+                                Lines far) {
   Vec acc[TILES][N];
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
@@ -351,6 +359,10 @@ template <int N, bool Add>
     next += 2 * TILES;
     _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
     ahead += 2 * pace;
+    if (c < far.count) {  // an even number
+      _mm_prefetch(far.at[c], _MM_HINT_T1);
+      _mm_prefetch(far.at[c + 1], _MM_HINT_T1);
+    }
     step();
     step();
   }
@@ -629,10 +641,11 @@ FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, Vec& finite) {
 // --- weight gradient
 
 // u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]. On the way, the accumulators
-// of the next R rows are fetched, and this call's share of the next point's v and z (`line` of z's N lines).
+// of the next R rows are fetched, this call's share of the next point's v and z (`line` of z's N lines), and
+// `far`.
 template <int R, int N>
 [[gnu::noinline]] void accumulate(const float* v, const Workspace& vs, const float* z, const Workspace& zs,
-                                  int64_t groups, int64_t line, float* u, bool first) {
+                                  int64_t groups, int64_t line, float* u, bool first, Lines far) {
   Vec acc[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
@@ -647,6 +660,7 @@ template <int R, int N>
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) b[n] = load_vec(zq + n * VL);
       _mm_prefetch(next, _MM_HINT_T0);
+      if (int64_t i = g * TILES + q; i < far.count) _mm_prefetch(far.at[i], _MM_HINT_T1);
       if constexpr (VL == 16) {  // with AVX2 the loads leave no room for these
         _mm_prefetch(reinterpret_cast<const char*>(vq + vs.slot), _MM_HINT_T0);
         _mm_prefetch(reinterpret_cast<const char*>(zq + zs.slot + line * 16), _MM_HINT_T0);
@@ -667,13 +681,12 @@ template <int R, int N>
     for (int n = 0; n < N; ++n) store_vec(u + (r * N + n) * VL, acc[r][n]);
 }
 
-// The same for all C rows of v, with `after` called behind each six.
+// The same for all C rows of v; far() has the lines to fetch with each six.
 template <int N, typename F>
 void accumulate_panel(const float* v, const Workspace& vs, const float* z, const Workspace& zs,
-                      int64_t groups, int64_t C, float* u, bool first, F&& after) {
+                      int64_t groups, int64_t C, float* u, bool first, F&& far) {
   const auto rows = [&]<int R>(Width<R>, int64_t c) {
-    accumulate<R, N>(v + c, vs, z, zs, groups, c / 6 % N * VL / 16, u + c * N * VL, first);
-    after();
+    accumulate<R, N>(v + c, vs, z, zs, groups, c / 6 % N * VL / 16, u + c * N * VL, first, far());
   };
   int64_t c = 0;
   for (; c + 6 <= C; c += 6) rows(Width<6>{}, c);

@@ -27,7 +27,10 @@ struct Prefetch {
   };
   Piece pieces[64];
   int size = 0, piece = 0;
-  int64_t row = 0, index = 0, segments = 0;
+  int64_t row = 0, index = 0, lines = 0;
+  static constexpr int64_t BATCH = 256, LONGEST = 512;  // lines listed at a time, and of a segment
+  const char* list[BATCH + LONGEST];
+  int64_t used = 0, filled = 0;  // of the list
 
   void add(const View& x, int64_t size_of, bool channels_last, const Grid& grid, int64_t channels,
            int64_t begin, int64_t end, int64_t below) {
@@ -50,16 +53,26 @@ struct Prefetch {
         if (x.h == width && p.rows > 0) p.bytes *= p.rows, p.rows = 1;  // the rows touch
       }
       if (p.rows <= 0 || p.count <= 0) continue;
-      segments += p.rows * p.count;
+      p.bytes = min(p.bytes, 64 * LONGEST);
+      lines += p.rows * p.count * ceil_div(p.bytes, 64);
       ++size;
     }
   }
 
-  void issue(int64_t wanted) {
-    for (; wanted > 0 && piece < size; --wanted) {
+  // The next `wanted` lines, or none where there are not so many left. Valid until the next call.
+  Lines take(int64_t wanted) {
+    if (used + wanted > filled) refill();
+    if (used + wanted > filled) return {};
+    used += wanted;
+    return {list + used - wanted, wanted};
+  }
+  void refill() {
+    for (int64_t i = used; i < filled; ++i) list[i - used] = list[i];
+    filled -= used, used = 0;
+    while (filled < BATCH && piece < size) {
       const Piece& p = pieces[piece];
       const char* from = p.base + index * p.stride + row * p.row_stride;
-      for (int64_t i = 0; i < p.bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+      for (int64_t i = 0; i < p.bytes; i += 64) list[filled++] = from + i;
       if (++row == p.rows) {
         row = 0;
         if (++index == p.count) index = 0, ++piece;
@@ -73,7 +86,8 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
   const int64_t vectors = ceil_div(K, VL);
   // Sums of at most 128 products, and then of these: one sum of 256 has half again the rounding error.
   const int64_t parts = ceil_div(C, 128), depth = ceil_div(C, parts);
-  const int64_t share = ceil_div(prefetch.segments, 36 * groups * ceil_div(vectors, NV) * parts);
+  const int64_t calls = 36 * groups * ceil_div(vectors, NV) * parts;
+  const int64_t share = min(round_up(ceil_div(prefetch.lines, calls), 2), depth / 2 * 2);
   for (int t = 0; t < 36; ++t) {
     const float* u = weights + t * matrix_floats(C, K);
     each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
@@ -87,8 +101,8 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
           const float* next = g + 1 < groups ? from + v.group : v.data + (t + 2) * v.slot + c;
           (c == 0 ? multiply<N, false> : multiply<N, true>)(from, v.channels, panel, n,
                                                             m.data + g * m.group + t * m.slot + first * VL,
-                                                            m.channels, next, ahead, pace);
-          prefetch.issue(share);
+                                                            m.channels, next, ahead, pace,
+                                                            prefetch.take(share));
         }
       }
     });
@@ -211,12 +225,13 @@ bool conv(const ConvArgs& p, int64_t task, void* scratch) {
 void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, float* partial, int64_t C,
                     int64_t K, bool first, Prefetch& prefetch) {
   const int64_t vectors = ceil_div(K, VL);
-  const int64_t share = ceil_div(prefetch.segments, 36 * ceil_div(C, 6) * ceil_div(vectors, NV));
+  const int64_t calls = 36 * ceil_div(C, 6) * ceil_div(vectors, NV);
+  const int64_t share = min(ceil_div(prefetch.lines, calls), groups * TILES);
   for (int t = 0; t < 36; ++t) {
     each_panel(vectors, [&]<int N>(Width<N>, int64_t vector) {
       accumulate_panel<N>(v.data + t * v.slot, v, z.data + t * z.slot + vector * VL, z, groups, C,
                           partial + t * matrix_floats(C, K) + vector * VL * C, first,
-                          [&] { prefetch.issue(share); });
+                          [&] { return prefetch.take(share); });
     });
   }
 }

@@ -85,7 +85,7 @@ void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const
         const float* from = v.data + g * v.group + t * v.slot;
         const float* next = g + 1 < groups ? from + v.group : v.data + (t + 1) * v.slot;
         multiply<N, Add>(from, v.channels, panel, depth, m.data + g * m.group + t * m.slot + first * VL,
-                         m.channels, next, ahead, pace);
+                         m.channels, next, ahead, pace, {});
       }
     });
   }
@@ -190,7 +190,7 @@ bool grad_panel(const FilterGradArgs& p, int64_t chunk, float* u) {
     for (int t = 0; t < 36; ++t)
       each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
         accumulate_panel<N>(v.data + t * v.slot, v, z.data + t * z.slot + first * VL, z, layout.grid.groups,
-                            depth, u + t * size + first * VL * depth, true, [] {});
+                            depth, u + t * size + first * VL * depth, true, [] { return Lines{}; });
       });
     for (int64_t vector = 0; vector < vectors; ++vector) {
       int64_t offset, stride;
