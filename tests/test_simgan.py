@@ -19,7 +19,16 @@ from examples.common.checkpoint import CheckpointError
 from examples.common.images import DataError
 from examples.simgan import data, digits, evaluate, eyes, models, report
 from examples.simgan.cli import arguments, main, settings_of
-from examples.simgan.train import Settings, Trainer, load_refiner, shifted, to_float, to_uint8, train
+from examples.simgan.train import (
+    Settings,
+    Trainer,
+    load_refiner,
+    refine,
+    shifted,
+    to_float,
+    to_uint8,
+    train,
+)
 
 Image = pytest.importorskip("PIL.Image", reason="the examples' extra is not installed")
 pytestmark = pytest.mark.isa_independent
@@ -86,6 +95,20 @@ def test_a_mirrored_refiner_leaves_no_frame():
     assert torch.allclose(plain(x)[..., 5:-5, 5:-5], mirrored(x)[..., 5:-5, 5:-5], atol=1e-6)
 
 
+def test_a_refiner_of_changes_begins_as_the_identity(domains, tmp_path):
+    x = torch.rand(2, 1, 28, 28) * 2 - 1
+    for mirror in (0, 5):
+        assert torch.equal(models.refiner("change", mirror=mirror)(x), x)
+    trainer = Trainer(domains, replace(QUICK, net="change", pretrain_refiner=0, mirror=5, match=1))
+    while trainer.phase != "done":
+        trainer.advance()
+    refined = trainer.refine(domains.synthetic.x[:5])
+    trainer.save(tmp_path / "checkpoint.safetensors")
+    loaded, _ = load_refiner(tmp_path / "checkpoint.safetensors")
+    assert not torch.equal(refined, domains.synthetic.x[:5])
+    assert torch.equal(refine(loaded, domains.synthetic.x[:5]), refined)
+
+
 def test_matching_gives_cells_the_real_images_statistics_and_leaves_detail():
     generator = torch.Generator().manual_seed(4)
     mixed = torch.randn(6, 6, generator=generator)
@@ -100,10 +123,10 @@ def test_matching_gives_cells_the_real_images_statistics_and_leaves_detail():
     matching = models.Matching(6, 1, 12, 18)
     assert torch.equal(matching(synthetic), synthetic)
     matching.fit(synthetic, real)
-    lit = matching.cells(synthetic) @ (matching.matrix.T + torch.eye(6)) + matching.offset
-    expected = matching.cells(real)
+    before, expected = matching.cells(synthetic), matching.cells(real)
+    lit = before @ (matching.matrix.T + torch.eye(6)) + matching.offset
     torch.testing.assert_close(lit.mean(0), expected.mean(0), rtol=0, atol=1e-4)
-    spread = expected.T.cov()
+    spread = matching.kept * before.T.cov() + (1 - matching.kept) * expected.T.cov()
     assert (lit.T.cov() - spread).norm() < 0.15 * spread.norm()  # the ridge's share
     assert (synthetic.flatten(1).T.cov().diagonal() - 2).abs().mean() < 0.2  # what it had been
     change = (matching(synthetic) - synthetic)[:, 0]
@@ -393,7 +416,17 @@ def test_drawn_eyes_look_where_their_gaze_says():
     change = (right - left)[16:22]
     assert change[:, 32:38].mean() < -20 and change[:, 17:23].mean() > 20
     down, up = (x[side, 0].float().mean(0) for side in (gaze[:, 1] > 0.25, gaze[:, 1] < 0.0))
-    assert (down - up)[9:15, 24:31].mean() > 20  # lid instead of iris
+    assert (down - up)[12:16, 25:32].mean() > 8  # lid instead of iris
+    assert (down - up)[20:25, 24:31].mean() < -20  # iris instead of white
+
+
+def test_eyes_taken_again_are_the_same_eyes():
+    x, _ = eyes.render(40, torch.Generator().manual_seed(2))
+    again = eyes.retaken(x, torch.Generator().manual_seed(3))
+    assert again.shape == x.shape and again.dtype == x.dtype and not torch.equal(again, x)
+    assert torch.equal(again, eyes.retaken(x, torch.Generator().manual_seed(3)))
+    soft, soft_again = (torch.nn.functional.avg_pool2d(i.float(), 5).flatten(1) for i in (x, again))
+    assert (torch.cdist(soft_again, soft).argmin(1) == torch.arange(40)).float().mean() > 0.7
 
 
 def test_gaze_angles_are_mpiigazes():

@@ -42,8 +42,8 @@ TUNED = {
     "strokes": replace(QUICK, reg_scale=0.3),
     "fonts": replace(QUICK, reg_scale=0.01, discriminator_lr=0.001, steps=200),
     "eyes": replace(
-        QUICK, steps=200, reg_scale=0.3, batch=16, refiner_steps=1, discriminator_lr=0.001, match=4, mirror=5,
-        shift=2,
+        QUICK, net="change", steps=200, pretrain_refiner=0, pretrain_discriminator=50, reg_scale=2.0,
+        batch=16, refiner_steps=1, lr=0.0001, discriminator_lr=0.001, match=1, mirror=5, shift=2,
     ),
     "folders": replace(QUICK, reg_scale=0.1),
 }  # fmt: skip

@@ -10,18 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples.simgan.data import Domains, Images
-from examples.simgan.eyes import angle_between
+from examples.simgan.eyes import angle_between, retaken
 from examples.simgan.models import Classifier, GazeRegressor
 from examples.simgan.train import shifted, to_float
+
+GAZE_STEPS = 3  # steps of a gaze regressor for one of a classifier
 
 
 def fit(
     net: nn.Module, images: Images, loss: Callable[[Tensor, Tensor], Tensor], *, seed: int, steps: int,
-    batch: int = 64, lr: float = 0.001, shift: int = 0, progress: Any = None,
+    batch: int = 64, lr: float = 0.001, shift: int = 0,
+    vary: Callable[[Tensor, torch.Generator], Tensor] | None = None, progress: Any = None,
 ) -> nn.Module:  # fmt: skip
     """Adam on random minibatches, the step size falling to zero. `net` comes back in evaluation mode.
 
     shift: pixels by which the images are moved at random.
+    vary: makes other uint8 images of those of a minibatch.
     """
     generator = torch.Generator().manual_seed(seed)
     net.to(memory_format=torch.channels_last)
@@ -30,7 +34,8 @@ def fit(
     assert images.y is not None
     for _ in range(steps):
         picked = torch.randint(len(images), (batch,), generator=generator)
-        x = to_float(images.x[picked])
+        x = images.x[picked] if vary is None else vary(images.x[picked], generator)
+        x = to_float(x)
         x = shifted(x, shift, generator) if shift else x.contiguous(memory_format=torch.channels_last)
         value = loss(net(x), images.y[picked])
         optimiser.zero_grad()
@@ -58,8 +63,12 @@ def train_classifier(
 
 
 def train_regressor(images: Images, seed: int, steps: int, progress: Any = None) -> nn.Module:
+    """Of eyes in varied light: one that has seen drawn eyes only as they were drawn reads noise elsewhere."""
     torch.manual_seed(seed)
-    return fit(GazeRegressor(), images, F.mse_loss, seed=seed, steps=steps, lr=0.0005, progress=progress)
+    net = GazeRegressor()
+    return fit(
+        net, images, F.mse_loss, seed=seed, steps=steps, batch=32, lr=0.0005, vary=retaken, progress=progress
+    )
 
 
 def two_sample(
@@ -114,7 +123,7 @@ def evaluate(
             said = predict(net, domains.real_test.x).argmax(1)
             measures["accuracy"][name] = float((said == truth).float().mean())
     if domains.task == "gaze" and both is not None:
-        raw_net = train_regressor(synthetic, seed, steps, progress)
+        raw_net = train_regressor(synthetic, seed, GAZE_STEPS * steps, progress)
         of_raw, of_refined = predict(raw_net, held_out.x), predict(raw_net, refined_test.x)
         assert held_out.y is not None
         measures["gaze_kept"] = float(angle_between(of_raw, of_refined).mean())
@@ -123,7 +132,7 @@ def evaluate(
         if domains.real_test.y is not None:
             nets = {"raw": raw_net}
             for name, images in (("refined", refined), ("raw + refined", both)):
-                nets[name] = train_regressor(images, seed, steps, progress)
+                nets[name] = train_regressor(images, seed, GAZE_STEPS * steps, progress)
             measures["error"] = {
                 name: float(angle_between(predict(net, domains.real_test.x), domains.real_test.y).mean())
                 for name, net in nets.items()
@@ -143,7 +152,5 @@ def evaluate(
 def training_steps(domains: Domains, steps: int, judge_steps: int, judges: int) -> int:
     """Steps that `evaluate` takes in all, for a progress bar."""
     labelled = domains.real_test.y is not None
-    nets = (
-        3 * labelled if domains.task == "class" else (3 if labelled else 1) if domains.task == "gaze" else 0
-    )
+    nets = {"class": 3 * labelled, "gaze": GAZE_STEPS * (3 if labelled else 1)}.get(domains.task, 0)
     return nets * steps + 2 * judges * judge_steps

@@ -88,7 +88,7 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
         coarse = torch.randn(n, 1, rows, columns, generator=generator)
         return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)[:, 0]
 
-    pitch, yaw = normal(-0.12, 0.15).clamp(-0.6, 0.4), normal(0.0, 0.22).clamp(-0.7, 0.7)
+    pitch, yaw = normal(-0.06, 0.13).clamp(-0.6, 0.4), normal(0.0, 0.18).clamp(-0.7, 0.7)
     gaze = gaze_vector(pitch.view(n), yaw.view(n))
     gx, gy, gz = gaze.view(n, 3, 1, 1).unbind(1)
     nasal = 1 - 2 * sometimes(0.5)  # the side of the nose
@@ -97,22 +97,25 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     x = ((torch.arange(WIDTH * scale) + 0.5) / scale).view(1, 1, -1)
     y = ((torch.arange(HEIGHT * scale) + 0.5) / scale).view(1, -1, 1)
     radius = uniform(15.0, 19.5)  # of the eyeball, pixels
-    centre_x, centre_y = normal(27.5, 1.8), normal(16.5, 1.5) + sometimes(0.08) * normal(0.0, 5.0)
+    centre_x, centre_y = normal(27.5, 1.8), normal(15.4, 1.3) + sometimes(0.08) * normal(0.0, 5.0)
     dx, dy = x - centre_x, y - centre_y
     # The lids are turned a little in the image; the gaze is not, as it is measured in camera coordinates.
     tilt = normal(0.05, 0.09) * nasal
     along, across = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
 
-    # Lids: arcs from corner to corner. The upper one follows the gaze up and down.
-    half = radius * uniform(1.05, 1.35)
+    # Lids: arcs from corner to corner. The upper one follows the gaze up and down. The corners lie lower than
+    # the pupil of an eye that looks ahead.
+    across = across - normal(2.6, 0.6)
+    half = radius * uniform(1.1, 1.4)
     u = (along / half).clamp(-1.6, 1.6)
     skew = normal(0.12, 0.12) * nasal
     opening = (uniform(0.26, 0.5) * radius + radius * 0.35 * pitch).clamp(min=1.2)
-    arc = 1 - u.abs().clamp(max=1) ** uniform(1.7, 2.8)
+    arc = 1 - u.abs().clamp(max=1) ** uniform(1.9, 3.2)
     corner = normal(0.0, 0.06) * radius * u * nasal
     across = across + uniform(0.0, 1.2) * patches(3, 6, HEIGHT * scale, WIDTH * scale)  # no arc is perfect
     upper = corner - opening * arc * (1 + skew * u)
-    lower = corner + (uniform(0.24, 0.44) * radius - radius * 0.12 * pitch) * arc * (1 - skew * u)
+    flat = 1 - u.abs().clamp(max=1) ** uniform(2.0, 3.5)
+    lower = corner + (uniform(0.26, 0.44) * radius - radius * 0.12 * pitch) * flat * (1 - skew * u)
     above, below = upper - across, across - lower  # pixels from the lids' edges, positive on the skin
     beside = along.abs() - half
     open_eye = torch.maximum(torch.maximum(above, below), beside)
@@ -123,28 +126,35 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     angle = torch.acos((dx / radius * gx + dy / radius * gy + depth * gz).clamp(-1, 1))
     iris_angle = uniform(0.46, 0.56)
     pupil_angle = iris_angle * uniform(0.3, 0.55)
-    ball = uniform(0.4, 0.85) - uniform(0.0, 0.3) * rho
+    ball = uniform(0.45, 0.9) - uniform(0.0, 0.3) * rho
     iris = uniform(0.05, 0.25) * (0.85 + 0.3 * (angle / iris_angle).clamp(max=1))
     ball = ball + (iris - ball) * inside((angle - iris_angle) * radius, uniform(1.2, 3.0))
     ball = ball - 0.06 * line((angle - iris_angle * 0.95) * radius, 1.2)
     ball = ball + (uniform(0.02, 0.1) - ball) * inside((angle - pupil_angle) * radius, uniform(1.0, 2.5))
     ball = ball * (1 - uniform(0.2, 0.6) * torch.exp(above.clamp(max=0) / uniform(1.5, 5.0)))
-    ball = ball * (1 - uniform(0.0, 0.55) * inside(-beside - uniform(1.0, 6.0), 5.0))
+    ball = ball * (1 - uniform(0.1, 0.6) * inside(-beside - uniform(1.0, 7.0), 6.0))
 
     # Skin: the socket is dark towards nose and brow, folds above and below.
     skin = uniform(0.4, 0.85)
-    skin = skin - uniform(0.0, 0.5) * line(along / half * nasal - 1.3, uniform(0.4, 0.9)) * inside(
+    skin = skin - uniform(0.0, 0.25) * line(along / half * nasal - 1.3, uniform(0.4, 0.9)) * inside(
         across - 4, 10.0
     )
-    skin = skin + uniform(0.0, 0.3) * (y / HEIGHT - 0.5)  # the cheek
+    skin = skin + uniform(0.05, 0.35) * (y / HEIGHT - 0.5)  # the cheek
     fold = uniform(1.5, 7.5) * (0.4 + 0.6 * (1 - u.abs().clamp(max=1) ** 2))
     near = inside(beside, 5.0)
-    skin = skin - uniform(0.0, 0.3) * line(above - fold, uniform(0.8, 2.2)) * near
-    skin = skin - uniform(0.0, 0.35) * inside(above - fold, 3.0) * inside(-above, 1.0) * near
-    skin = skin - uniform(0.0, 0.15) * line(below - uniform(3.0, 8.0), uniform(1.5, 4.0)) * near
+    skin = skin - uniform(0.0, 0.25) * line(above - fold, uniform(0.8, 2.2)) * near
+    skin = skin - uniform(-0.25, 0.3) * inside(above - fold, 3.0) * inside(-above, 1.0) * near
+    skin = skin - uniform(0.0, 0.15) * line(below - uniform(2.0, 8.0), uniform(0.8, 3.0)) * near
     skin = skin - uniform(0.0, 0.2) * inside(below - 2, 4.0) * inside(-below, 2.0) * near
-    brow = uniform(12.0, 24.0) * (1 - 0.12 * u**2) + 1.5 * nasal * u
+    brow = uniform(15.0, 38.0) * (1 - 0.12 * u**2) + 1.5 * nasal * u
     skin = (skin - uniform(0.0, 0.5) * inside(brow - above, uniform(3.0, 10.0))).clamp(min=0.03)
+
+    # Hollows beside both corners, and an uneven skin.
+    hollow = line(along.abs() / half - uniform(1.0, 1.25), uniform(0.2, 0.5)) * line(
+        across, uniform(3.0, 8.0)
+    )
+    skin = skin - uniform(-0.05, 0.2) * hollow
+    skin = skin * (1 + uniform(0.0, 0.08) * patches(7, 11, HEIGHT * scale, WIDTH * scale))
 
     picture = skin + (ball - skin) * inside(open_eye, uniform(0.6, 2.0))
     lashes = line(above - uniform(-0.3, 0.6), uniform(0.7, 2.2)) * inside(beside + normal(0.5, 1.5), 5.0)
@@ -153,14 +163,15 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     wet = line(below - uniform(0.6, 1.6), uniform(0.5, 1.2)) * inside(beside, 3.0)
     picture = picture + uniform(0.0, 0.12) * wet
     # Light and shadow: brighter to one side, and uneven.
-    light = 1 + uniform(0.0, 1.2) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
-    light = light + uniform(0.0, 0.2) * patches(4, 5, HEIGHT * scale, WIDTH * scale)
+    light = 1 + uniform(0.0, 0.9) * (light_x * (x / WIDTH - 0.5) + light_y * (y / HEIGHT - 0.5))
+    light = light + uniform(0.0, 0.2) * patches(4, 6, HEIGHT * scale, WIDTH * scale)
     picture = picture * light.clamp(0.15, 1.8)
     # The mirror image of a lamp on the cornea.
-    gleam_x = centre_x + radius * (0.75 * gx + 0.14 * light_x)
-    gleam_y = centre_y + radius * (0.75 * gy + 0.2 * light_y)
-    gleam = inside(((x - gleam_x) ** 2 + (y - gleam_y) ** 2).sqrt() - uniform(0.4, 1.6)) * inside(open_eye)
-    picture = picture + (1 - picture).clamp(min=0) * uniform(0.2, 1.0) * sometimes(0.5) * gleam
+    gleam_x = centre_x + radius * (0.75 * gx + 0.3 * light_x)
+    gleam_y = centre_y + radius * (0.75 * gy + 0.3 * light_y)
+    gleam = ((x - gleam_x) ** 2 + ((y - gleam_y) * uniform(0.6, 1.4)) ** 2).sqrt() - uniform(0.2, 2.4)
+    gleam = inside(gleam, uniform(0.8, 2.5)) * inside(open_eye)
+    picture = picture + (1 - picture).clamp(min=0) * uniform(0.0, 1.0) ** 2 * sometimes(0.6) * gleam
     # Glasses: a rim above, light or dark.
     rim = dy + uniform(9.0, 17.0) + normal(0.0, 0.15) * dx - uniform(0.0, 0.012) * dx**2
     tone = torch.where(sometimes(0.6) > 0, 1.0, 0.05)
@@ -171,10 +182,10 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
     small = small / small.amax((2, 3), keepdim=True)
     grain = torch.randn(small.shape, generator=generator)
     texture = patches(20, 34, HEIGHT, WIDTH)[:, None]
-    small = small * (1 + uniform(0.02, 0.07)[:, None] * texture)
-    small = _blur(small, uniform(0.2, 0.4).view(n), uniform(0.4, 0.65).view(n))
-    strength = 0.01 + 0.06 * torch.rand(n, generator=generator) ** 3
-    grain = strength.view(n, 1, 1, 1) * _blur(grain, uniform(0.4, 0.6).view(n), uniform(0.5, 0.7).view(n))
+    small = small * (1 + 0.06 * uniform(0.0, 1.0)[:, None] ** 3 * texture)
+    small = _blur(small, uniform(0.1, 0.35).view(n), uniform(0.3, 0.6).view(n))
+    strength = 0.003 + 0.06 * torch.rand(n, generator=generator) ** 5
+    grain = strength.view(n, 1, 1, 1) * _blur(grain, uniform(0.3, 0.5).view(n), uniform(0.45, 0.65).view(n))
     small = small + grain * small.clamp(min=0.02).sqrt()
     small = (small * uniform(0.85, 1.05)[:, None]).clamp(0, 1)
     return equalise((small * 255).round().to(torch.uint8)), gaze
@@ -188,6 +199,26 @@ def _blur(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
     padded = F.pad(images, (reach,) * 4, mode="reflect").transpose(0, 1)
     padded = F.conv2d(padded, columns.view(n, 1, -1, 1), groups=n)
     return F.conv2d(padded, rows.view(n, 1, 1, -1), groups=n).transpose(0, 1)
+
+
+def retaken(images: Tensor, generator: torch.Generator) -> Tensor:
+    """The same eyes, uint8 (N, 1, H, W), in other light, by a camera of other focus and grain, and moved."""
+    (n, _, height, width), shift = images.shape, 2
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+
+    light = torch.randn(n, 1, 4, 5, generator=generator)
+    light = F.interpolate(light, (height, width), mode="bicubic", align_corners=True)
+    taken = images.float() / 255 + uniform(0.0, 0.5) * light
+    taken = _blur(taken, uniform(0.2, 1.0).view(n), uniform(0.2, 1.0).view(n))
+    grain = torch.randn(images.shape, generator=generator)
+    taken = taken + 0.15 * uniform(0.0, 1.0) ** 2 * _blur(grain, torch.full((n,), 0.5), torch.full((n,), 0.5))
+    padded = F.pad(taken, (shift,) * 4, mode="replicate")
+    corners = torch.randint(2 * shift + 1, (n, 2), generator=generator).tolist()
+    taken = torch.stack([padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
+    low, high = taken.amin((1, 2, 3), keepdim=True), taken.amax((1, 2, 3), keepdim=True)
+    return equalise(((taken - low) / (high - low) * 255).round().to(torch.uint8))
 
 
 # --------------------------------------------------------------------------------------------------- files

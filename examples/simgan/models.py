@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastda.nn
 
-NETS = ("gaze", "hand", "small")
+NETS = ("gaze", "hand", "small", "change")
 PSI = ("identity", "blur", "derivatives")
 
 
@@ -16,34 +16,46 @@ class Refiner(fastda.nn.Refiner):
     """Images are continued by `mirror` pixels of their own reflection, refined, and cut again.
 
     Zero padding alone leaves a frame as wide as the receptive field, by which every refined image is known.
+    With `adds` what the network gives is added to the image, so that nothing gets lost on the way through it.
     """
 
     mirror = 0
+    adds = False
 
     def forward(self, x: Tensor) -> Tensor:
-        m = self.mirror
-        if not m:
-            return super().forward(x)
-        layout = torch.channels_last
-        wide = F.pad(x, (m, m, m, m), mode="reflect").contiguous(memory_format=layout)
-        return super().forward(wide)[..., m:-m, m:-m].contiguous(memory_format=layout)
+        m, layout = self.mirror, torch.channels_last
+        if m:
+            wide = F.pad(x, (m, m, m, m), mode="reflect").contiguous(memory_format=layout)
+            made = super().forward(wide)[..., m:-m, m:-m].contiguous(memory_format=layout)
+        else:
+            made = super().forward(x)
+        return x + made if self.adds else made
 
 
 def refiner(net: str, channels: int = 1, mirror: int = 0) -> Refiner:
-    """The paper's refiner for gaze or hand images, or one an eighth as dear, for a processor and minutes."""
-    width, blocks, kernel_size = {"gaze": (64, 4, 3), "hand": (64, 10, 7), "small": (32, 2, 3)}[net]
+    """The paper's refiner for gaze or hand images, or one an eighth as dear, for a processor and minutes.
+
+    `change` is as small; what it gives is added to the image, at first nothing.
+    """
+    width, blocks, kernel_size = {"gaze": (64, 4, 3), "hand": (64, 10, 7)}.get(net, (32, 2, 3))
     made = Refiner(channels, width, blocks, kernel_size)
-    made.mirror = mirror
+    made.mirror, made.adds = mirror, net == "change"
+    if made.adds:
+        nn.init.zeros_(made.last.weight)
+        nn.init.zeros_(made.last.bias)
     return made
 
 
 class Matching(nn.Module):
     """Synthetic images lit like real ones: means over cells of `cell` pixels get the real ones' statistics.
 
-    Of all maps that give these means (one vector an image) the mean and covariance that they have in real
-    images, the one that changes least: the optimal transport between two Gaussians. What is finer than a cell
-    is left to R and D, which see patches and so cannot know how brightness runs across a whole image.
+    Of all maps that give these means (one vector an image) the mean that they have in real images and a
+    covariance like theirs, the one that changes least: the optimal transport between two Gaussians. What is
+    finer than a cell is left to R and D, which see patches and so cannot know how brightness runs across a
+    whole image. A few real images do not determine a covariance: `kept` of it is that of the synthetic ones.
     """
+
+    kept = 0.5
 
     def __init__(self, cell: int, channels: int, height: int, width: int) -> None:
         super().__init__()
@@ -60,11 +72,12 @@ class Matching(nn.Module):
         """Float images (N, C, H, W) of both kinds."""
         a, b = self.cells(synthetic).double(), self.cells(real).double()
         unit = torch.eye(a.shape[1], dtype=a.dtype)
-        # A few real images do not determine so many directions: where they are silent, little is changed.
-        ridge = 0.02 * torch.cov(b.T).diagonal().mean() * unit
-        root = _root(torch.cov(a.T) + ridge)
+        source = torch.cov(a.T)
+        target = self.kept * source + (1 - self.kept) * torch.cov(b.T)
+        ridge = 0.02 * target.diagonal().mean() * unit  # directions in which hardly any image differs
+        root = _root(source + ridge)
         inverse = torch.linalg.inv(root)
-        transport = inverse @ _root(root @ (torch.cov(b.T) + ridge) @ root) @ inverse
+        transport = inverse @ _root(root @ (target + ridge) @ root) @ inverse
         self.matrix.copy_(transport - unit)
         self.offset.copy_(b.mean(0) - transport @ a.mean(0))
 
