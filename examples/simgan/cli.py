@@ -42,7 +42,7 @@ TUNED = {
     "strokes": replace(QUICK, reg_scale=0.3),
     "fonts": replace(QUICK, reg_scale=0.01, discriminator_lr=0.001, steps=200),
     "eyes": replace(
-        QUICK, net="change", steps=200, pretrain_refiner=0, pretrain_discriminator=50, reg_scale=2.0,
+        QUICK, net="change", steps=200, pretrain_refiner=0, pretrain_discriminator=50, reg_scale=8.0,
         batch=16, refiner_steps=1, lr=0.0001, discriminator_lr=0.001, match=1, mirror=5, shift=2,
     ),
     "folders": replace(QUICK, reg_scale=0.1),

@@ -55,7 +55,7 @@ class Matching(nn.Module):
     whole image. A few real images do not determine a covariance: `kept` of it is that of the synthetic ones.
     """
 
-    kept = 0.5
+    kept = 0.62
 
     def __init__(self, cell: int, channels: int, height: int, width: int) -> None:
         super().__init__()
