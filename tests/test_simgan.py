@@ -17,7 +17,7 @@ import torch
 import fastda
 from examples.common import checkpoint
 from examples.common.checkpoint import CheckpointError
-from examples.common.images import DataError
+from examples.common.images import DataError, shifted
 from examples.simgan import data, digits, evaluate, eyes, models, report
 from examples.simgan.cli import arguments, main, settings_of
 from examples.simgan.train import (
@@ -25,7 +25,6 @@ from examples.simgan.train import (
     Trainer,
     load_refiner,
     refine,
-    shifted,
     to_float,
     to_uint8,
     train,

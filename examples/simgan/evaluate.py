@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.common.images import shifted
 from examples.simgan.data import Domains, Images
 from examples.simgan.eyes import angle_between, retaken
 from examples.simgan.models import Classifier, GazeRegressor
-from examples.simgan.train import shifted, to_float
+from examples.simgan.train import to_float
 
 GAZE_STEPS = 3  # steps of a gaze regressor for one of a classifier
 

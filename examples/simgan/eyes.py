@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.images import IMAGE_SUFFIXES, DataError, open_image
+from examples.common.images import IMAGE_SUFFIXES, DataError, open_image, shifted
 
 HEIGHT, WIDTH = 35, 55
 
@@ -203,7 +203,7 @@ def _blur(images: Tensor, across: Tensor, down: Tensor) -> Tensor:
 
 def retaken(images: Tensor, generator: torch.Generator) -> Tensor:
     """The same eyes, uint8 (N, 1, H, W), in other light, by a camera of other focus and grain, and moved."""
-    (n, _, height, width), shift = images.shape, 2
+    n, _, height, width = images.shape
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
@@ -214,9 +214,7 @@ def retaken(images: Tensor, generator: torch.Generator) -> Tensor:
     taken = _blur(taken, uniform(0.2, 1.0).view(n), uniform(0.2, 1.0).view(n))
     grain = torch.randn(images.shape, generator=generator)
     taken = taken + 0.15 * uniform(0.0, 1.0) ** 2 * _blur(grain, torch.full((n,), 0.5), torch.full((n,), 0.5))
-    padded = F.pad(taken, (shift,) * 4, mode="replicate")
-    corners = torch.randint(2 * shift + 1, (n, 2), generator=generator).tolist()
-    taken = torch.stack([padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)])
+    taken = shifted(taken, 2, generator)
     low, high = taken.amin((1, 2, 3), keepdim=True), taken.amax((1, 2, 3), keepdim=True)
     return equalise(((taken - low) / (high - low) * 255).round().to(torch.uint8))
 

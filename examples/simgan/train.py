@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastda
 import fastda.nn
 from examples.common import checkpoint
 from examples.common.checkpoint import CheckpointError
+from examples.common.images import shifted
 from examples.simgan import eyes, models
 from examples.simgan.data import Domains
 
@@ -88,15 +88,6 @@ def to_float(images: Tensor) -> Tensor:
 def to_uint8(images: Tensor) -> Tensor:
     """The inverse of `to_float`; what lies outside of −1 to 1 is cut off."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def shifted(images: Tensor, by: int, generator: torch.Generator) -> Tensor:
-    """Every image (N, C, H, W) moved by up to `by` pixels across and down, its border repeated."""
-    height, width = images.shape[2:]
-    padded = F.pad(images, (by, by, by, by), mode="replicate")
-    corners = torch.randint(2 * by + 1, (len(images), 2), generator=generator).tolist()
-    moved = [padded[i, :, y : y + height, x : x + width] for i, (y, x) in enumerate(corners)]
-    return torch.stack(moved).contiguous(memory_format=torch.channels_last)
 
 
 class Trainer:
