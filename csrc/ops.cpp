@@ -6,74 +6,52 @@
 #include "common/tensor.h"
 #include "cpu/kernels/peak.h"
 
+// clang-format off: one schema a line
 STABLE_TORCH_LIBRARY(fastda, m) {
   // Gradient reversal.
   // grad * -scale; scale is 0-dim, or one value per entry of dim 0.
   m.def("grad_reverse_backward(Tensor grad, Tensor scale) -> Tensor");
 
-  // Patch losses. kind: softmax, bce, lsgan, hinge, wgan; reduction: mean, sum, batchmean, by position.
-  // Logits are (N, 2, H, W) for softmax, else (N, 1, H, W); weights (N, 1, H, W), of any strides. Losses,
-  // gradients, and weights are float32, or float64 for float64 logits; accuracies are float32. Gradients that
-  // are not needed come back empty.
+  // Patch losses. kind: softmax, bce, lsgan, hinge, wgan; reduction: mean, sum, batchmean, by
+  // position. Logits are (N, 2, H, W) for softmax, else (N, 1, H, W); weights (N, 1, H, W), of any
+  // strides. Losses, gradients, and weights are float32, or float64 for float64 logits; accuracies
+  // are float32. Gradients that are not needed come back empty.
   // -> loss, accuracy on real and on fake patches, gradients of real and fake
-  m.def(
-      "patch_discriminator_loss(Tensor real, Tensor fake, Tensor? real_weight, Tensor? fake_weight, int "
-      "kind, "
-      "int reduction, float label_smoothing, bool real_grad, bool fake_grad) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("patch_discriminator_loss(Tensor real, Tensor fake, Tensor? real_weight, Tensor? fake_weight, int kind, int reduction, float label_smoothing, bool real_grad, bool fake_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> loss, gradient
-  m.def(
-      "patch_generator_loss(Tensor fake, Tensor? weight, int kind, int reduction, bool grad) "
-      "-> (Tensor, Tensor)");
+  m.def("patch_generator_loss(Tensor fake, Tensor? weight, int kind, int reduction, bool grad) -> (Tensor, Tensor)");
   // -> weighted terms (N, 1, H, W), accuracy, d term / d logits
-  m.def(
-      "patch_loss_map(Tensor logits, Tensor? weight, int kind, bool real, float label_smoothing, bool grad) "
-      "-> (Tensor, Tensor, Tensor)");
+  m.def("patch_loss_map(Tensor logits, Tensor? weight, int kind, bool real, float label_smoothing, bool grad) -> (Tensor, Tensor, Tensor)");
   // scale * |refined - synthetic|; scale_tensor (0-dim) stands for scale where it is given.
   // -> loss, gradients of refined and synthetic
-  m.def(
-      "self_regularization(Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, int "
-      "reduction, "
-      "bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor)");
+  m.def("self_regularization(Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, int reduction, bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor)");
   // patch_generator_loss + self_regularization -> loss, gradients of fake, refined, synthetic
-  m.def(
-      "refiner_loss(Tensor fake, Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, int "
-      "kind, "
-      "int reduction, bool fake_grad, bool refined_grad, bool synthetic_grad) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("refiner_loss(Tensor fake, Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, int kind, int reduction, bool fake_grad, bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   // The discriminator's loss of conv2d(features, weight, bias), weight (2 or 1, C, 1, 1).
   // -> loss, two accuracies, gradients of real, fake, weight, bias
-  m.def(
-      "patch_head_discriminator_loss(Tensor real, Tensor fake, Tensor weight, Tensor? bias, int kind, "
-      "int reduction, float label_smoothing, bool real_grad, bool fake_grad, bool weight_grad) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("patch_head_discriminator_loss(Tensor real, Tensor fake, Tensor weight, Tensor? bias, int kind, int reduction, float label_smoothing, bool real_grad, bool fake_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Both dense tensors times the 0-dim factor.
   m.def("patch_loss_scale_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
 
   // Refiner convolutions. Gradients that are not needed come back empty.
   // relu?(conv(x, weight) + bias + residual), stride 1, zero padding k // 2
   m.def("conv_same(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu) -> Tensor");
-  // output: that of a forward with relu, whose mask the gradient takes; -> gradients of x, weight, bias
-  m.def(
-      "conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool "
-      "need_weight, "
-      "bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // output: that of a forward with relu, whose mask the gradient takes
+  // -> gradients of x, weight, bias
+  m.def("conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // -> output, inner activation (empty unless keep_inner)
-  m.def(
-      "refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool "
-      "keep_inner) "
-      "-> (Tensor, Tensor)");
-  // inner None: computed again, with bias1; -> gradients of x, weight1, bias1, weight2, bias2
-  m.def(
-      "refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? "
-      "bias1, "
-      "Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner) -> (Tensor, Tensor)");
+  // inner None: computed again, with bias1
+  // -> gradients of x, weight1, bias1, weight2, bias2
+  m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
+// clang-format on
 
 namespace {
 
-PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(fastda::isa_name(fastda::cpu_isa())); }
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(fastda::isa_name(fastda::cpu_isa()));
+}
 
 PyObject* cuda_architectures(PyObject*, PyObject*) {
 #if !defined(FASTDA_CUDA_ARCHITECTURES)
@@ -92,15 +70,19 @@ PyObject* multiply_add(PyObject*, PyObject* rounds) {
 }
 
 PyMethodDef methods[] = {
-    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set that the CPU kernels of this process use."},
+    {"cpu_isa", cpu_isa, METH_NOARGS,
+     "The instruction set that the CPU kernels of this process use."},
     {"cuda_architectures", cuda_architectures, METH_NOARGS,
-     "Compute capabilities of the CUDA kernels in this binary, \"8.0 9.0+PTX\"; empty without CUDA."},
+     "Compute capabilities of the CUDA kernels in this binary, \"8.0 9.0+PTX\"; empty without "
+     "CUDA."},
     {"multiply_add", multiply_add, METH_O,
-     "Run that many rounds of float32 multiply-adds in registers; return the floating-point operations."},
+     "Run that many rounds of float32 multiply-adds in registers; return the floating-point "
+     "operations."},
     {nullptr, nullptr, 0, nullptr},
 };
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

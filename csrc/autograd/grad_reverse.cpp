@@ -1,8 +1,8 @@
 // Gradient reversal as nodes of torch's C++ autograd graph.
 //
-// What this saves over a Python autograd.Function: the Function's call overhead, and an allocation of the
-// size of the gradient, by multiplying in place one that nobody else holds. Bad arguments are left to
-// fastda/ops/grad_reverse.py, which checks them.
+// What this saves over a Python autograd.Function: the Function's call overhead, and an allocation
+// of the size of the gradient, by multiplying in place one that nobody else holds. Bad arguments
+// are left to fastda/ops/grad_reverse.py, which checks them.
 #include <ATen/ScalarOps.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/ops/addmm.h>
@@ -34,7 +34,8 @@ std::optional<double> number_of(PyObject* scale) {
 
 // -scale as it is now, in a tensor of its own: 0-dim, or shaped to broadcast over dim 0 of x.
 Tensor factor_of(PyObject* scale, const Tensor& x) {
-  // Multiplying by a 0-dim tensor is what PyTorch makes of multiplying by a number, every time anew.
+  // Multiplying by a 0-dim tensor is what PyTorch makes of multiplying by a number, every time
+  // anew.
   if (const auto number = number_of(scale)) return c10::scalar_to_tensor(*number);
   if (!THPVariable_CheckExact(scale)) return {};
   const Tensor& s = THPVariable_Unpack(scale);
@@ -46,11 +47,12 @@ Tensor factor_of(PyObject* scale, const Tensor& x) {
   return s.neg().view(shape);
 }
 
-// The rule by which the autograd engine itself adds into a gradient in place: nobody else sees the tensor or
-// its memory. Memory that torch did not allocate may have owners which no count shows.
+// The rule by which the autograd engine itself adds into a gradient in place: nobody else sees the
+// tensor or its memory. Memory that torch did not allocate may have owners which no count shows.
 bool owned(const Tensor& grad) {
-  return unobserved(grad) && grad.use_count() == 1 && grad.has_storage() && grad.storage().use_count() == 1 &&
-         grad.storage().allocator() != nullptr && grad.is_non_overlapping_and_dense();
+  return unobserved(grad) && grad.use_count() == 1 && grad.has_storage() &&
+         grad.storage().use_count() == 1 && grad.storage().allocator() != nullptr &&
+         grad.is_non_overlapping_and_dense();
 }
 
 Tensor times(Tensor grad, const Tensor& factor) {
@@ -62,7 +64,8 @@ struct GradReverseBackward final : Node {
 
   variable_list apply(variable_list&& grads) override {
     variable_list out(1);
-    if (grads[0].defined() && task_should_compute_output(0)) out[0] = times(std::move(grads[0]), factor);
+    if (grads[0].defined() && task_should_compute_output(0))
+      out[0] = times(std::move(grads[0]), factor);
     return out;
   }
 
@@ -94,14 +97,15 @@ Tensor reversed(const Tensor& x, Tensor factor) {
   }
   node->add_input_metadata(y);
   torch::autograd::impl::set_gradient_edge(y, torch::autograd::Edge(std::move(node), 0));
-  // As for a view made in a custom Function: its history can't be rewritten, so a change of it in place has
-  // to raise.
+  // As for a view made in a custom Function: its history can't be rewritten, so a change of it in
+  // place has to raise.
   torch::autograd::impl::get_view_autograd_meta(y)->set_creation_meta(
       torch::autograd::CreationMeta::IN_CUSTOM_FUNCTION);
   return y;
 }
 
-// Gradients of x, weight and bias where `needs` has bits 1, 2 and 4. x may be undefined if bit 2 is not set.
+// Gradients of x, weight and bias where `needs` has bits 1, 2 and 4. x may be undefined if bit 2 is
+// not set.
 variable_list linear_backward(const Tensor& grad, const c10::IValue& factor, int64_t needs,
                               const Tensor& weight, const Tensor& x) {
   variable_list out(3);
@@ -196,12 +200,14 @@ PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // grad_reverse_linear(x, weight, bias or None, scale) -> tensor, or None.
 PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 4 || !THPVariable_CheckExact(args[0]) || !THPVariable_CheckExact(args[1])) Py_RETURN_NONE;
+  if (count != 4 || !THPVariable_CheckExact(args[0]) || !THPVariable_CheckExact(args[1]))
+    Py_RETURN_NONE;
   if ((args[2] != Py_None && !THPVariable_CheckExact(args[2])) || foreign_mode()) Py_RETURN_NONE;
   Tensor x = THPVariable_Unpack(args[0]);
   Tensor weight = THPVariable_Unpack(args[1]);
   Tensor bias = args[2] == Py_None ? Tensor() : THPVariable_Unpack(args[2]);
-  if (!plain(x) || !recorded(x) || !plain(weight) || (bias.defined() && !plain(bias))) Py_RETURN_NONE;
+  if (!plain(x) || !recorded(x) || !plain(weight) || (bias.defined() && !plain(bias)))
+    Py_RETURN_NONE;
   const auto device_type = x.device().type();
   if (at::autocast::is_autocast_enabled(device_type)) {
     // What autocast would do to the operands of a linear layer, with its cache of cast weights.

@@ -1,6 +1,6 @@
-// `fastda._autograd_<torch version>`: nodes of torch's C++ autograd graph, called through plain CPython
-// functions. Each returns None for a call that it leaves alone; the Python that called it then goes the
-// general way.
+// `fastda._autograd_<torch version>`: nodes of torch's C++ autograd graph, called through plain
+// CPython functions. Each returns None for a call that it leaves alone; the Python that called it
+// then goes the general way.
 #include "autograd/node.h"
 
 namespace {
@@ -17,7 +17,8 @@ PyMethodDef methods[] = {
      "grad_reverse_linear(x, weight, bias or None, scale) -> tensor, or None"},
     {"loss", as_method<fastda::autograd::loss>(), METH_FASTCALL,
      "loss(operator, count, options, *tensors) -> results without gradients, or None"},
-    {"patch_discriminator_loss", as_method<fastda::autograd::patch_discriminator_loss>(), METH_FASTCALL,
+    {"patch_discriminator_loss", as_method<fastda::autograd::patch_discriminator_loss>(),
+     METH_FASTCALL,
      "patch_discriminator_loss(real, fake, kind, reduction) -> loss and accuracies, or None"},
     {"self_regularization", as_method<fastda::autograd::self_regularization>(), METH_FASTCALL,
      "self_regularization(refined, synthetic, scale, reduction) -> loss, or None"},

@@ -42,7 +42,9 @@ inline const c10::DispatchKeySet kForeign(
      DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchVmapMode, DispatchKey::Batched,
      DispatchKey::VmapMode, DispatchKey::Tracer, DispatchKey::Conjugate, DispatchKey::ZeroTensor});
 
-inline bool foreign_mode() { return c10::impl::tls_local_dispatch_key_set().included_.has_any(kForeign); }
+inline bool foreign_mode() {
+  return c10::impl::tls_local_dispatch_key_set().included_.has_any(kForeign);
+}
 
 // A plain strided tensor of a real floating dtype.
 inline bool plain(const Tensor& t) {
@@ -50,14 +52,15 @@ inline bool plain(const Tensor& t) {
          !t.key_set().has_any(kForeign) && !t.is_inference() && !t._fw_grad(0).defined();
 }
 
-// Whether a backward pass may use raw kernels and write into its own memory: no graph of it is recorded, and
-// no vmap over several gradients, mode or tensor subclass is watching.
+// Whether a backward pass may use raw kernels and write into its own memory: no graph of it is
+// recorded, and no vmap over several gradients, mode or tensor subclass is watching.
 inline bool unobserved(const Tensor& grad) {
   return !c10::GradMode::is_enabled() && !foreign_mode() && plain(grad);
 }
 
 // Compiled autograd puts into its graph a call of `function` on the node's gradients and its state.
-inline variable_list compiled_call(const Node& node, const variable_list& grads, SwapSavedVariables& saved,
+inline variable_list compiled_call(const Node& node, const variable_list& grads,
+                                   SwapSavedVariables& saved,
                                    torch::dynamo::autograd::functional_apply_t function,
                                    std::vector<c10::IValue> state) {
   using namespace torch::dynamo::autograd;
@@ -66,11 +69,12 @@ inline variable_list compiled_call(const Node& node, const variable_list& grads,
     types.push_back(value.isTensor() ? at::TypePtr(at::TensorType::get()) : value.type());
   PyObject* compiler = saved.get_py_compiler();
   const auto& interface = getPyCompilerInterface();
-  const auto name = interface->bind_function(compiler, node.name(), std::move(function), std::move(types),
-                                             /*is_custom_function=*/true);
-  return interface->call_function(
-      compiler, "apply_functional", name, grads, state,
-      IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(get_input_metadata(node.next_edges())));
+  const auto name =
+      interface->bind_function(compiler, node.name(), std::move(function), std::move(types),
+                               /*is_custom_function=*/true);
+  return interface->call_function(compiler, "apply_functional", name, grads, state,
+                                  IValuePacker<std::vector<std::optional<InputMetadata>>>::pack(
+                                      get_input_metadata(node.next_edges())));
 }
 
 // torch keeps nodes in std::shared_ptr up to some version, in c10::intrusive_ptr later.
@@ -78,7 +82,8 @@ template <typename T, typename... Args>
 auto make_node(Args&&... args) {
   using Pointer = decltype(torch::autograd::Edge::function);
   if constexpr (std::is_same_v<Pointer, std::shared_ptr<Node>>)
-    return std::shared_ptr<T>(new T(std::forward<Args>(args)...), [](T* node) { deleteNode(node); });
+    return std::shared_ptr<T>(new T(std::forward<Args>(args)...),
+                              [](T* node) { deleteNode(node); });
   else
     return c10::make_intrusive<T>(std::forward<Args>(args)...);
 }

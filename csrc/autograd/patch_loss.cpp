@@ -1,8 +1,8 @@
-// The losses as nodes of torch's C++ autograd graph: any operator whose results are a value, what is reported
-// beside it, and the gradients of its first tensors.
+// The losses as nodes of torch's C++ autograd graph: any operator whose results are a value, what
+// is reported beside it, and the gradients of its first tensors.
 //
-// What this saves over the Python autograd.Function of fastda/ops/patch_loss.py, which does the same: half of
-// what a call on a small map costs.
+// What this saves over the Python autograd.Function of fastda/ops/patch_loss.py, which does the
+// same: half of what a call on a small map costs.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/mul.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -32,7 +32,8 @@ struct Operator {
 
   // All results; the last `count` are gradients, undefined where not needed.
   template <typename Tensors>
-  std::vector<Tensor> run(const Tensors& arguments, const std::array<bool, most_tensors>& needs) const {
+  std::vector<Tensor> run(const Tensors& arguments,
+                          const std::array<bool, most_tensors>& needs) const {
     const auto op = handle();
     const size_t flags = op.schema().arguments().size() - tensors - options.size();
     torch::jit::Stack stack;
@@ -61,7 +62,8 @@ struct Operator {
 
 PyObject* to_python(const c10::IValue& option) {
   if (option.isBool()) return PyBool_FromLong(option.toBool());
-  return option.isInt() ? PyLong_FromLongLong(option.toInt()) : PyFloat_FromDouble(option.toDouble());
+  return option.isInt() ? PyLong_FromLongLong(option.toInt())
+                        : PyFloat_FromDouble(option.toDouble());
 }
 
 c10::IValue from_python(PyObject* option) {
@@ -144,8 +146,8 @@ struct LossBackward final : Node {
     return {results.end() - std::ptrdiff_t(op.count), results.end()};
   }
 
-  // Handed over, not kept: whoever receives a gradient may change it in place. A second backward through a
-  // retained graph computes it again.
+  // Handed over, not kept: whoever receives a gradient may change it in place. A second backward
+  // through a retained graph computes it again.
   variable_list take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return held.empty() ? compute() : std::exchange(held, {});
@@ -172,13 +174,16 @@ struct LossBackward final : Node {
     THPObjectPtr module = checked(PyImport_ImportModule("fastda.ops.patch_loss"));
     THPObjectPtr function = checked(PyObject_GetAttrString(module, "differentiable_gradients"));
     THPObjectPtr operator_name = checked(PyUnicode_FromString(op.name.c_str()));
-    THPObjectPtr options = tuple_of(op.options.size(), [&](size_t i) { return to_python(op.options[i]); });
-    THPObjectPtr arguments = tuple_of(op.tensors, [&](size_t i) { return THPVariable_Wrap(tensors[i]); });
+    THPObjectPtr options =
+        tuple_of(op.options.size(), [&](size_t i) { return to_python(op.options[i]); });
+    THPObjectPtr arguments =
+        tuple_of(op.tensors, [&](size_t i) { return THPVariable_Wrap(tensors[i]); });
     THPObjectPtr wanted =
         tuple_of(op.tensors, [&](size_t i) { return PyBool_FromLong(i < op.count && needed[i]); });
     THPObjectPtr dy = checked(THPVariable_Wrap(grad));
-    THPObjectPtr result = checked(PyObject_CallFunctionObjArgs(
-        function, operator_name.get(), options.get(), arguments.get(), wanted.get(), dy.get(), nullptr));
+    THPObjectPtr result =
+        checked(PyObject_CallFunctionObjArgs(function, operator_name.get(), options.get(),
+                                             arguments.get(), wanted.get(), dy.get(), nullptr));
     variable_list out(op.count);
     for (size_t i = 0; i < op.count; ++i) {
       PyObject* item = PyList_GetItem(result, Py_ssize_t(i));
@@ -200,7 +205,8 @@ std::vector<Tensor> recorded_call(Operator op, const std::array<Tensor, most_ten
   torch::autograd::edge_list edges;
   for (size_t i = 0; i < op.count; ++i) {
     needs[i] = tensors[i].defined() && tensors[i].requires_grad();
-    edges.push_back(needs[i] ? torch::autograd::impl::gradient_edge(tensors[i]) : torch::autograd::Edge());
+    edges.push_back(needs[i] ? torch::autograd::impl::gradient_edge(tensors[i])
+                             : torch::autograd::Edge());
   }
   node->set_next_edges(std::move(edges));
   node->saved.reserve(op.tensors);
@@ -256,7 +262,8 @@ bool fit(PyObject* const* args, std::array<Tensor, most_tensors>& tensors) {
 
 }  // namespace
 
-// loss(operator, count, options, *tensors or None) -> results without gradients, or None. Grad mode is on.
+// loss(operator, count, options, *tensors or None) -> results without gradients, or None. Grad mode
+// is on.
 PyObject* loss(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   Operator op{PyUnicode_AsUTF8(args[0]), size_t(PyLong_AsLong(args[1])), size_t(count) - 3, {}};
@@ -283,7 +290,8 @@ PyObject* patch_discriminator_loss(PyObject*, PyObject* const* args, Py_ssize_t)
   if (kind < 0 || reduction < 0 || !fit(args, tensors)) Py_RETURN_NONE;
   for (int i = 0; i < 2; ++i)
     if (tensors[i].dim() != 4 || tensors[i].size(1) != (kind == 0 ? 2 : 1)) Py_RETURN_NONE;
-  return as_tuple(recorded_call({"patch_discriminator_loss", 2, 4, {kind, reduction, 0.0}}, tensors));
+  return as_tuple(
+      recorded_call({"patch_discriminator_loss", 2, 4, {kind, reduction, 0.0}}, tensors));
   END_HANDLE_TH_ERRORS
 }
 
@@ -295,8 +303,8 @@ PyObject* self_regularization(PyObject*, PyObject* const* args, Py_ssize_t) {
   if (reduction < 0 || !PyFloat_Check(args[2]) || !fit(args, tensors) ||
       tensors[0].sizes() != tensors[1].sizes())
     Py_RETURN_NONE;
-  auto results =
-      recorded_call({"self_regularization", 2, 3, {PyFloat_AS_DOUBLE(args[2]), reduction}}, tensors);
+  auto results = recorded_call(
+      {"self_regularization", 2, 3, {PyFloat_AS_DOUBLE(args[2]), reduction}}, tensors);
   return THPVariable_Wrap(std::move(results[0]));
   END_HANDLE_TH_ERRORS
 }

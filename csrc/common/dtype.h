@@ -1,5 +1,6 @@
-// Element types of kernels, without torch. Everything here has internal linkage: kernels are compiled once
-// per instruction set, and a shared inline function could otherwise be taken from the wrong one at link time.
+// Element types of kernels, without torch. Everything here has internal linkage: kernels are
+// compiled once per instruction set, and a shared inline function could otherwise be taken from the
+// wrong one at link time.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,9 @@ struct f16 {
 
 namespace {
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+inline int64_t size_of(DType dtype) {
+  return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+}
 
 // Accumulator type: float32 or wider.
 template <typename T>
@@ -46,8 +49,8 @@ struct Acc<double> {
 [[maybe_unused]] inline float load(const bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
 
 [[maybe_unused]] inline float load(const f16* p) {
-  // Rebias the exponent by one multiplication, which also normalises subnormals; infinities and NaN keep
-  // theirs.
+  // Rebias the exponent by one multiplication, which also normalises subnormals; infinities and NaN
+  // keep theirs.
   const uint32_t h = p->bits;
   const float magnitude = bits_to_float((h & 0x7fffu) << 13) * bits_to_float(0x77800000u);  // 2^112
   const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
@@ -68,8 +71,8 @@ struct Acc<double> {
   const uint32_t u = float_to_bits(v);
   const uint32_t sign = (u >> 16) & 0x8000u;
   const uint32_t a = u & 0x7fffffffu;
-  // Normal: rebias, round to nearest even on the 13 dropped bits. Subnormal: let one addition do the
-  // rounding.
+  // Normal: rebias, round to nearest even on the 13 dropped bits. Subnormal: let one addition do
+  // the rounding.
   const uint32_t normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   const uint32_t subnormal = float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000u;
   uint32_t h = a < 0x38800000u ? subnormal : normal;

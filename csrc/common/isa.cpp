@@ -25,8 +25,8 @@ Isa choose() {
   if (wanted == nullptr || *wanted == '\0') return best;
   for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512})
     if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
-  // An unknown name is reported by fastda/backend.py, which reads the same variable before it loads this
-  // library.
+  // An unknown name is reported by fastda/backend.py, which reads the same variable before it loads
+  // this library.
   return best;
 }
 

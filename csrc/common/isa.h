@@ -11,8 +11,8 @@ namespace fastda {
 
 enum class Isa : int { base = 0, avx2 = 1, avx512 = 2 };
 
-// The best instruction set of the running CPU, or a lower one that FASTDA_CPU_ISA asks for. Settled at the
-// first call, which is at load.
+// The best instruction set of the running CPU, or a lower one that FASTDA_CPU_ISA asks for. Settled
+// at the first call, which is at load.
 Isa cpu_isa();
 const char* isa_name(Isa isa);
 

@@ -42,7 +42,8 @@ inline PatchTerm term_of(int64_t kind, bool real, double smoothing) {
   return t;
 }
 
-// The generator wants its patches to pass for real ones; a score beyond hinge's margin is still worth having.
+// The generator wants its patches to pass for real ones; a score beyond hinge's margin is still
+// worth having.
 inline PatchTerm generator_term(int64_t kind) {
   return term_of(kind == hinge ? int64_t(wgan) : kind, true, 0);
 }

@@ -1,5 +1,5 @@
-// Host-side helpers over the stable tensor: checks, layouts and raw pointers. Only the *.cpp of csrc
-// include it; kernels never see torch.
+// Host-side helpers over the stable tensor: checks, layouts and raw pointers. Only the *.cpp of
+// csrc include it; kernels never see torch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,7 +20,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// The public Python functions report bad arguments in full; the raw operators only refuse to touch memory.
+// The public Python functions report bad arguments in full; the raw operators only refuse to touch
+// memory.
 #define FASTDA_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
 inline DType dtype_of(const Tensor& t, const char* op) {
@@ -46,11 +47,12 @@ const T* const_data(const Tensor& t) {
 }
 
 inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
+                              dtype);
 }
 
-// Whether entries of `a` and of `b`, made by empty_like(a), stand in the same order without gaps, as they do
-// where a is dense; and, if `by_sample`, the samples of dim 0 one after another.
+// Whether entries of `a` and of `b`, made by empty_like(a), stand in the same order without gaps,
+// as they do where a is dense; and, if `by_sample`, the samples of dim 0 one after another.
 inline bool walk_together(const Tensor& a, const Tensor& b, bool by_sample) {
   for (int64_t i = 0; i < a.dim(); ++i)
     if (a.stride(i) != b.stride(i)) return false;
@@ -75,7 +77,8 @@ inline bool is_contiguous(const Tensor& t) { return t.numel() == 0 || is_dense(t
 inline bool is_channels_last(const Tensor& t) {
   return t.dim() == 4 && t.numel() > 0 && !is_contiguous(t) && is_dense(t, {1, 3, 2, 0});
 }
-// The layout that PyTorch's own convolutions would choose for these strides (at::suggest_memory_format).
+// The layout that PyTorch's own convolutions would choose for these strides
+// (at::suggest_memory_format).
 inline bool prefers_channels_last(const Tensor& t) {
   int64_t least = 0;
   if (t.stride(1) == 0) return false;

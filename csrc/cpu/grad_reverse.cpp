@@ -8,8 +8,9 @@ namespace {
 Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
   const DType dtype = dtype_of(grad, "grad_reverse_backward");
   const bool per_sample = scale.dim() == 1;
-  FASTDA_CHECK(scale.dim() == 0 || (per_sample && grad.dim() > 0 && scale.size(0) == grad.size(0)),
-               "grad_reverse_backward: scale must be 0-dim, or have one value per entry of grad's dim 0");
+  FASTDA_CHECK(
+      scale.dim() == 0 || (per_sample && grad.dim() > 0 && scale.size(0) == grad.size(0)),
+      "grad_reverse_backward: scale must be 0-dim, or have one value per entry of grad's dim 0");
   Tensor out = torch::stable::empty_like(grad);
   if (grad.numel() == 0) return out;
   const bool direct = walk_together(grad, out, per_sample);
@@ -26,7 +27,8 @@ Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
   // Rows per task, or entries per task of the one row.
   const auto negate_scale = [&](int64_t row, int64_t begin, int64_t end) {
     const int64_t offset = (row * n + begin) * size;
-    grad_reverse_kernels().negate_scale(dtype, in + offset, result + offset, end - begin, factor[row]);
+    grad_reverse_kernels().negate_scale(dtype, in + offset, result + offset, end - begin,
+                                        factor[row]);
   };
   if (per_sample) {
     torch::stable::parallel_for(0, rows, (grain + n - 1) / n, [&](int64_t begin, int64_t end) {

@@ -7,19 +7,19 @@
 namespace fastda::cpu {
 namespace {
 
-// Sums are taken over chunks of this many patches (or pixels) and added in their order, so that they are the
-// same bit for bit at any number of threads.
+// Sums are taken over chunks of this many patches (or pixels) and added in their order, so that
+// they are the same bit for bit at any number of threads.
 constexpr int64_t chunk = 4096, chunks_per_thread = 4;
 
-// torch::stable::empty looks its operator up by name at every call, which for the many tiny results here
-// costs as much as a small loss itself. This way around it, PyTorch does not fill the memory where it is
-// asked to (torch.utils.deterministic), so gradients don't go here: tests find an unwritten one by its NaN.
-// dims: 0 for a scalar, 1 for an empty vector.
+// torch::stable::empty looks its operator up by name at every call, which for the many tiny results
+// here costs as much as a small loss itself. This way around it, PyTorch does not fill the memory
+// where it is asked to (torch.utils.deterministic), so gradients don't go here: tests find an
+// unwritten one by its NaN. dims: 0 for a scalar, 1 for an empty vector.
 Tensor tiny(int64_t dims, ScalarType dtype) {
   const int64_t size = 0, stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, &size, &stride, static_cast<int32_t>(dtype),
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, &size, &stride, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 Tensor nothing(const Tensor& like) { return tiny(1, wide(like)); }
@@ -59,9 +59,9 @@ std::vector<Sums> chunk_sums(int64_t total, F&& run) {
 
 Tensor empty_image(const Tensor& like, bool channels_last) {
   const int64_t size[] = {like.size(0), like.size(1), like.size(2), like.size(3)};
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 4), wide(like), std::nullopt,
-                              std::nullopt, std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(size, 4), wide(like), std::nullopt, std::nullopt,
+      std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 struct Evaluated {
@@ -70,7 +70,8 @@ struct Evaluated {
 };
 
 Evaluated evaluate(const Tensor& logits_any, const MaybeTensor& weight_any, const PatchTerm& term,
-                   int64_t reduction, bool need_grad, const char* op, const Tensor* terms = nullptr) {
+                   int64_t reduction, bool need_grad, const char* op,
+                   const Tensor* terms = nullptr) {
   FASTDA_CHECK(logits_any.dim() == 4 && logits_any.size(1) == (term.pair ? 2 : 1), op,
                ": logits must be (N, 2, H, W) for softmax and (N, 1, H, W) for other kinds");
   const Tensor logits = with_planes(logits_any);
@@ -86,7 +87,8 @@ Evaluated evaluate(const Tensor& logits_any, const MaybeTensor& weight_any, cons
   if (weight_any) {
     FASTDA_CHECK(weight_any->dim() == 4 && weight_any->size(0) == logits.size(0) &&
                      weight_any->size(1) == 1 && weight_any->size(2) == logits.size(2) &&
-                     weight_any->size(3) == logits.size(3) && weight_any->scalar_type() == wide(logits),
+                     weight_any->size(3) == logits.size(3) &&
+                     weight_any->scalar_type() == wide(logits),
                  op, ": a weight must be (N, 1, H, W), float64 for float64 logits, else float32");
     weight = with_planes(*weight_any);
     s.weight = weight->const_data_ptr();
@@ -102,19 +104,22 @@ Evaluated evaluate(const Tensor& logits_any, const MaybeTensor& weight_any, cons
   if (need_grad) {
     grad = empty_image(logits, is_channels_last(logits));
     s.grad = grad.mutable_data_ptr();
-    s.grad_image = grad.stride(0), s.grad_channel = grad.stride(1), s.grad_patch = patch_stride(grad);
+    s.grad_image = grad.stride(0), s.grad_channel = grad.stride(1),
+    s.grad_patch = patch_stride(grad);
   }
   if (terms) s.terms = terms->mutable_data_ptr();
   double loss = 0, right = 0;
-  for (const PatchSums& part : chunk_sums<PatchSums>(
-           total, [&](int64_t begin, int64_t end) { return patch_loss_kernels().side(s, begin, end); }))
+  for (const PatchSums& part : chunk_sums<PatchSums>(total, [&](int64_t begin, int64_t end) {
+         return patch_loss_kernels().side(s, begin, end);
+       }))
     loss += part.loss, right += part.right;
   return {loss * s.factor, right / count, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
-    const Tensor& real, const Tensor& fake, const MaybeTensor& real_weight, const MaybeTensor& fake_weight,
-    int64_t kind, int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad) {
+    const Tensor& real, const Tensor& fake, const MaybeTensor& real_weight,
+    const MaybeTensor& fake_weight, int64_t kind, int64_t reduction, double label_smoothing,
+    bool real_grad, bool fake_grad) {
   const char* op = "patch_discriminator_loss";
   FASTDA_CHECK(real.scalar_type() == fake.scalar_type(), op, ": logits must have one dtype");
   const Evaluated r =
@@ -125,9 +130,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
           scalar(f.accuracy, ScalarType::Float), r.grad, f.grad};
 }
 
-std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight, int64_t kind,
-                                                int64_t reduction, bool grad) {
-  const Evaluated e = evaluate(fake, weight, generator_term(kind), reduction, grad, "patch_generator_loss");
+std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight,
+                                                int64_t kind, int64_t reduction, bool grad) {
+  const Evaluated e =
+      evaluate(fake, weight, generator_term(kind), reduction, grad, "patch_generator_loss");
   return {scalar(e.loss, wide(fake)), e.grad};
 }
 
@@ -136,8 +142,8 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss_map(const Tensor& logits, const Ma
                                                   bool grad) {
   FASTDA_CHECK(logits.dim() == 4, "patch_loss_map: logits must be (N, C, H, W)");
   const Tensor terms = empty({logits.size(0), 1, logits.size(2), logits.size(3)}, wide(logits));
-  const Evaluated e =
-      evaluate(logits, weight, term_of(kind, real, label_smoothing), sum, grad, "patch_loss_map", &terms);
+  const Evaluated e = evaluate(logits, weight, term_of(kind, real, label_smoothing), sum, grad,
+                               "patch_loss_map", &terms);
   return {terms, scalar(e.accuracy, ScalarType::Float), e.grad};
 }
 
@@ -166,8 +172,8 @@ L1 evaluate_l1(Tensor refined, Tensor synthetic, const MaybeTensor& scale_tensor
                                 wide(refined));
   };
   const int64_t total = refined.numel(), images = refined.dim() ? refined.size(0) : 1;
-  const double factor =
-      (scale_tensor ? scalar_value(*scale_tensor) : scale) * factor_of(reduction, images, double(total));
+  const double factor = (scale_tensor ? scalar_value(*scale_tensor) : scale) *
+                        factor_of(reduction, images, double(total));
   L1 out{0, make_grad(refined_grad), make_grad(synthetic_grad)};
   void* a = refined_grad ? out.refined.mutable_data_ptr() : nullptr;
   void* b = synthetic_grad ? out.synthetic.mutable_data_ptr() : nullptr;
@@ -180,24 +186,26 @@ L1 evaluate_l1(Tensor refined, Tensor synthetic, const MaybeTensor& scale_tensor
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> self_regularization(const Tensor& refined, const Tensor& synthetic,
-                                                       const MaybeTensor& scale_tensor, double scale,
-                                                       int64_t reduction, bool refined_grad,
-                                                       bool synthetic_grad) {
-  const L1 e = evaluate_l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad, synthetic_grad,
-                           "self_regularization");
+std::tuple<Tensor, Tensor, Tensor> self_regularization(const Tensor& refined,
+                                                       const Tensor& synthetic,
+                                                       const MaybeTensor& scale_tensor,
+                                                       double scale, int64_t reduction,
+                                                       bool refined_grad, bool synthetic_grad) {
+  const L1 e = evaluate_l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad,
+                           synthetic_grad, "self_regularization");
   return {scalar(e.loss, wide(refined)), e.refined, e.synthetic};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, const Tensor& refined,
                                                         const Tensor& synthetic,
-                                                        const MaybeTensor& scale_tensor, double scale,
-                                                        int64_t kind, int64_t reduction, bool fake_grad,
+                                                        const MaybeTensor& scale_tensor,
+                                                        double scale, int64_t kind,
+                                                        int64_t reduction, bool fake_grad,
                                                         bool refined_grad, bool synthetic_grad) {
   const char* op = "refiner_loss";
   const Evaluated g = evaluate(fake, std::nullopt, generator_term(kind), reduction, fake_grad, op);
-  const L1 r =
-      evaluate_l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad, synthetic_grad, op);
+  const L1 r = evaluate_l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad,
+                           synthetic_grad, op);
   const ScalarType dtype = wide(fake) == ScalarType::Double ? wide(fake) : wide(refined);
   return {scalar(g.loss + r.loss, dtype), g.grad, r.refined, r.synthetic};
 }
@@ -206,7 +214,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, cons
 Tensor with_unit_stride(const Tensor& x, bool channels_last) {
   if (channels_last) return x;
   const bool planes = x.size(2) <= 1 || x.size(3) <= 1 || x.stride(2) == x.stride(3) * x.size(3);
-  return planes && (x.size(2) * x.size(3) == 1 || patch_stride(x) == 1) ? x : torch::stable::contiguous(x);
+  return planes && (x.size(2) * x.size(3) == 1 || patch_stride(x) == 1)
+             ? x
+             : torch::stable::contiguous(x);
 }
 
 template <typename S>
@@ -219,7 +229,8 @@ std::vector<S> filter(const Tensor& weight, int64_t channels, bool pair) {
 }
 
 // The sums of all chunks' d filter and d bias; of two classes the first gets the negative.
-Tensor spread(const std::vector<double>& sums, size_t begin, size_t end, const Tensor& like, bool pair) {
+Tensor spread(const std::vector<double>& sums, size_t begin, size_t end, const Tensor& like,
+              bool pair) {
   const bool is_bias = like.dim() == 1;
   const int64_t n = int64_t(end - begin), rows = pair ? 2 : 1;
   Tensor out = is_bias ? empty({rows}, wide(like)) : empty({rows, n, 1, 1}, wide(like));
@@ -239,18 +250,20 @@ Tensor spread(const std::vector<double>& sums, size_t begin, size_t end, const T
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_discriminator_loss(
-    const Tensor& real, const Tensor& fake, const Tensor& weight, const MaybeTensor& bias, int64_t kind,
-    int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad, bool weight_grad) {
+    const Tensor& real, const Tensor& fake, const Tensor& weight, const MaybeTensor& bias,
+    int64_t kind, int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad,
+    bool weight_grad) {
   const char* op = "patch_head_discriminator_loss";
   const bool pair = kind == softmax;
   const int64_t channels = real.dim() == 4 ? real.size(1) : -1, rows = pair ? 2 : 1;
-  FASTDA_CHECK(channels >= 0 && fake.dim() == 4 && fake.size(1) == channels && weight.dim() == 4 &&
-                   weight.size(0) == rows && weight.size(1) == channels && weight.size(2) == 1 &&
-                   weight.size(3) == 1 &&
-                   (!bias || (bias->dim() == 1 && bias->size(0) == rows &&
-                              bias->scalar_type() == real.scalar_type())) &&
-                   fake.scalar_type() == real.scalar_type() && weight.scalar_type() == real.scalar_type(),
-               op, ": features must be (N, C, H, W), weight (2 or 1, C, 1, 1), bias (2 or 1), of one dtype");
+  FASTDA_CHECK(
+      channels >= 0 && fake.dim() == 4 && fake.size(1) == channels && weight.dim() == 4 &&
+          weight.size(0) == rows && weight.size(1) == channels && weight.size(2) == 1 &&
+          weight.size(3) == 1 &&
+          (!bias || (bias->dim() == 1 && bias->size(0) == rows &&
+                     bias->scalar_type() == real.scalar_type())) &&
+          fake.scalar_type() == real.scalar_type() && weight.scalar_type() == real.scalar_type(),
+      op, ": features must be (N, C, H, W), weight (2 or 1, C, 1, 1), bias (2 or 1), of one dtype");
   const DType dtype = dtype_of(real, op);
   std::vector<float> filter32;
   std::vector<double> filter64;
@@ -284,7 +297,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
     if (i == 0 ? real_grad : fake_grad) {
       grads[i] = empty_image(x, channels_last);
       h.grad = grads[i].mutable_data_ptr();
-      h.grad_image = grads[i].stride(0), h.grad_channel = grads[i].stride(1), h.grad_patch = h.patch;
+      h.grad_image = grads[i].stride(0), h.grad_channel = grads[i].stride(1),
+      h.grad_patch = h.patch;
     }
     std::vector<double> parts(weight_grad ? size_t(chunks(patches)) * width : 0, 0.0);
     double part_loss = 0, right = 0;
@@ -317,7 +331,8 @@ void patch_loss_scale_(const Tensor& first, const Tensor& second, const Tensor& 
   for (const Tensor* t : {&first, &second}) {
     const int64_t n = t->numel();
     if (n == 0) continue;
-    FASTDA_CHECK(t->scalar_type() == wide(*t), "patch_loss_scale_: tensors must be float32 or float64");
+    FASTDA_CHECK(t->scalar_type() == wide(*t),
+                 "patch_loss_scale_: tensors must be float32 or float64");
     const DType dtype = dtype_of(*t, "patch_loss_scale_");
     void* x = t->mutable_data_ptr();
     torch::stable::parallel_for(0, n, chunk * chunks_per_thread, [&](int64_t begin, int64_t end) {

@@ -10,7 +10,8 @@
 namespace fastda::cpu {
 namespace {
 
-// Workspace of a thread, kept from call to call: mapping fresh pages costs as much as a small convolution.
+// Workspace of a thread, kept from call to call: mapping fresh pages costs as much as a small
+// convolution.
 class Workspace {
  public:
   ~Workspace() { std::free(data_); }
@@ -18,7 +19,8 @@ class Workspace {
     if (bytes > size_) {
       std::free(data_);
       size_ = 0;
-      data_ = static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
+      data_ =
+          static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = bytes;
     }
@@ -31,19 +33,21 @@ class Workspace {
 };
 thread_local Workspace workspace;
 
-Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype, bool channels_last) {
+Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype,
+                   bool channels_last) {
   const int64_t size[] = {n, c, h, w};
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size, 4), dtype, std::nullopt,
-                              std::nullopt, std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(size, 4), dtype, std::nullopt, std::nullopt,
+      std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// `t` as the kernels want it: unit stride along the channels or along the columns. Copies only where neither
-// is so.
+// `t` as the kernels want it: unit stride along the channels or along the columns. Copies only
+// where neither is so.
 Tensor with_unit_stride(const Tensor& t, bool channels_last) {
   const int d = channels_last ? 1 : 3;
   if (t.size(d) == 1 || t.stride(d) == 1) return t;
-  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::contiguous(
+      t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 View view_of(const Tensor& t) {
   const auto stride = [&](int d) { return t.size(d) == 1 ? 1 : t.stride(d); };
@@ -59,20 +63,23 @@ Shape check(const Tensor& x, const Tensor& weight, const char* op) {
   FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) &&
                    weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
                    weight.scalar_type() == x.scalar_type(),
-               op, ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
+               op,
+               ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
   return {x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2)};
 }
 void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
   if (t)
-    FASTDA_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels &&
-                     t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
-                     t->scalar_type() == x.scalar_type(),
-                 op, ": every image must have the shape of the convolution's result and the dtype of x");
+    FASTDA_CHECK(
+        t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels &&
+            t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+            t->scalar_type() == x.scalar_type(),
+        op, ": every image must have the shape of the convolution's result and the dtype of x");
 }
 MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channels, const char* op) {
   if (!bias) return std::nullopt;
-  FASTDA_CHECK(bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == x.scalar_type(), op,
-               ": bias must be (K,) in the dtype of x");
+  FASTDA_CHECK(
+      bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == x.scalar_type(), op,
+      ": bias must be (K,) in the dtype of x");
   return torch::stable::contiguous(*bias);
 }
 
@@ -80,8 +87,8 @@ template <typename Args>
 const ConvKernels& kernels_for(const Args& a) {
   for (const ConvKernels* kernels :
        {&winograd_panels_kernels(), &winograd_kernels(), &winograd_large_kernels()})
-    if (kernels->serves &&
-        kernels->serves(a.dtype, a.batch, a.in_channels, a.out_channels, a.height, a.width, a.kernel))
+    if (kernels->serves && kernels->serves(a.dtype, a.batch, a.in_channels, a.out_channels,
+                                           a.height, a.width, a.kernel))
       return *kernels;
   return direct_kernels();
 }
@@ -93,10 +100,10 @@ struct Fusion {
 };
 
 // out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
-// weight.size(0) channels and out has weight.size(1). `like` has their batch, height, width and dtype.
-// channels_last: of x; out_channels_last: of out and of what it is fused with.
-ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last, const Tensor& weight, bool rotate,
-                   const Fusion& fusion, const View& out, bool out_channels_last) {
+// weight.size(0) channels and out has weight.size(1). `like` has their batch, height, width and
+// dtype. channels_last: of x; out_channels_last: of out and of what it is fused with.
+ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last, const Tensor& weight,
+                   bool rotate, const Fusion& fusion, const View& out, bool out_channels_last) {
   const int64_t k = weight.size(2);
   ConvArgs args{};
   args.dtype = dtype_of(like, "conv_same");
@@ -110,11 +117,11 @@ ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last, const 
   args.relu = fusion.relu;
 
   View& filter = args.filter;
-  filter = {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1), weight.stride(2),
-            weight.stride(3)};
+  filter = {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1),
+            weight.stride(2), weight.stride(3)};
   if (rotate) {
-    filter.data =
-        static_cast<char*>(filter.data) + (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
+    filter.data = static_cast<char*>(filter.data) +
+                  (k - 1) * (filter.h + filter.w) * int64_t(weight.element_size());
     filter = {filter.data, filter.c, filter.n, -filter.h, -filter.w};
   }
   return args;
@@ -128,11 +135,11 @@ Tensor prepare(const ConvKernels& kernels, ConvArgs& args) {
   return prepared;
 }
 
-void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool rotate, const Fusion& fusion,
-              const Tensor& out, bool out_channels_last) {
+void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool rotate,
+              const Fusion& fusion, const Tensor& out, bool out_channels_last) {
   if (out.numel() == 0) return;
-  ConvArgs args =
-      conv_args(x, view_of(x), channels_last, weight, rotate, fusion, view_of(out), out_channels_last);
+  ConvArgs args = conv_args(x, view_of(x), channels_last, weight, rotate, fusion, view_of(out),
+                            out_channels_last);
   const auto run = [&](const ConvKernels& kernels) {
     const Tensor prepared = prepare(kernels, args);
     const int64_t bytes = kernels.conv_scratch_bytes(args);
@@ -147,11 +154,11 @@ void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool ro
   if (!run(kernels_for(args))) run(direct_kernels());
 }
 
-// channels_last: of x; grad_channels_last: of grad and its gate. d_weight and d_bias: each a tensor, or empty
-// where not wanted.
+// channels_last: of x; grad_channels_last: of grad and its gate. d_weight and d_bias: each a
+// tensor, or empty where not wanted.
 FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View& grad,
-                                const MaybeTensor& gate, bool grad_channels_last, int64_t out_channels,
-                                const Tensor& d_weight) {
+                                const MaybeTensor& gate, bool grad_channels_last,
+                                int64_t out_channels, const Tensor& d_weight) {
   const bool want_weight = d_weight.dim() == 4;
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
@@ -165,7 +172,8 @@ FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View&
   return args;
 }
 
-// f(chunk, where it sums, scratch) for every chunk; then they are combined. False where that is not finite.
+// f(chunk, where it sums, scratch) for every chunk; then they are combined. False where that is not
+// finite.
 template <typename F>
 bool sum_chunks(const ConvKernels& kernels, const FilterGradArgs& args, int64_t scratch_bytes,
                 const Tensor& d_bias, F&& f) {
@@ -179,33 +187,38 @@ bool sum_chunks(const ConvKernels& kernels, const FilterGradArgs& args, int64_t 
   return kernels.combine(args, sum, d_bias.numel() > 0 ? d_bias.mutable_data_ptr() : nullptr);
 }
 
-void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad, const MaybeTensor& gate,
-                     bool grad_channels_last, const Tensor& d_weight, const Tensor& d_bias) {
+void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad,
+                     const MaybeTensor& gate, bool grad_channels_last, const Tensor& d_weight,
+                     const Tensor& d_bias) {
   if (d_weight.dim() != 4 && d_bias.numel() == 0) return;
   if (grad.numel() == 0) {
     Tensor zeros[] = {d_weight, d_bias};
     for (Tensor& t : zeros) torch::stable::zero_(t);
     return;
   }
-  FilterGradArgs args =
-      filter_grad_args(x, channels_last, view_of(grad), gate, grad_channels_last, grad.size(1), d_weight);
+  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), gate, grad_channels_last,
+                                         grad.size(1), d_weight);
   const auto run = [&](const ConvKernels& kernels) {
     const Tensor prepared =
         empty({kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0}, ScalarType::Byte);
     if (kernels.prepare_grad) kernels.prepare_grad(args, prepared.mutable_data_ptr());
     args.prepared = prepared.const_data_ptr();
-    return sum_chunks(
-        kernels, args, kernels.filter_grad_scratch_bytes(args), d_bias,
-        [&](int64_t chunk, void* sum, void* scratch) { kernels.filter_grad(args, chunk, sum, scratch); });
+    return sum_chunks(kernels, args, kernels.filter_grad_scratch_bytes(args), d_bias,
+                      [&](int64_t chunk, void* sum, void* scratch) {
+                        kernels.filter_grad(args, chunk, sum, scratch);
+                      });
   };
   if (!run(kernels_for(args))) run(direct_kernels());
 }
 
-// The gradients of a block's first convolution and of its input, by way of that of its inner activation, of
-// which there are never more than some rows. False where that cannot be done, or came out not finite.
-bool backward_in_bands(ConvArgs inner, ConvArgs input, const FilterGradArgs& filter, const Tensor& d_bias) {
+// The gradients of a block's first convolution and of its input, by way of that of its inner
+// activation, of which there are never more than some rows. False where that cannot be done, or
+// came out not finite.
+bool backward_in_bands(ConvArgs inner, ConvArgs input, const FilterGradArgs& filter,
+                       const Tensor& d_bias) {
   const ConvKernels& kernels = kernels_for(inner);
-  if (&kernels != &kernels_for(input) || &kernels != &kernels_for(filter) || kernels.band == nullptr)
+  if (&kernels != &kernels_for(input) || &kernels != &kernels_for(filter) ||
+      kernels.band == nullptr)
     return false;
   if (int64_t(torch::stable::get_num_threads()) > kernels.chunks(filter)) return false;
   const int64_t bytes = kernels.band_scratch_bytes(inner, input, filter);
@@ -221,7 +234,8 @@ bool backward_in_bands(ConvArgs inner, ConvArgs input, const FilterGradArgs& fil
 
 Tensor nothing(const Tensor& like) { return empty({0}, like.scalar_type()); }
 Tensor empty_filter(const Tensor& weight) {
-  return empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)}, weight.scalar_type());
+  return empty({weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
+               weight.scalar_type());
 }
 
 MaybeTensor laid_out(const MaybeTensor& t, bool channels_last) {
@@ -238,19 +252,22 @@ Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& b
   fusion.bias = check_bias(bias, x, s.out_channels, "conv_same");
   fusion.residual = laid_out(residual, channels_last);
   fusion.relu = relu;
-  Tensor out = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+  Tensor out =
+      empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
   convolve(x, channels_last, weight, false, fusion, out, channels_last);
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, const Tensor& x_any,
-                                                      const Tensor& weight, const MaybeTensor& output,
-                                                      bool need_x, bool need_weight, bool need_bias) {
+                                                      const Tensor& weight,
+                                                      const MaybeTensor& output, bool need_x,
+                                                      bool need_weight, bool need_bias) {
   const Shape s = check(x_any, weight, "conv_same_backward");
   check_image(grad_any, x_any, s.out_channels, "conv_same_backward");
   check_image(output, x_any, s.out_channels, "conv_same_backward");
   const bool channels_last = prefers_channels_last(x_any);
-  const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
+  const Tensor x = with_unit_stride(x_any, channels_last),
+               grad = with_unit_stride(grad_any, channels_last);
   Fusion fusion;
   fusion.x_gate = laid_out(output, channels_last);
   Tensor d_x = nothing(x), d_weight = nothing(x), d_bias = nothing(x);
@@ -264,13 +281,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, co
   return {d_x, d_weight, d_bias};
 }
 
-// Between the convolutions of a block all is channels_last, whatever x is: the kernels need not turn it.
+// Between the convolutions of a block all is channels_last, whatever x is: the kernels need not
+// turn it.
 Tensor empty_inner(const Shape& s, ScalarType dtype) {
   return empty_image(s.batch, s.out_channels, s.height, s.width, dtype, true);
 }
 
-Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, bool channels_last,
-                        const char* op) {
+Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1,
+                        bool channels_last, const char* op) {
   const Shape s = check(x, weight1, op);
   Fusion fusion;
   fusion.bias = check_bias(bias1, x, s.out_channels, op);
@@ -280,8 +298,9 @@ Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTenso
   return inner;
 }
 
-std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weight1, const MaybeTensor& bias1,
-                                         const Tensor& weight2, const MaybeTensor& bias2, bool keep_inner) {
+std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weight1,
+                                         const MaybeTensor& bias1, const Tensor& weight2,
+                                         const MaybeTensor& bias2, bool keep_inner) {
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last);
   const Tensor inner = inner_activation(x, weight1, bias1, channels_last, "refiner_block");
@@ -292,26 +311,30 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weig
   fusion.bias = check_bias(bias2, x, s.out_channels, "refiner_block");
   fusion.residual = x;
   fusion.relu = true;
-  Tensor out = empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
+  Tensor out =
+      empty_image(s.batch, s.out_channels, s.height, s.width, x.scalar_type(), channels_last);
   convolve(inner, true, weight2, false, fusion, out, channels_last);
   return {out, keep_inner ? inner : nothing(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
-    const Tensor& grad_any, const Tensor& x_any, const MaybeTensor& inner_any, const Tensor& output_any,
-    const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2, bool need_x, bool need_weight1,
-    bool need_bias1, bool need_weight2, bool need_bias2) {
+    const Tensor& grad_any, const Tensor& x_any, const MaybeTensor& inner_any,
+    const Tensor& output_any, const Tensor& weight1, const MaybeTensor& bias1,
+    const Tensor& weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2,
+    bool need_bias2) {
   const char* op = "refiner_block_backward";
   const Shape s = check(x_any, weight1, op);
   check_image(grad_any, x_any, s.in_channels, op);
   check_image(output_any, x_any, s.in_channels, op);
   check_image(inner_any, x_any, s.out_channels, op);
   const bool channels_last = prefers_channels_last(x_any);
-  const Tensor x = with_unit_stride(x_any, channels_last), grad = with_unit_stride(grad_any, channels_last);
+  const Tensor x = with_unit_stride(x_any, channels_last),
+               grad = with_unit_stride(grad_any, channels_last);
   const Tensor output = with_unit_stride(output_any, channels_last);
-  Tensor inner =
-      inner_any ? with_unit_stride(*inner_any, true) : inner_activation(x, weight1, bias1, channels_last, op);
-  FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op, ": weight2 does not fit x");
+  Tensor inner = inner_any ? with_unit_stride(*inner_any, true)
+                           : inner_activation(x, weight1, bias1, channels_last, op);
+  FASTDA_CHECK(check(inner, weight2, op).out_channels == s.in_channels, op,
+               ": weight2 does not fit x");
   Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
          d_bias2 = nothing(x);
   if (need_weight2) d_weight2 = empty_filter(weight2);
@@ -332,7 +355,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     if (backward_in_bands(
             conv_args(x, view_of(grad), channels_last, weight2, true, fusion, {}, true),
             conv_args(x, {}, true, weight1, true, shortcut, view_of(d_x), channels_last),
-            filter_grad_args(x, channels_last, {}, std::nullopt, true, s.out_channels, d_weight1), d_bias1))
+            filter_grad_args(x, channels_last, {}, std::nullopt, true, s.out_channels, d_weight1),
+            d_bias1))
       return {d_x, d_weight1, d_bias1, d_weight2, d_bias2};
   }
   d_x = nothing(x);

@@ -10,8 +10,8 @@ Tensor grad_reverse_backward(const Tensor& grad, const Tensor& scale) {
   const OnDevice device(grad, op);
   check_devices(op, grad, scale);
   const bool per_sample = scale.dim() == 1;
-  FASTDA_CHECK(scale.dim() == 0 || (per_sample && grad.dim() > 0 && scale.size(0) == grad.size(0)), op,
-               ": scale must be 0-dim, or have one value per entry of grad's dim 0");
+  FASTDA_CHECK(scale.dim() == 0 || (per_sample && grad.dim() > 0 && scale.size(0) == grad.size(0)),
+               op, ": scale must be 0-dim, or have one value per entry of grad's dim 0");
   Tensor out = torch::stable::empty_like(grad);
   const bool direct = walk_together(grad, out, per_sample);
   const Tensor source = direct ? grad : torch::stable::contiguous(grad);

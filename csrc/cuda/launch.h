@@ -35,7 +35,8 @@ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 #if defined(__CUDACC__)
 
 inline void check(cudaError_t status, const char* what) {
-  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
 inline int device_attribute(cudaDeviceAttr attribute) {
@@ -45,14 +46,18 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return value;
 }
 inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
-inline int64_t shared_bytes_per_block() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+inline int64_t shared_bytes_per_block() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
 
 // No synchronisation and no allocation: what it does can be captured into a CUDA graph.
 template <typename... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
-            void* stream, std::type_identity_t<Parameters>... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            size_t shared_bytes, void* stream, std::type_identity_t<Parameters>... arguments) {
   if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)), name);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shared_bytes)),
+          name);
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
 }
@@ -60,11 +65,13 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned
 #else
 
 inline int multiprocessors() { return cuda_host::device.multiprocessors; }
-inline int64_t shared_bytes_per_block() { return int64_t(cuda_host::device.shared_bytes_per_block); }
+inline int64_t shared_bytes_per_block() {
+  return int64_t(cuda_host::device.shared_bytes_per_block);
+}
 
 template <typename... Parameters>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads, size_t shared_bytes,
-            void*, std::type_identity_t<Parameters>... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            size_t shared_bytes, void*, std::type_identity_t<Parameters>... arguments) {
   cuda_host::launch(name, grid, threads, shared_bytes, [&] { kernel(arguments...); });
 }
 

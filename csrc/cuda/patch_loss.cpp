@@ -11,11 +11,13 @@ Tensor nothing(const Tensor& like) { return empty_on(like, {0}, wide(like)); }
 Tensor scalar(const Tensor& like, ScalarType dtype) { return empty_on(like, {}, dtype); }
 
 Tensor empty_image(const Tensor& like, bool channels_last) {
-  return empty_on(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, wide(like), channels_last);
+  return empty_on(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, wide(like),
+                  channels_last);
 }
 
 void check_patches(const Tensor& t, const char* op) {
-  FASTDA_CHECK(t.size(2) * t.size(3) <= (int64_t(1) << 30), op, ": an image may have at most 2^30 patches");
+  FASTDA_CHECK(t.size(2) * t.size(3) <= (int64_t(1) << 30), op,
+               ": an image may have at most 2^30 patches");
 }
 
 // The tensors that a Side points into.
@@ -24,8 +26,8 @@ struct Prepared {
   MaybeTensor weight;
 };
 
-Prepared prepare(Side& s, const Tensor& logits_any, const MaybeTensor& weight_any, const PatchTerm& term,
-                 int64_t reduction, bool need_grad, const char* op) {
+Prepared prepare(Side& s, const Tensor& logits_any, const MaybeTensor& weight_any,
+                 const PatchTerm& term, int64_t reduction, bool need_grad, const char* op) {
   FASTDA_CHECK(logits_any.dim() == 4 && logits_any.size(1) == (term.pair ? 2 : 1), op,
                ": logits must be (N, 2, H, W) for softmax and (N, 1, H, W) for other kinds");
   check_patches(logits_any, op);
@@ -42,7 +44,8 @@ Prepared prepare(Side& s, const Tensor& logits_any, const MaybeTensor& weight_an
   if (weight_any) {
     FASTDA_CHECK(weight_any->dim() == 4 && weight_any->size(0) == logits.size(0) &&
                      weight_any->size(1) == 1 && weight_any->size(2) == logits.size(2) &&
-                     weight_any->size(3) == logits.size(3) && weight_any->scalar_type() == wide(logits),
+                     weight_any->size(3) == logits.size(3) &&
+                     weight_any->scalar_type() == wide(logits),
                  op, ": a weight must be (N, 1, H, W), float64 for float64 logits, else float32");
     t.weight = with_planes(*weight_any);
     s.weight = t.weight->const_data_ptr();
@@ -53,7 +56,8 @@ Prepared prepare(Side& s, const Tensor& logits_any, const MaybeTensor& weight_an
   if (need_grad) {
     t.grad = empty_image(logits, is_channels_last(logits));
     s.grad = t.grad.mutable_data_ptr();
-    s.grad_image = t.grad.stride(0), s.grad_channel = t.grad.stride(1), s.grad_patch = patch_stride(t.grad);
+    s.grad_image = t.grad.stride(0), s.grad_channel = t.grad.stride(1),
+    s.grad_patch = patch_stride(t.grad);
   }
   return t;
 }
@@ -63,9 +67,9 @@ struct PreparedPair {
   MaybeTensor scale;
 };
 
-PreparedPair prepare(L1& p, const Tensor& refined, const Tensor& synthetic, const MaybeTensor& scale_tensor,
-                     double scale, int64_t reduction, bool refined_grad, bool synthetic_grad,
-                     const char* op) {
+PreparedPair prepare(L1& p, const Tensor& refined, const Tensor& synthetic,
+                     const MaybeTensor& scale_tensor, double scale, int64_t reduction,
+                     bool refined_grad, bool synthetic_grad, const char* op) {
   bool same = refined.dim() == synthetic.dim() && refined.scalar_type() == synthetic.scalar_type();
   for (int64_t d = 0; same && d < refined.dim(); ++d) same = refined.size(d) == synthetic.size(d);
   FASTDA_CHECK(same, op, ": refined and synthetic must have one shape and dtype");
@@ -144,25 +148,26 @@ Tensor run(Losses& p, const Tensor& logits_or_image, const Tensor& l1_image, Sca
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
-    const Tensor& real, const Tensor& fake, const MaybeTensor& real_weight, const MaybeTensor& fake_weight,
-    int64_t kind, int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad) {
+    const Tensor& real, const Tensor& fake, const MaybeTensor& real_weight,
+    const MaybeTensor& fake_weight, int64_t kind, int64_t reduction, double label_smoothing,
+    bool real_grad, bool fake_grad) {
   const char* op = "patch_discriminator_loss";
   const OnDevice device(real, op);
   check_devices(op, real, fake, real_weight, fake_weight);
   FASTDA_CHECK(real.scalar_type() == fake.scalar_type(), op, ": logits must have one dtype");
   Losses p;
-  const Prepared r =
-      prepare(p.side[0], real, real_weight, term_of(kind, true, label_smoothing), reduction, real_grad, op);
-  const Prepared f =
-      prepare(p.side[1], fake, fake_weight, term_of(kind, false, label_smoothing), reduction, fake_grad, op);
+  const Prepared r = prepare(p.side[0], real, real_weight, term_of(kind, true, label_smoothing),
+                             reduction, real_grad, op);
+  const Prepared f = prepare(p.side[1], fake, fake_weight, term_of(kind, false, label_smoothing),
+                             reduction, fake_grad, op);
   const Tensor accuracies[2] = {scalar(real, ScalarType::Float), scalar(real, ScalarType::Float)};
   for (int i = 0; i < 2; ++i) p.side[i].part.accuracy = data<float>(accuracies[i]);
   const Tensor loss = run(p, real, real, wide(real), device.stream(), op);
   return {loss, accuracies[0], accuracies[1], r.grad, f.grad};
 }
 
-std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight, int64_t kind,
-                                                int64_t reduction, bool grad) {
+std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight,
+                                                int64_t kind, int64_t reduction, bool grad) {
   const char* op = "patch_generator_loss";
   const OnDevice device(fake, op);
   check_devices(op, fake, weight);
@@ -178,8 +183,10 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss_map(const Tensor& logits, const Ma
   const OnDevice device(logits, op);
   check_devices(op, logits, weight);
   Losses p;
-  const Prepared t = prepare(p.side[0], logits, weight, term_of(kind, real, label_smoothing), sum, grad, op);
-  const Tensor terms = empty_on(logits, {logits.size(0), 1, logits.size(2), logits.size(3)}, wide(logits));
+  const Prepared t =
+      prepare(p.side[0], logits, weight, term_of(kind, real, label_smoothing), sum, grad, op);
+  const Tensor terms =
+      empty_on(logits, {logits.size(0), 1, logits.size(2), logits.size(3)}, wide(logits));
   const Tensor accuracy = scalar(logits, ScalarType::Float);
   p.side[0].terms = terms.mutable_data_ptr();
   p.side[0].part.accuracy = data<float>(accuracy);
@@ -187,32 +194,35 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss_map(const Tensor& logits, const Ma
   return {terms, accuracy, t.grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> self_regularization(const Tensor& refined, const Tensor& synthetic,
-                                                       const MaybeTensor& scale_tensor, double scale,
-                                                       int64_t reduction, bool refined_grad,
-                                                       bool synthetic_grad) {
+std::tuple<Tensor, Tensor, Tensor> self_regularization(const Tensor& refined,
+                                                       const Tensor& synthetic,
+                                                       const MaybeTensor& scale_tensor,
+                                                       double scale, int64_t reduction,
+                                                       bool refined_grad, bool synthetic_grad) {
   const char* op = "self_regularization";
   const OnDevice device(refined, op);
   check_devices(op, refined, synthetic, scale_tensor);
   Losses p;
-  const PreparedPair t =
-      prepare(p.l1, refined, synthetic, scale_tensor, scale, reduction, refined_grad, synthetic_grad, op);
+  const PreparedPair t = prepare(p.l1, refined, synthetic, scale_tensor, scale, reduction,
+                                 refined_grad, synthetic_grad, op);
   const Tensor loss = run(p, refined, refined, wide(refined), device.stream(), op);
   return {loss, t.refined_grad, t.synthetic_grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, const Tensor& refined,
                                                         const Tensor& synthetic,
-                                                        const MaybeTensor& scale_tensor, double scale,
-                                                        int64_t kind, int64_t reduction, bool fake_grad,
+                                                        const MaybeTensor& scale_tensor,
+                                                        double scale, int64_t kind,
+                                                        int64_t reduction, bool fake_grad,
                                                         bool refined_grad, bool synthetic_grad) {
   const char* op = "refiner_loss";
   const OnDevice device(fake, op);
   check_devices(op, fake, refined, synthetic, scale_tensor);
   Losses p;
-  const Prepared f = prepare(p.side[0], fake, std::nullopt, generator_term(kind), reduction, fake_grad, op);
-  const PreparedPair t =
-      prepare(p.l1, refined, synthetic, scale_tensor, scale, reduction, refined_grad, synthetic_grad, op);
+  const Prepared f =
+      prepare(p.side[0], fake, std::nullopt, generator_term(kind), reduction, fake_grad, op);
+  const PreparedPair t = prepare(p.l1, refined, synthetic, scale_tensor, scale, reduction,
+                                 refined_grad, synthetic_grad, op);
   const ScalarType dtype = wide(fake) == ScalarType::Double ? wide(fake) : wide(refined);
   const Tensor loss = run(p, fake, refined, dtype, device.stream(), op);
   return {loss, f.grad, t.refined_grad, t.synthetic_grad};
@@ -222,20 +232,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, cons
 Tensor dense(const Tensor& x) { return is_channels_last(x) ? x : torch::stable::contiguous(x); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_discriminator_loss(
-    const Tensor& real, const Tensor& fake, const Tensor& weight, const MaybeTensor& bias, int64_t kind,
-    int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad, bool weight_grad) {
+    const Tensor& real, const Tensor& fake, const Tensor& weight, const MaybeTensor& bias,
+    int64_t kind, int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad,
+    bool weight_grad) {
   const char* op = "patch_head_discriminator_loss";
   const OnDevice device(real, op);
   check_devices(op, real, fake, weight, bias);
   const bool pair = kind == softmax;
   const int64_t channels = real.dim() == 4 ? real.size(1) : -1, rows = pair ? 2 : 1;
-  FASTDA_CHECK(channels >= 0 && channels < (1 << 30) && fake.dim() == 4 && fake.size(1) == channels &&
-                   weight.dim() == 4 && weight.size(0) == rows && weight.size(1) == channels &&
-                   weight.size(2) == 1 && weight.size(3) == 1 &&
-                   (!bias || (bias->dim() == 1 && bias->size(0) == rows &&
-                              bias->scalar_type() == real.scalar_type())) &&
-                   fake.scalar_type() == real.scalar_type() && weight.scalar_type() == real.scalar_type(),
-               op, ": features must be (N, C, H, W), weight (2 or 1, C, 1, 1), bias (2 or 1), of one dtype");
+  FASTDA_CHECK(
+      channels >= 0 && channels < (1 << 30) && fake.dim() == 4 && fake.size(1) == channels &&
+          weight.dim() == 4 && weight.size(0) == rows && weight.size(1) == channels &&
+          weight.size(2) == 1 && weight.size(3) == 1 &&
+          (!bias || (bias->dim() == 1 && bias->size(0) == rows &&
+                     bias->scalar_type() == real.scalar_type())) &&
+          fake.scalar_type() == real.scalar_type() && weight.scalar_type() == real.scalar_type(),
+      op, ": features must be (N, C, H, W), weight (2 or 1, C, 1, 1), bias (2 or 1), of one dtype");
   const DType dtype = dtype_of(real, op);
   const Tensor filter = torch::stable::contiguous(weight);
   const MaybeTensor offset = bias ? MaybeTensor(torch::stable::contiguous(*bias)) : std::nullopt;
@@ -284,11 +296,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
   run_head(dtype, p, data<double>(partial), data<double>(partial) + blocks, device.stream());
   Tensor loss = scalar(real, wide(real));
   const Part parts[loss_parts] = {p.side[0].part, p.side[1].part, {}};
-  finish_losses(parts, data<double>(partial), data<double>(partial) + blocks, loss.mutable_data_ptr(),
-                dtype_of(loss, op), device.stream());
+  finish_losses(parts, data<double>(partial), data<double>(partial) + blocks,
+                loss.mutable_data_ptr(), dtype_of(loss, op), device.stream());
   if (weight_grad)
-    finish_head(dtype, sums.const_data_ptr(), sum_rows, p.channels, pair, d_weight.mutable_data_ptr(),
-                bias ? d_bias.mutable_data_ptr() : nullptr, device.stream());
+    finish_head(dtype, sums.const_data_ptr(), sum_rows, p.channels, pair,
+                d_weight.mutable_data_ptr(), bias ? d_bias.mutable_data_ptr() : nullptr,
+                device.stream());
   return {loss, accuracies[0], accuracies[1], grads[0], grads[1], d_weight, d_bias};
 }
 
@@ -298,7 +311,8 @@ void patch_loss_scale_(Tensor first, Tensor second, const Tensor& factor) {
   check_devices(op, factor, first, second);
   const auto wide_or_fail = [&](const Tensor& t) {
     const DType dtype = dtype_of(t, op);
-    FASTDA_CHECK(dtype == DType::f32 || dtype == DType::f64, op, ": tensors must be float32 or float64");
+    FASTDA_CHECK(dtype == DType::f32 || dtype == DType::f64, op,
+                 ": tensors must be float32 or float64");
     return dtype;
   };
   scale_both({first.mutable_data_ptr(), second.mutable_data_ptr()},

@@ -15,7 +15,8 @@ int64_t shared_bytes(const BlockConv& p, Tile t) {
 // Tiles whose inner activation fits the warps' registers, and which fit beside both filters.
 Tile tile_of(const BlockConv& p) {
   if (element_bytes(p.arithmetic.dtype) != 2 || p.channels > filter_columns ||
-      p.inner_channels > filter_columns || wasteful(p.arithmetic.dtype, p.channels, p.inner_channels))
+      p.inner_channels > filter_columns ||
+      wasteful(p.arithmetic.dtype, p.channels, p.inner_channels))
     return {};
   const int64_t limit = shared_bytes_per_block();
   return best_tile(p.height, p.width, p.kernel2, block_pixels, [&](Tile t) {
@@ -24,10 +25,12 @@ Tile tile_of(const BlockConv& p) {
 }
 
 PrepareFilter first_filter(const BlockConv& p, void* prepared) {
-  return prepare_of(p.filter1, p.inner_channels, p.channels, p.kernel1, p.arithmetic.dtype, prepared);
+  return prepare_of(p.filter1, p.inner_channels, p.channels, p.kernel1, p.arithmetic.dtype,
+                    prepared);
 }
 PrepareFilter second_filter(const BlockConv& p, void* prepared) {
-  return prepare_of(p.filter2, p.channels, p.inner_channels, p.kernel2, p.arithmetic.dtype, prepared);
+  return prepare_of(p.filter2, p.channels, p.inner_channels, p.kernel2, p.arithmetic.dtype,
+                    prepared);
 }
 
 }  // namespace
@@ -52,18 +55,19 @@ void convolve_block(const BlockConv& p, void* stream) {
   k.tiles_total = int(p.batch * tiles);
   k.tile_width = Divisor(tile.width), k.tile_pixels = Divisor(tile.height * tile.width);
   k.tiles = Divisor(tiles), k.tiles_across = Divisor(divide_up(p.width, tile.width));
-  // Keys count along what a filter makes of the window: the inner activation's window for x, the tile for
-  // inner.
-  k.x_window =
-      window_of({tile.height + p.kernel2 - 1, tile.width + p.kernel2 - 1}, p.kernel1, p.height, p.width);
+  // Keys count along what a filter makes of the window: the inner activation's window for x, the
+  // tile for inner.
+  k.x_window = window_of({tile.height + p.kernel2 - 1, tile.width + p.kernel2 - 1}, p.kernel1,
+                         p.height, p.width);
   k.inner_window = window_of(tile, p.kernel2, p.height, p.width);
   k.x_packs = in_packs(p.x, p.channels, 2), k.inner_packs = in_packs(p.inner, p.inner_channels, 2);
   k.out_packs = in_packs(p.out, p.channels, 2);
   const auto run = [&](auto kernel) {
-    launch("refiner_block", kernel, unsigned(std::min(k.tiles_total, multiprocessors())), block_threads,
-           size_t(shared_bytes(p, tile)), stream, k);
+    launch("refiner_block", kernel, unsigned(std::min(k.tiles_total, multiprocessors())),
+           block_threads, size_t(shared_bytes(p, tile)), stream, k);
   };
-  p.arithmetic.dtype == DType::bf16 ? run(refiner_block_kernel<bf16>) : run(refiner_block_kernel<f16>);
+  p.arithmetic.dtype == DType::bf16 ? run(refiner_block_kernel<bf16>)
+                                    : run(refiner_block_kernel<f16>);
 }
 
 }  // namespace fastda::cuda

@@ -41,25 +41,29 @@ Shape check(const Tensor& x, const Tensor& weight, const char* op) {
   FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) &&
                    weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
                    weight.scalar_type() == x.scalar_type(),
-               op, ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
+               op,
+               ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
   constexpr int64_t most = int64_t(1) << 30;
-  FASTDA_CHECK(x.size(0) * x.size(2) * x.size(3) < 2 * most && x.size(1) < most && weight.size(0) < most &&
-                   weight.size(2) < (1 << 12) && x.size(0) < most && x.size(2) < most && x.size(3) < most,
+  FASTDA_CHECK(x.size(0) * x.size(2) * x.size(3) < 2 * most && x.size(1) < most &&
+                   weight.size(0) < most && weight.size(2) < (1 << 12) && x.size(0) < most &&
+                   x.size(2) < most && x.size(3) < most,
                op, ": x may have at most 2^31 pixels, and a filter at most 4095 x 4095");
   return {int(x.size(0)), int(x.size(1)), int(weight.size(0)),
           int(x.size(2)), int(x.size(3)), int(weight.size(2))};
 }
 void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
   if (t)
-    FASTDA_CHECK(t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels &&
-                     t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
-                     t->scalar_type() == x.scalar_type(),
-                 op, ": every image must have the shape of the convolution's result and the dtype of x");
+    FASTDA_CHECK(
+        t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels &&
+            t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+            t->scalar_type() == x.scalar_type(),
+        op, ": every image must have the shape of the convolution's result and the dtype of x");
 }
 MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channels, const char* op) {
   if (!bias) return std::nullopt;
-  FASTDA_CHECK(bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == x.scalar_type(), op,
-               ": bias must be (K,) in the dtype of x");
+  FASTDA_CHECK(
+      bias->dim() == 1 && bias->size(0) == channels && bias->scalar_type() == x.scalar_type(), op,
+      ": bias must be (K,) in the dtype of x");
   return torch::stable::contiguous(*bias);
 }
 
@@ -71,14 +75,17 @@ struct Call {
 };
 
 Tensor empty_image(const Tensor& x, int64_t channels, const Call& call) {
-  return empty_on(x, {x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(), call.channels_last);
+  return empty_on(x, {x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(),
+                  call.channels_last);
 }
 Tensor nothing(const Tensor& like) { return empty_on(like, {0}, like.scalar_type()); }
 Tensor empty_filter(const Tensor& weight) {
   return empty_on(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
                   weight.scalar_type());
 }
-Tensor workspace(const Tensor& like, int64_t bytes) { return empty_on(like, {bytes}, ScalarType::Byte); }
+Tensor workspace(const Tensor& like, int64_t bytes) {
+  return empty_on(like, {bytes}, ScalarType::Byte);
+}
 
 // Everything that a convolution is fused with.
 struct Fusion {
@@ -88,8 +95,8 @@ struct Fusion {
 
 // out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
 // weight.size(0) channels and out has weight.size(1).
-void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& fusion, const Tensor& out,
-              const Call& call) {
+void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& fusion,
+              const Tensor& out, const Call& call) {
   if (out.numel() == 0) return;
   Conv p{};
   p.arithmetic = call.arithmetic;
@@ -103,8 +110,10 @@ void convolve(const Tensor& x, const Tensor& weight, bool rotate, const Fusion& 
   p.filter = {const_cast<void*>(weight.const_data_ptr()), weight.stride(0), weight.stride(1),
               weight.stride(2), weight.stride(3)};
   if (rotate) {
-    const int64_t last = (p.kernel - 1) * (p.filter.h + p.filter.w) * int64_t(weight.element_size());
-    p.filter = {static_cast<char*>(p.filter.data) + last, p.filter.c, p.filter.n, -p.filter.h, -p.filter.w};
+    const int64_t last =
+        (p.kernel - 1) * (p.filter.h + p.filter.w) * int64_t(weight.element_size());
+    p.filter = {static_cast<char*>(p.filter.data) + last, p.filter.c, p.filter.n, -p.filter.h,
+                -p.filter.w};
   }
   const Tensor prepared = workspace(x, prepared_bytes(p));
   p.prepared = prepared.mutable_data_ptr();
@@ -135,8 +144,8 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
   filter_gradient(p, call.stream);
 }
 
-Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& residual,
-                 bool relu) {
+Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                 const MaybeTensor& residual, bool relu) {
   const char* op = "conv_same";
   const OnDevice device(x, op);
   check_devices(op, x, weight, bias, residual);
@@ -153,8 +162,9 @@ Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
 }
 
 std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const Tensor& x,
-                                                      const Tensor& weight, const MaybeTensor& output,
-                                                      bool need_x, bool need_weight, bool need_bias) {
+                                                      const Tensor& weight,
+                                                      const MaybeTensor& output, bool need_x,
+                                                      bool need_weight, bool need_bias) {
   const char* op = "conv_same_backward";
   const OnDevice device(x, op);
   check_devices(op, x, grad, weight, output);
@@ -175,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const 
   return {d_x, d_weight, d_bias};
 }
 
-Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1, const Call& call) {
+Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1,
+                        const Call& call) {
   Fusion fusion;
   fusion.bias = bias1;
   fusion.relu = true;
@@ -187,16 +198,17 @@ Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTenso
 // Of weight1 and weight2 and the block's x.
 Shape check_block(const Tensor& x, const Tensor& weight1, const Tensor& weight2, const char* op) {
   const Shape s = check(x, weight1, op);
-  FASTDA_CHECK(weight2.dim() == 4 && weight2.size(0) == s.in_channels && weight2.size(1) == s.out_channels &&
-                   weight2.size(2) == weight2.size(3) && weight2.size(2) % 2 == 1 &&
-                   weight2.size(2) < (1 << 12) && weight2.scalar_type() == x.scalar_type(),
+  FASTDA_CHECK(weight2.dim() == 4 && weight2.size(0) == s.in_channels &&
+                   weight2.size(1) == s.out_channels && weight2.size(2) == weight2.size(3) &&
+                   weight2.size(2) % 2 == 1 && weight2.size(2) < (1 << 12) &&
+                   weight2.scalar_type() == x.scalar_type(),
                op, ": weight2 must be (C, K, k, k) with odd k, in the dtype of x");
   return s;
 }
 
-std::tuple<Tensor, Tensor> refiner_block(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1_any,
-                                         const Tensor& weight2, const MaybeTensor& bias2_any,
-                                         bool keep_inner) {
+std::tuple<Tensor, Tensor> refiner_block(const Tensor& x, const Tensor& weight1,
+                                         const MaybeTensor& bias1_any, const Tensor& weight2,
+                                         const MaybeTensor& bias2_any, bool keep_inner) {
   const char* op = "refiner_block";
   const OnDevice device(x, op);
   check_devices(op, x, weight1, bias1_any, weight2, bias2_any);
@@ -212,7 +224,8 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x, const Tensor& weight1,
   p.height = s.height, p.width = s.width, p.kernel1 = s.kernel, p.kernel2 = int(weight2.size(2));
   if (out.numel() > 0 && block_fits(p)) {
     const Tensor inner = keep_inner ? empty_image(x, s.out_channels, call) : nothing(x);
-    p.x = view_of(x), p.filter1 = view_of(weight1), p.filter2 = view_of(weight2), p.out = view_of(out);
+    p.x = view_of(x), p.filter1 = view_of(weight1), p.filter2 = view_of(weight2),
+    p.out = view_of(out);
     if (keep_inner) p.inner = view_of(inner);
     p.bias1 = bias1 ? bias1->const_data_ptr() : nullptr;
     p.bias2 = bias2 ? bias2->const_data_ptr() : nullptr;
@@ -232,8 +245,8 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x, const Tensor& weight1,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     const Tensor& grad, const Tensor& x, const MaybeTensor& inner_any, const Tensor& output,
-    const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2, bool need_x, bool need_weight1,
-    bool need_bias1, bool need_weight2, bool need_bias2) {
+    const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2, bool need_x,
+    bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) {
   const char* op = "refiner_block_backward";
   const OnDevice device(x, op);
   check_devices(op, x, grad, inner_any, output, weight1, bias1, weight2);
@@ -243,7 +256,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   check_image(inner_any, x, s.out_channels, op);
   const Call call{arithmetic_of(x, op), device.stream(), prefers_channels_last(x)};
   const Tensor inner =
-      inner_any ? *inner_any : inner_activation(x, weight1, check_bias(bias1, x, s.out_channels, op), call);
+      inner_any ? *inner_any
+                : inner_activation(x, weight1, check_bias(bias1, x, s.out_channels, op), call);
   Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
          d_bias2 = nothing(x);
   if (need_weight2) d_weight2 = empty_filter(weight2);

@@ -6,11 +6,13 @@ namespace fastda::cuda {
 namespace {
 
 int64_t shared_bytes(Tile t, int kernel) {
-  return std::max<int64_t>(window_pixels(t, kernel) * row_bytes + conv_stages * filter_bytes, staging_bytes);
+  return std::max<int64_t>(window_pixels(t, kernel) * row_bytes + conv_stages * filter_bytes,
+                           staging_bytes);
 }
 
 Tile tile_of(const Conv& p) {
-  if (p.arithmetic.dtype == DType::f64 || wasteful(p.arithmetic.dtype, p.in_channels, p.out_channels))
+  if (p.arithmetic.dtype == DType::f64 ||
+      wasteful(p.arithmetic.dtype, p.in_channels, p.out_channels))
     return {};
   const int64_t limit = shared_bytes_per_block();
   return best_tile(p.height, p.width, p.kernel, conv_pixels,
@@ -34,7 +36,8 @@ void convolve_directly(const Conv& p, void* stream) {
 
 int64_t prepared_bytes(const Conv& p) {
   if (tile_of(p).width == 0) return 0;
-  return prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, p.arithmetic.dtype, nullptr).pieces *
+  return prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, p.arithmetic.dtype, nullptr)
+             .pieces *
          16;
 }
 
@@ -43,8 +46,8 @@ void convolve(const Conv& p, void* stream) {
   if (tile.width == 0) return convolve_directly(p, stream);
   const DType dtype = p.arithmetic.dtype;
   prepare_filters(p.arithmetic,
-                  prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, dtype, p.prepared), {},
-                  stream);
+                  prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, dtype, p.prepared),
+                  {}, stream);
 
   ConvKernel k{p.x, p.x_gate, p.residual, p.residual_gate, p.out_gate, p.out, p.prepared, p.bias};
   k.in_channels = p.in_channels, k.out_channels = p.out_channels, k.kernel = p.kernel;
@@ -67,7 +70,8 @@ void convolve(const Conv& p, void* stream) {
   switch (dtype) {
     case DType::bf16: return run(conv_kernel<bf16, false>);
     case DType::f16: return run(conv_kernel<f16, false>);
-    default: return p.arithmetic.tf32 ? run(conv_kernel<float, false>) : run(conv_kernel<float, true>);
+    default:
+      return p.arithmetic.tf32 ? run(conv_kernel<float, false>) : run(conv_kernel<float, true>);
   }
 }
 

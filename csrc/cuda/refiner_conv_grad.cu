@@ -5,7 +5,8 @@
 namespace fastda::cuda {
 namespace {
 
-constexpr int64_t target_blocks = 256;  // of a weight gradient, roughly: two to four for each multiprocessor
+// Of a weight gradient, roughly: two to four for each multiprocessor.
+constexpr int64_t target_blocks = 256;
 constexpr int64_t most_pieces = 4096;
 
 struct Plan {
@@ -26,16 +27,16 @@ Plan plan_of(const FilterGrad& p) {
   const DType dtype = p.arithmetic.dtype;
   if (dtype != DType::f64 && !wasteful(dtype, p.in_channels, p.out_channels)) {
     const int64_t limit = shared_bytes_per_block();
-    plan.tile =
-        best_tile(p.height, p.width, p.kernel, dtype == DType::f32 ? grad_pixels<float> : grad_pixels<bf16>,
-                  [&](Tile t) { return shared_bytes(p, t) <= limit; });
+    plan.tile = best_tile(p.height, p.width, p.kernel,
+                          dtype == DType::f32 ? grad_pixels<float> : grad_pixels<bf16>,
+                          [&](Tile t) { return shared_bytes(p, t) <= limit; });
   }
   if (plan.tile.width == 0) {
     const int64_t pixels = int64_t(p.batch) * p.height * p.width;
-    const int64_t blocks =
-        divide_up(int64_t(p.kernel) * p.kernel * p.in_channels * p.out_channels, direct_grad_threads);
-    plan.pieces =
-        std::clamp<int64_t>(4 * target_blocks / std::max<int64_t>(1, blocks), 1, divide_up(pixels, 64));
+    const int64_t blocks = divide_up(int64_t(p.kernel) * p.kernel * p.in_channels * p.out_channels,
+                                     direct_grad_threads);
+    plan.pieces = std::clamp<int64_t>(4 * target_blocks / std::max<int64_t>(1, blocks), 1,
+                                      divide_up(pixels, 64));
     plan.pieces = std::min(plan.pieces, most_pieces);
     plan.piece_pixels = divide_up(pixels, plan.pieces);
     plan.pieces = divide_up(pixels, plan.piece_pixels);
@@ -67,20 +68,23 @@ void filter_gradient(const FilterGrad& p, void* stream) {
   const Plan plan = plan_of(p);
   const DType dtype = p.arithmetic.dtype;
   const int64_t size = dtype == DType::f64 ? 8 : 4;
-  void* bias_sums = p.d_bias ? static_cast<char*>(p.sums) + plan.pieces * entries(p) * size : nullptr;
+  void* bias_sums =
+      p.d_bias ? static_cast<char*>(p.sums) + plan.pieces * entries(p) * size : nullptr;
   if (plan.tile.width == 0) {
     DirectFilterGrad d{p.x, p.grad, p.gate, p.d_weight ? p.sums : nullptr, bias_sums};
     d.in_channels = p.in_channels, d.out_channels = p.out_channels;
     d.height = p.height, d.width = p.width, d.kernel = p.kernel;
     d.pixels = int64_t(p.batch) * p.height * p.width, d.piece = plan.piece_pixels;
-    const dim3 grid(unsigned(divide_up(entries(p) + (p.d_bias ? p.out_channels : 0), direct_grad_threads)),
-                    unsigned(plan.pieces));
+    const dim3 grid(
+        unsigned(divide_up(entries(p) + (p.d_bias ? p.out_channels : 0), direct_grad_threads)),
+        unsigned(plan.pieces));
     dispatch_dtype(dtype, [&](auto tag) {
       launch("direct_filter_grad", direct_filter_grad_kernel<typename decltype(tag)::type>, grid,
              direct_grad_threads, 0, stream, d);
     });
   } else {
-    FilterGradKernel k{p.x, p.grad, p.gate, static_cast<float*>(p.sums), static_cast<float*>(bias_sums)};
+    FilterGradKernel k{p.x, p.grad, p.gate, static_cast<float*>(p.sums),
+                       static_cast<float*>(bias_sums)};
     k.in_channels = p.in_channels, k.out_channels = p.out_channels, k.kernel = p.kernel;
     k.blocks_across = plan.blocks_across;
     k.tile_height = plan.tile.height, k.tile_pixels = plan.tile.height * plan.tile.width;
@@ -94,15 +98,18 @@ void filter_gradient(const FilterGrad& p, void* stream) {
     k.grad_packs = in_packs(p.grad, p.out_channels, element_bytes(dtype)) &&
                    in_packs(p.gate, p.out_channels, element_bytes(dtype));
     k.weight = p.d_weight != nullptr;
-    const dim3 grid(unsigned(plan.groups * plan.blocks_across * plan.blocks_down), unsigned(plan.pieces));
+    const dim3 grid(unsigned(plan.groups * plan.blocks_across * plan.blocks_down),
+                    unsigned(plan.pieces));
     const auto run = [&](auto kernel) {
-      launch("filter_grad", kernel, grid, grad_threads, size_t(shared_bytes(p, plan.tile)), stream, k);
+      launch("filter_grad", kernel, grid, grad_threads, size_t(shared_bytes(p, plan.tile)), stream,
+             k);
     };
     switch (dtype) {
       case DType::bf16: run(filter_grad_kernel<bf16, false>); break;
       case DType::f16: run(filter_grad_kernel<f16, false>); break;
       default:
-        p.arithmetic.tf32 ? run(filter_grad_kernel<float, false>) : run(filter_grad_kernel<float, true>);
+        p.arithmetic.tf32 ? run(filter_grad_kernel<float, false>)
+                          : run(filter_grad_kernel<float, true>);
     }
   }
   const AddPieces add{p.sums,           bias_sums,     p.d_weight,     p.d_bias,

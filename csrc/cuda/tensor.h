@@ -1,4 +1,5 @@
-// What the CUDA host side has beyond common/tensor.h: the stream, the device, and the name to register under.
+// What the CUDA host side has beyond common/tensor.h: the stream, the device, and the name to
+// register under.
 #pragma once
 
 #include <optional>
@@ -27,10 +28,12 @@ class OnDevice {
     using Get = int32_t (*)(int32_t, void**);
     static const Get get = [] {
       void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+      return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                     : nullptr;
     }();
     FASTDA_CHECK(get != nullptr, op, ": this torch was built without CUDA");
-    FASTDA_CHECK(get(t.get_device_index(), &stream_) == 0, op, ": torch has no current CUDA stream");
+    FASTDA_CHECK(get(t.get_device_index(), &stream_) == 0, op,
+                 ": torch has no current CUDA stream");
   }
 #endif
   void* stream() const { return stream_; }
@@ -48,9 +51,10 @@ class OnDevice {
 // Uninitialised, on the device of `like`.
 inline Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype,
                        bool channels_last = false) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype,
-                              std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype, std::nullopt,
+      like.device(), std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
 // Every tensor must be where the first is: a kernel given another device's memory would fault.

@@ -1,5 +1,5 @@
-// The Python module `cuda_host`: the executor's settings and record, and small kernels that test the executor
-// itself. The operators are in torch.ops.fastda_cuda_host once the module is loaded.
+// The Python module `cuda_host`: the executor's settings and record, and small kernels that test
+// the executor itself. The operators are in torch.ops.fastda_cuda_host once the module is loaded.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -33,7 +33,8 @@ FASTDA_KERNEL(32) mma_kernel(int kind, const uint32_t* a, const uint32_t* b, flo
 
 FASTDA_KERNEL(32) load_matrices_kernel(const uint32_t* words, uint32_t* out, bool transposed) {
   FASTDA_DYNAMIC_SHARED(shared);
-  for (unsigned i = threadIdx.x; i < 128; i += 32) reinterpret_cast<uint32_t*>(shared)[i] = words[i];
+  for (unsigned i = threadIdx.x; i < 128; i += 32)
+    reinterpret_cast<uint32_t*>(shared)[i] = words[i];
   __syncthreads();
   uint32_t r[4];
   if (transposed) {
@@ -60,7 +61,8 @@ FASTDA_KERNEL(128) sum_kernel(int fault, const float* values, float* sums) {
   FASTDA_DYNAMIC_SHARED(shared);
   auto* copies = reinterpret_cast<float*>(shared);  // [128]
   const unsigned t = threadIdx.x;
-  if (t % 4 == 0) copy_async(copies + t + (fault == outside_shared) * 4, values + blockIdx.x * 128 + t, true);
+  if (t % 4 == 0)
+    copy_async(copies + t + (fault == outside_shared) * 4, values + blockIdx.x * 128 + t, true);
   commit_copies();
   wait_copies<0>();
   if (fault == missed_barrier && t == 77) return;
@@ -95,8 +97,9 @@ PYBIND11_MODULE(cuda_host, m) {
   m.def("set_device",
         [](int multiprocessors, size_t shared_bytes) { device = {multiprocessors, shared_bytes}; });
   m.def("faults", &faults);
-  m.def("plant",
-        [](const std::string& fault) { planted_fault = fault.empty() ? 0 : fault_id(fault.c_str()); });
+  m.def("plant", [](const std::string& fault) {
+    planted_fault = fault.empty() ? 0 : fault_id(fault.c_str());
+  });
   m.def("skip_barrier", [](const std::string& file, unsigned line) {
     control.skipped_file = file;
     control.skipped_line = line;
@@ -112,13 +115,14 @@ PYBIND11_MODULE(cuda_host, m) {
           passes[{std::string(at.first), at.second}] = double(count.first) / double(count.second);
         return passes;
       },
-      "By file and line of every ldmatrix: passes over shared memory's banks per 8x8 matrix; 1 is the "
+      "By file and line of every ldmatrix: passes over shared memory's banks per 8x8 matrix; 1 is "
+      "the "
       "least.");
   m.def("launches", [] {
     py::list rows;
     for (const auto& l : record.launches)
-      rows.append(
-          py::make_tuple(l.name, py::make_tuple(l.grid.x, l.grid.y, l.grid.z), l.threads, l.shared_bytes));
+      rows.append(py::make_tuple(l.name, py::make_tuple(l.grid.x, l.grid.y, l.grid.z), l.threads,
+                                 l.shared_bytes));
     return rows;
   });
 
@@ -138,7 +142,8 @@ PYBIND11_MODULE(cuda_host, m) {
     const auto blocks = unsigned(values.size() / 128);
     py::array_t<float> out(blocks);
     const size_t bytes = 512 + (fault == unwritten ? 4 : 0);
-    launch("sum", blocks, 128, bytes, [&] { sum_kernel(fault, values.data(), out.mutable_data()); });
+    launch("sum", blocks, 128, bytes,
+           [&] { sum_kernel(fault, values.data(), out.mutable_data()); });
     return out;
   });
   m.def("vote", [](py::array_t<int> values) {
@@ -147,5 +152,6 @@ PYBIND11_MODULE(cuda_host, m) {
     launch("vote", 1, 64, 0, [&] { vote_kernel(values.data(), out.mutable_data()); });
     return out;
   });
-  m.def("launch_bad", [](unsigned threads, size_t bytes) { launch("bad", 1, threads, bytes, [] {}); });
+  m.def("launch_bad",
+        [](unsigned threads, size_t bytes) { launch("bad", 1, threads, bytes, [] {}); });
 }

@@ -1,9 +1,11 @@
-// CUDA's names for a host compiler: what csrc/cuda/kernels/device.cuh includes where nvcc is not at work.
+// CUDA's names for a host compiler: what csrc/cuda/kernels/device.cuh includes where nvcc is not at
+// work.
 //
-// Every thread of a block is a fiber (executor.cpp). It runs until it meets a barrier or an instruction that
-// its warp executes together, and another thread, chosen by the seed, goes on. What a GPU leaves undefined
-// stops the launch with an error: a barrier that not all threads reach, a warp whose lanes part ways, a
-// misaligned access. Shared memory starts every block full of NaN; AddressSanitizer watches every access.
+// Every thread of a block is a fiber (executor.cpp). It runs until it meets a barrier or an
+// instruction that its warp executes together, and another thread, chosen by the seed, goes on.
+// What a GPU leaves undefined stops the launch with an error: a barrier that not all threads reach,
+// a warp whose lanes part ways, a misaligned access. Shared memory starts every block full of NaN;
+// AddressSanitizer watches every access.
 #pragma once
 
 #include <cmath>
@@ -61,7 +63,8 @@ unsigned char* dynamic_shared();
 int fault_id(const char* fault);  // from 1
 extern int planted_fault;         // 0: none
 
-// The warp's 32 lanes meet at one place in the source; the last to come runs `together` on what each brought.
+// The warp's 32 lanes meet at one place in the source; the last to come runs `together` on what
+// each brought.
 void meet(const char* what, const Where& where, void* mine, void (*together)(void* const* lanes));
 
 template <typename T>
@@ -115,25 +118,32 @@ void wait_copies(int pending);
 void __syncthreads(cuda_host::Where where = cuda_host::Where::current());
 
 template <typename T>
-T __shfl_sync(unsigned mask, T v, int source, cuda_host::Where where = cuda_host::Where::current()) {
+T __shfl_sync(unsigned mask, T v, int source,
+              cuda_host::Where where = cuda_host::Where::current()) {
   return cuda_host::Shuffle<T>::run("__shfl_sync", where, mask, v, source % 32);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T v, int other, cuda_host::Where where = cuda_host::Where::current()) {
-  return cuda_host::Shuffle<T>::run("__shfl_xor_sync", where, mask, v, cuda_host::lane_id() ^ other);
+T __shfl_xor_sync(unsigned mask, T v, int other,
+                  cuda_host::Where where = cuda_host::Where::current()) {
+  return cuda_host::Shuffle<T>::run("__shfl_xor_sync", where, mask, v,
+                                    cuda_host::lane_id() ^ other);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T v, unsigned by, cuda_host::Where where = cuda_host::Where::current()) {
-  return cuda_host::Shuffle<T>::run("__shfl_down_sync", where, mask, v, cuda_host::lane_id() + int(by));
+T __shfl_down_sync(unsigned mask, T v, unsigned by,
+                   cuda_host::Where where = cuda_host::Where::current()) {
+  return cuda_host::Shuffle<T>::run("__shfl_down_sync", where, mask, v,
+                                    cuda_host::lane_id() + int(by));
 }
 inline unsigned __ballot_sync(unsigned mask, bool vote,
                               cuda_host::Where where = cuda_host::Where::current()) {
   return cuda_host::ballot("__ballot_sync", where, mask, vote);
 }
-inline int __any_sync(unsigned mask, bool vote, cuda_host::Where where = cuda_host::Where::current()) {
+inline int __any_sync(unsigned mask, bool vote,
+                      cuda_host::Where where = cuda_host::Where::current()) {
   return __ballot_sync(mask, vote, where) != 0;
 }
-inline int __all_sync(unsigned mask, bool vote, cuda_host::Where where = cuda_host::Where::current()) {
+inline int __all_sync(unsigned mask, bool vote,
+                      cuda_host::Where where = cuda_host::Where::current()) {
   return __ballot_sync(mask, vote, where) == 0xffffffffu;
 }
 // A thread is never interrupted between barriers, so that plain memory operations are atomic.
@@ -176,7 +186,9 @@ inline uint32_t round_tf32(float v) {
   return std::isinf(v) ? bits : (bits + 0x1000u) & ~0x1fffu;
 }
 
-inline void copy_async(void* to, const void* from, bool inside) { cuda_host::copy_async(to, from, inside); }
+inline void copy_async(void* to, const void* from, bool inside) {
+  cuda_host::copy_async(to, from, inside);
+}
 inline void commit_copies() { cuda_host::commit_copies(); }
 template <int pending>
 void wait_copies() {

@@ -35,7 +35,6 @@ constexpr size_t stack_bytes = 64 << 10;
 constexpr int warp_size = 32;
 
 // -- switching between fibers
-// ----------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 using Context = void*;  // the stack pointer of what is suspended
@@ -64,8 +63,8 @@ cuda_host_switch:
 )");
 void swap(Context& save, Context& resume) { cuda_host_switch(&save, resume); }
 void prepare(Context& context, char* stack, void (*entry)()) {
-  // As if `entry` had been suspended before its first instruction, where the stack is 8 short of 16-byte
-  // alignment.
+  // As if `entry` had been suspended before its first instruction, where the stack is 8 short of
+  // 16-byte alignment.
   auto** top = reinterpret_cast<void**>(stack + stack_bytes - 16);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
@@ -84,13 +83,14 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 #endif
 
 // -- one block
-// ---------------------------------------------------------------------------------------------------
 
 std::string file_of(const Where& where) {
   const std::string file = where.file_name();
   return file.substr(file.rfind('/') + 1);
 }
-std::string place(const Where& where) { return file_of(where) + ":" + std::to_string(where.line()); }
+std::string place(const Where& where) {
+  return file_of(where) + ":" + std::to_string(where.line());
+}
 bool same_place(const Where& a, const Where& b) {
   return a.line() == b.line() && a.column() == b.column() &&
          (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
@@ -108,7 +108,8 @@ struct Thread {
   const char* waits = nullptr;  // for what, if it does
   Where where;
   bool done = false;
-  std::vector<std::vector<Copy>> copies;  // groups that are under way; the last is not committed yet
+  // Groups that are under way; the last is not committed yet.
+  std::vector<std::vector<Copy>> copies;
 };
 
 struct Warp {
@@ -174,7 +175,8 @@ char* stack_of(size_t i) {
   static std::vector<char*> stacks;
   const size_t page = size_t(sysconf(_SC_PAGESIZE));
   while (stacks.size() <= i) {
-    void* p = mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void* p = mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS,
+                   -1, 0);
     if (p == MAP_FAILED) throw std::bad_alloc();
     mprotect(p, page, PROT_NONE);
     stacks.push_back(static_cast<char*>(p) + page);
@@ -186,7 +188,8 @@ void leave_fiber(bool for_good = false) {
   Thread* me = block->running;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, block->scheduler_stack, block->scheduler_size);
+  __sanitizer_start_switch_fiber(for_good ? nullptr : &fake, block->scheduler_stack,
+                                 block->scheduler_size);
 #endif
   swap(me->context, block->scheduler);
 #if defined(__SANITIZE_ADDRESS__)
@@ -283,7 +286,8 @@ void run_block() {
     enter_fiber(*next);
     if (!block->error.empty()) return;
     if (next->done)
-      block->warps[size_t(index_of(next) / warp_size)].ready &= ~(1u << (index_of(next) % warp_size));
+      block->warps[size_t(index_of(next) / warp_size)].ready &=
+          ~(1u << (index_of(next) % warp_size));
   }
   for (const Thread& t : block->threads)
     if (!t.done) {
@@ -326,8 +330,8 @@ void meet(const char* what, const Where& where, void* mine, void (*together)(voi
     warp.what = what;
     warp.where = where;
   } else if (!same_place(warp.where, where)) {
-    fail(std::string("the warp parts ways: a lane is in ") + what + " (" + place(where) + "), others in " +
-         warp.what + " (" + place(warp.where) + ")");
+    fail(std::string("the warp parts ways: a lane is in ") + what + " (" + place(where) +
+         "), others in " + warp.what + " (" + place(warp.where) + ")");
   }
   warp.brought[i % warp_size] = mine;
   if (++warp.arrived < warp_size) return wait(what, where);
@@ -352,12 +356,13 @@ unsigned ballot(const char* what, const Where& where, unsigned mask, bool vote) 
 
 namespace {
 
-// Shared memory has 32 banks of 4 bytes; eight rows of 16 bytes that touch each bank once go in one pass.
-// The same row twice is read once.
+// Shared memory has 32 banks of 4 bytes; eight rows of 16 bytes that touch each bank once go in one
+// pass. The same row twice is read once.
 int passes_over_banks(void* const* rows) {
   int used[8] = {};
   for (int l = 0; l < 8; ++l)
-    if (std::find(rows, rows + l, rows[l]) == rows + l) ++used[reinterpret_cast<uintptr_t>(rows[l]) / 16 % 8];
+    if (std::find(rows, rows + l, rows[l]) == rows + l)
+      ++used[reinterpret_cast<uintptr_t>(rows[l]) / 16 % 8];
   return *std::max_element(used, used + 8);
 }
 
@@ -404,10 +409,10 @@ float half_of(Kind kind, uint32_t word, int which) {
   return kind == Kind::bf16 ? fastda::load(&b) : fastda::load(&h);
 }
 
-// The fragments of mma.m16n8k16 (16-bit types) and mma.m16n8k8 (TF32) as the PTX ISA draws them: lane l
-// holds, with g = l / 4 and t = l % 4,
+// The fragments of mma.m16n8k16 (16-bit types) and mma.m16n8k8 (TF32) as the PTX ISA draws them:
+// lane l holds, with g = l / 4 and t = l % 4,
 //   a[i]: row g, and g + 8 for odd i; columns 2t, 2t + 1 (TF32: t), and 8 (4) further for i > 1
-//   b[i]: the same rows of b's transpose: column g; rows 2t, 2t + 1 (t), and 8 (4) further for i = 1
+//   b[i]: the same rows of b's transpose: column g; rows 2t, 2t + 1 (t), 8 (4) further for i = 1
 //   d[i]: row g, and g + 8 for i > 1; column 2t + i % 2
 __attribute__((optimize("O3"), no_sanitize_address)) void multiply_together(void* const* lanes) {
   const auto lane = [&](int l) { return static_cast<Product*>(lanes[l]); };
@@ -421,7 +426,8 @@ __attribute__((optimize("O3"), no_sanitize_address)) void multiply_together(void
       if (kind == Kind::tf32) {  // the low 13 bits are not looked at
         a[row][t + 4 * (i / 2)] = fastda::bits_to_float(lane(l)->a[i] & ~0x1fffu);
       } else {
-        for (int e = 0; e < 2; ++e) a[row][2 * t + e + 8 * (i / 2)] = half_of(kind, lane(l)->a[i], e);
+        for (int e = 0; e < 2; ++e)
+          a[row][2 * t + e + 8 * (i / 2)] = half_of(kind, lane(l)->a[i], e);
       }
     }
     for (int i = 0; i < 2; ++i) {
@@ -457,8 +463,8 @@ void mma(Kind kind, float* d, const uint32_t* a, uint32_t b0, uint32_t b1, const
 void copy_async(void* to, const void* from, bool inside) {
   Thread* me = block->running;
   if (me->copies.empty()) me->copies.emplace_back();
-  me->copies.back().push_back(
-      {static_cast<char*>(aligned(to, 16)), inside ? static_cast<const char*>(aligned(from, 16)) : nullptr});
+  me->copies.back().push_back({static_cast<char*>(aligned(to, 16)),
+                               inside ? static_cast<const char*>(aligned(from, 16)) : nullptr});
   if (!block->late_copies) {
     const Copy c = me->copies.back().back();
     me->copies.back().pop_back();
@@ -485,7 +491,8 @@ void launch(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
   const std::lock_guard lock(one_at_a_time);
   if (threads == 0 || threads > 1024 || threads % warp_size != 0)
     fail(std::string(name) + ": a block must have 32, 64, … 1024 threads");
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535)
     fail(std::string(name) + ": no such grid");
   if (shared_bytes > device.shared_bytes_per_block)
     fail(std::string(name) + ": more shared memory than the device has");
@@ -499,7 +506,8 @@ void launch(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
   const auto dynamic = poisoned(shared_bytes, 1024);
 #if defined(__SANITIZE_ADDRESS__)
   static bool abandoned = false;  // fibers in the middle of their work, frames and all
-  for (unsigned t = 0; abandoned && t < 1024; ++t) __asan_unpoison_memory_region(stack_of(t), stack_bytes);
+  for (unsigned t = 0; abandoned && t < 1024; ++t)
+    __asan_unpoison_memory_region(stack_of(t), stack_bytes);
   abandoned = false;
 #endif
 
@@ -515,12 +523,14 @@ void launch(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
     state.body = &body;
     for (unsigned t = 0; t < threads; ++t) {
       Thread& thread = state.threads[t];
-      thread.self = {dim3(t),
-                     dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)),
-                     dim3(threads), grid};
+      thread.self = {
+          dim3(t),
+          dim3(unsigned(b % grid.x), unsigned(b / grid.x % grid.y), unsigned(b / grid.x / grid.y)),
+          dim3(threads), grid};
       thread.stack = stack_of(t);
 #if defined(__SANITIZE_ADDRESS__)
-      __asan_unpoison_memory_region(thread.stack + stack_bytes - 1024, 1024);  // where the last one ended
+      // Where the last one ended.
+      __asan_unpoison_memory_region(thread.stack + stack_bytes - 1024, 1024);
 #endif
       prepare(thread.context, thread.stack, fiber_main);
       state.warps[t / warp_size].ready |= 1u << (t % warp_size);
@@ -545,7 +555,8 @@ void __syncthreads(cuda_host::Where where) {
   if (control.skipped_line == where.line() && control.skipped_file == file_of(where)) return;
   if (block->at_barrier == 0) record.barriers.insert({file_of(where), where.line()});
   if (block->at_barrier > 0 && !same_place(block->barrier, where))
-    fail("__syncthreads at " + place(where) + " while others wait in one at " + place(block->barrier));
+    fail("__syncthreads at " + place(where) + " while others wait in one at " +
+         place(block->barrier));
   block->barrier = where;
   if (++block->at_barrier < int(block->threads.size())) return wait("__syncthreads", where);
   block->at_barrier = 0;

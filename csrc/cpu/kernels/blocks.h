@@ -1,5 +1,5 @@
-// What the kernels that work on packed blocks share: cutting images into blocks, packing, the micro-kernel
-// and the epilogue. Internal linkage throughout: see common/dtype.h.
+// What the kernels that work on packed blocks share: cutting images into blocks, packing, the
+// micro-kernel and the epilogue. Internal linkage throughout: see common/dtype.h.
 #pragma once
 
 #include "cpu/kernels/refiner_conv.h"
@@ -20,8 +20,8 @@ constexpr int micro_rows(int kv) {
 }
 constexpr int max_rows = 12;
 
-// c[r][0, KV) (+)= sum over t < taps, d < depth of a[row[r] + offset[t] + d * step] * b[t * depth + d][0,
-// KV), for r < valid.
+// c[r][0, KV) (+)= sum over t < taps, d < depth of a[row[r] + offset[t] + d * step] * b[t * depth +
+// d][0, KV), for r < valid.
 template <typename S, int R, int KV>
 void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offset, int64_t taps,
                   int64_t depth, int64_t step, const S* b, int64_t b_stride, S* c, int64_t c_stride,
@@ -65,8 +65,8 @@ void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offs
 }
 
 template <typename S>
-using MicroKernel = void (*)(const S*, const int64_t*, int, const int64_t*, int64_t, int64_t, int64_t,
-                             const S*, int64_t, S*, int64_t, bool);
+using MicroKernel = void (*)(const S*, const int64_t*, int, const int64_t*, int64_t, int64_t,
+                             int64_t, const S*, int64_t, S*, int64_t, bool);
 template <typename S>
 MicroKernel<S> micro_kernel_for(int kv) {
   switch (kv) {
@@ -77,16 +77,17 @@ MicroKernel<S> micro_kernel_for(int kv) {
   }
 }
 
-// Out channels as panels of at most panel_vectors vectors; k0 = first channel of a panel, kv = its vectors.
+// Out channels as panels of at most panel_vectors vectors; k0 = first channel of a panel, kv = its
+// vectors.
 template <typename S>
 inline int panel_width(int64_t k0, int64_t channels) {
   return int(min(panel_vectors, (channels - k0) / lanes<S>));
 }
 
-// out[q][k] = sum over t, c of x[q * row_stride + offset[t] + c] * filter[panel][t][c][k in panel] for q <
-// round_up(pixels, max_rows). The taps are taken in groups whose filters stay in the first-level cache, and
-// whose sums are no longer than 64 products where one tap allows it: that halves the rounding error of sums
-// of 256.
+// out[q][k] = sum over t, c of x[q * row_stride + offset[t] + c] * filter[panel][t][c][k in panel]
+// for q < round_up(pixels, max_rows). The taps are taken in groups whose filters stay in the
+// first-level cache, and whose sums are no longer than 64 products where one tap allows it: that
+// halves the rounding error of sums of 256.
 template <typename S>
 void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* offset, int64_t taps,
               int64_t depth, const S* filter, int64_t padded_k, S* out) {
@@ -97,7 +98,8 @@ void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* off
     const int64_t width = kv * lanes<S>;
     const MicroKernel<S> kernel = micro_kernel_for<S>(kv);
     const S* b = filter + k0 * taps * depth;
-    const int64_t group = max(1, min(64, int64_t(24 << 10) / int64_t(width * sizeof(S))) / max(1, depth));
+    const int64_t group =
+        max(1, min(64, int64_t(24 << 10) / int64_t(width * sizeof(S))) / max(1, depth));
     for (int64_t t = 0; t < taps; t += group) {
       const int64_t n = min(group, taps - t);
       for (int64_t q = 0; q < pixels; q += rows)
@@ -110,8 +112,8 @@ void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* off
 
 // sums[t][c][k] += sum over q < pixels of x[q * x_stride + offset[t] + c] * grad[q][k].
 template <typename S>
-void multiply_transposed(const S* x, int64_t x_stride, int64_t pixels, const int64_t* offset, int64_t taps,
-                         int64_t channels, const S* grad, int64_t padded_k, S* sums) {
+void multiply_transposed(const S* x, int64_t x_stride, int64_t pixels, const int64_t* offset,
+                         int64_t taps, int64_t channels, const S* grad, int64_t padded_k, S* sums) {
   const int64_t zero = 0, pairs = taps * channels;
   for (int64_t k0 = 0; k0 < padded_k;) {
     const int kv = panel_width<S>(k0, padded_k), rows = micro_rows(kv);
@@ -128,8 +130,8 @@ void multiply_transposed(const S* x, int64_t x_stride, int64_t pixels, const int
           row[r] = r < valid ? offset[t] + c : row[0];
           if (r < valid && ++c == channels) c = 0, ++t;
         }
-        kernel(x + q * x_stride, row, valid, &zero, 1, depth, x_stride, grad + q * padded_k + k0, padded_k,
-               sums + i * padded_k + k0, padded_k, true);
+        kernel(x + q * x_stride, row, valid, &zero, 1, depth, x_stride, grad + q * padded_k + k0,
+               padded_k, sums + i * padded_k + k0, padded_k, true);
       }
     }
     k0 += width;
@@ -155,8 +157,8 @@ const T* at(const View& v, int64_t n, int64_t c, int64_t h, int64_t w) {
   return static_cast<const T*>(v.data) + n * v.n + c * v.c + h * v.h + w * v.w;
 }
 
-// out[(r * columns + q)][0, stride) = gate(g, x)[block.n, :, block.h + r, block.w + q], zero outside the
-// image and in channels past the last.
+// out[(r * columns + q)][0, stride) = gate(g, x)[block.n, :, block.h + r, block.w + q], zero
+// outside the image and in channels past the last.
 template <typename T, typename S>
 void pack(const View& x, const View& gate, bool channels_last, int64_t channels, int64_t height,
           int64_t width, const Block& block, S* out, int64_t stride) {
@@ -195,7 +197,8 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
         const int valid = int(min(L, end - q));
         if (into == 1) {  // one channel: nothing to turn
           Vec<S> v = load_first<S>(at<T>(x, block.n, c0, h, block.w + q), valid);
-          if (gate.data) v = gated<S>(v, load_first<S>(at<T>(gate, block.n, c0, h, block.w + q), valid));
+          if (gate.data)
+            v = gated<S>(v, load_first<S>(at<T>(gate, block.n, c0, h, block.w + q), valid));
           for (int i = 0; i < valid; ++i) out[(q + i) * stride + c0] = v[i];
           continue;
         }
@@ -205,7 +208,8 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
           if (c >= from_channels) continue;
           tile[c] = load_first<S>(at<T>(x, block.n, c0 + c, h, block.w + q), valid);
           if (gate.data)
-            tile[c] = gated<S>(tile[c], load_first<S>(at<T>(gate, block.n, c0 + c, h, block.w + q), valid));
+            tile[c] = gated<S>(tile[c],
+                               load_first<S>(at<T>(gate, block.n, c0 + c, h, block.w + q), valid));
         }
         transpose<S>(tile);
         for (int i = 0; i < valid; ++i) {
@@ -220,13 +224,15 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
   }
 }
 
-// One vector of results, from its sum to memory; where = element offsets of the vector in every view are
-// given by (n, c, h, w).
+// One vector of results, from its sum to memory; where = element offsets of the vector in every
+// view are given by (n, c, h, w).
 template <typename T, typename S>
-inline void finish(const ConvArgs& a, Vec<S> v, int valid, int64_t n, int64_t c, int64_t h, int64_t w) {
+inline void finish(const ConvArgs& a, Vec<S> v, int valid, int64_t n, int64_t c, int64_t h,
+                   int64_t w) {
   if (a.residual.data) {
     Vec<S> add = load_first<S>(at<T>(a.residual, n, c, h, w), valid);
-    if (a.residual_gate.data) add = gated<S>(add, load_first<S>(at<T>(a.residual_gate, n, c, h, w), valid));
+    if (a.residual_gate.data)
+      add = gated<S>(add, load_first<S>(at<T>(a.residual_gate, n, c, h, w), valid));
     v += add;
   }
   if (a.relu) v = relu<S>(v);
@@ -236,7 +242,8 @@ inline void finish(const ConvArgs& a, Vec<S> v, int valid, int64_t n, int64_t c,
 
 // sums[r * columns + q][0, stride) to the output block at (block.h + r, block.w + q).
 template <typename T, typename S>
-void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride, const Block& block) {
+void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
+              const Block& block) {
   constexpr int L = lanes<S>;
   const T* bias = static_cast<const T*>(a.bias);
   for (int64_t r = 0; r < block.rows; ++r, sums += columns * stride) {
@@ -257,7 +264,8 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
       for (int64_t q = 0; q < block.columns; q += L) {
         const int valid = int(min(L, block.columns - q));
         Vec<S> tile[L];
-        for (int i = 0; i < L; ++i) tile[i] = i < valid ? load_vec(sums + (q + i) * stride + k0) : Vec<S>{};
+        for (int i = 0; i < L; ++i)
+          tile[i] = i < valid ? load_vec(sums + (q + i) * stride + k0) : Vec<S>{};
         transpose<S>(tile);
         for (int64_t k = 0; k < channels; ++k) {
           Vec<S> v = tile[k];
@@ -282,8 +290,8 @@ void add_rows(const S* grad, int64_t pixels, int64_t padded_k, double* bias) {
   }
 }
 
-// How an image is cut into blocks: whole rows if they are not too long, as many as fit `bytes` with their
-// sums.
+// How an image is cut into blocks: whole rows if they are not too long, as many as fit `bytes` with
+// their sums.
 struct Cut {
   int64_t rows, columns, per_column, per_row, tasks;
   Block block(int64_t task, int64_t height, int64_t width) const {
@@ -292,7 +300,8 @@ struct Cut {
     return {n, h, w, min(rows, height - h), min(columns, width - w)};
   }
 };
-inline Cut cut(int64_t batch, int64_t height, int64_t width, int64_t bytes_per_pixel, int64_t budget) {
+inline Cut cut(int64_t batch, int64_t height, int64_t width, int64_t bytes_per_pixel,
+               int64_t budget) {
   const int64_t pixels = max(1, budget / bytes_per_pixel);
   const int64_t columns = ceil_div(width, ceil_div(width, max(16, min(pixels, 256))));
   const int64_t rows = ceil_div(height, ceil_div(height, max(1, min(height, pixels / columns))));

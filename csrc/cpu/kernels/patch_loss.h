@@ -9,7 +9,8 @@
 
 namespace fastda::cpu {
 
-// One side of a loss. Strides are in elements. Accumulator type: float, or double for double logits.
+// One side of a loss. Strides are in elements. Accumulator type: float, or double for double
+// logits.
 struct PatchSide {
   DType dtype;
   PatchTerm term;
@@ -24,8 +25,8 @@ struct PatchSide {
   double factor;
 };
 
-// The last 1x1 convolution and one side of the loss. With two classes only the difference of their filters
-// and biases counts, so the convolution has one channel.
+// The last 1x1 convolution and one side of the loss. With two classes only the difference of their
+// filters and biases counts, so the convolution has one channel.
 struct PatchHead {
   DType dtype;
   PatchTerm term;
@@ -50,8 +51,8 @@ struct PatchLossKernels {
   PatchSums (*head)(const PatchHead&, int64_t begin, int64_t end, double* weights);
   // The sum of side.weight.
   double (*weight_sum)(const PatchSide&, int64_t begin, int64_t end);
-  // The sum of |a - b|; where not null, grad_a = factor * sign(a - b) and grad_b its negative, in the
-  // accumulator type.
+  // The sum of |a - b|; where not null, grad_a = factor * sign(a - b) and grad_b its negative, in
+  // the accumulator type.
   double (*l1)(DType dtype, const void* a, const void* b, void* grad_a, void* grad_b, double factor,
                int64_t begin, int64_t end);
   // x *= factor; float or double

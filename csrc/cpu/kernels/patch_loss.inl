@@ -2,8 +2,10 @@
 //
 // Patches go through in blocks that stay in the first-level cache:
 //
-//   logits, any strides -> scores z -> terms and slopes, full vectors whatever the size of an image ->
-//   gradient
+//   logits, any strides
+//     -> scores z
+//     -> terms and slopes, full vectors whatever the size of an image
+//     -> gradient
 //
 // Sums are kept in the accumulator type within a block and in double from block to block.
 #include "cpu/kernels/patch_loss.h"
@@ -13,7 +15,8 @@
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
 
-// Patches (or pixels) a block: 32 additions in a lane round little, and the buffers take 8 KiB at most.
+// Patches (or pixels) a block: 32 additions in a lane round little, and the buffers take 8 KiB at
+// most.
 template <typename S>
 constexpr int block = 32 * lanes<S>;
 
@@ -36,32 +39,36 @@ using IntVec = typename IntVecOf<S>::type;
 
 template <typename S>
 struct Constants;
-// exp(r) = 1 + r + r^2 (exp[0] + exp[1] r + ...) for |r| <= ln(2) / 2, and
-// atanh(s) = s + s t (atanh[0] + atanh[1] t + ...) with t = s^2 for s <= 1/3: Chebyshev interpolation,
-// relative errors of 1e-8 and 2e-8 (float), 2e-17 and 5e-18 (double).
+// exp(r) = 1 + r + r^2 (exp[0] + exp[1] r + ...) for |r| <= ln(2) / 2, and atanh(s) = s + s t
+// (atanh[0] + atanh[1] t + ...) with t = s^2 for s <= 1/3: Chebyshev interpolation, relative errors
+// of 1e-8 and 2e-8 (float), 2e-17 and 5e-18 (double).
 template <>
 struct Constants<float> {
-  static constexpr float round = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+  // 1.5 * 2^23: adding it rounds to an integer, in the low bits.
+  static constexpr float round = 12582912.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
   static constexpr float smallest = -87.33654f;  // below, exp would be subnormal
   static constexpr int mantissa = 23;
-  static constexpr float exp[] = {0.5f, 0.1666657699f, 0.04166655462f, 0.008363179053f, 0.001392618359f};
+  static constexpr float exp[] = {0.5f, 0.1666657699f, 0.04166655462f, 0.008363179053f,
+                                  0.001392618359f};
   static constexpr float atanh[] = {0.3333332017f, 0.2000378032f, 0.141183099f, 0.1342574901f};
 };
 template <>
 struct Constants<double> {
   static constexpr double round = 6755399441055744.0;  // 1.5 * 2^52
-  static constexpr double ln2_high = 6.93147180369123816490e-01, ln2_low = 1.90821492927058770002e-10;
+  static constexpr double ln2_high = 6.93147180369123816490e-01,
+                          ln2_low = 1.90821492927058770002e-10;
   static constexpr double smallest = -708.3964185322641;
   static constexpr int mantissa = 52;
-  static constexpr double exp[] = {0.500000000000000102,     0.166666666666666675,   0.0416666666666241279,
-                                   0.00833333333333006183,   0.00138888889172137169, 0.000198412698630536169,
-                                   0.0000248015212959543751, 2.75572684599970648e-6, 2.76200884454097482e-7,
-                                   2.51003854955103191e-8};
-  static constexpr double atanh[] = {0.333333333333333293,  0.200000000000072913,  0.142857142835543786,
-                                     0.111111113587139315,  0.0909089471806642908, 0.0769278503247931155,
-                                     0.0665707210482746808, 0.0600053640479535627, 0.0440036924307233694,
-                                     0.0808202280597176611};
+  static constexpr double exp[] = {0.500000000000000102,     0.166666666666666675,
+                                   0.0416666666666241279,    0.00833333333333006183,
+                                   0.00138888889172137169,   0.000198412698630536169,
+                                   0.0000248015212959543751, 2.75572684599970648e-6,
+                                   2.76200884454097482e-7,   2.51003854955103191e-8};
+  static constexpr double atanh[] = {
+      0.333333333333333293,  0.200000000000072913,  0.142857142835543786,  0.111111113587139315,
+      0.0909089471806642908, 0.0769278503247931155, 0.0665707210482746808, 0.0600053640479535627,
+      0.0440036924307233694, 0.0808202280597176611};
 };
 
 template <typename S, int N>
@@ -85,8 +92,8 @@ inline Vec<S> exp_negative(Vec<S> x) {
   return x < C::smallest ? Vec<S>{} : p * power;
 }
 
-// softplus(y) = max(y, 0) + log(1 + exp(-|y|)), the same for -y, and the derivatives, sigmoid(y) and
-// sigmoid(-y), off one exponential and one division.
+// softplus(y) = max(y, 0) + log(1 + exp(-|y|)), the same for -y, and the derivatives, sigmoid(y)
+// and sigmoid(-y), off one exponential and one division.
 template <typename S>
 struct Logistic {
   Vec<S> softplus, softplus_negative, sigmoid, sigmoid_negative;
@@ -134,8 +141,8 @@ struct Block {
   alignas(64) S z[block<S>], weight[block<S>], term[block<S>], slope[block<S>];
 };
 
-// Scores b.z[0, n) become b.term, b.slope (times factor) and their sums. A patch of weight zero is taken out,
-// whatever its logits are.
+// Scores b.z[0, n) become b.term, b.slope (times factor) and their sums. A patch of weight zero is
+// taken out, whatever its logits are.
 template <typename S, Formula F, bool Weighted>
 void evaluate(const PatchTerm& p, Block<S>& b, int n, S factor, PatchSums& sums) {
   constexpr int L = lanes<S>;
@@ -208,7 +215,8 @@ Evaluate<S> evaluate_of(Formula f) {
   }
 }
 
-// Calls run(image, patch, at, count) for every run of patches within one image among [begin, begin + n).
+// Calls run(image, patch, at, count) for every run of patches within one image among [begin, begin
+// + n).
 template <typename F>
 inline void for_runs(int64_t patches, int64_t begin, int n, F&& run) {
   int64_t image = begin / patches, patch = begin % patches;
@@ -236,7 +244,8 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
   S* terms = static_cast<S*>(s.terms);
   S* grad = static_cast<S*>(s.grad);
   const bool pair = s.term.pair;
-  const auto run = weight ? evaluate_of<S, true>(s.term.formula) : evaluate_of<S, false>(s.term.formula);
+  const auto run =
+      weight ? evaluate_of<S, true>(s.term.formula) : evaluate_of<S, false>(s.term.formula);
   PatchSums sums{0, 0, 0};
   Block<S> b;
   for (int64_t first = begin; first < end; first += block<S>) {
@@ -301,7 +310,8 @@ inline void store_lanes(S* p, Vec<S> v, int n) {
     store_first<S>(p, v, n);
 }
 
-// A run of patches through the 1x1 convolution, x by channel: z[p] = bias + sum over c of w[c] x[c][p].
+// A run of patches through the 1x1 convolution, x by channel: z[p] = bias + sum over c of w[c]
+// x[c][p].
 template <typename S, typename T>
 void head_scores_planar(const PatchHead& h, const T* x, const S* w, int n, S* z) {
   constexpr int L = lanes<S>, group = 8;
@@ -312,7 +322,8 @@ void head_scores_planar(const PatchHead& h, const T* x, const S* w, int n, S* z)
     if (left >= group * L) {
       for (int64_t c = 0; c < h.channels; ++c)
 #pragma GCC unroll 8
-        for (int v = 0; v < group; ++v) sum[v] += load_lanes<S>(x + c * h.channel + i + v * L, L) * w[c];
+        for (int v = 0; v < group; ++v)
+          sum[v] += load_lanes<S>(x + c * h.channel + i + v * L, L) * w[c];
     } else {
       const int whole = left / L;
       for (int64_t c = 0; c < h.channels; ++c) {
@@ -327,10 +338,11 @@ void head_scores_planar(const PatchHead& h, const T* x, const S* w, int n, S* z)
     for (int v = 0; v < group && v * L < left; ++v) store_vec(z + i + v * L, sum[v]);
   }
 }
-// And back: grad[c][p] = slope[p] w[c], weights[c] += sum over p of slope[p] x[c][p]. slope is 0 past n.
+// And back: grad[c][p] = slope[p] w[c], weights[c] += sum over p of slope[p] x[c][p]. slope is 0
+// past n.
 template <typename S, typename T>
-void head_gradients_planar(const PatchHead& h, const T* x, const S* w, int n, const S* slope, S* grad,
-                           double* weights) {
+void head_gradients_planar(const PatchHead& h, const T* x, const S* w, int n, const S* slope,
+                           S* grad, double* weights) {
   constexpr int L = lanes<S>;
   for (int64_t c = 0; c < h.channels; ++c) {
     const T* row = x + c * h.channel;
@@ -368,8 +380,8 @@ void head_scores_interleaved(const PatchHead& h, const T* x, const S* w, int n, 
   }
 }
 template <typename S, typename T>
-void head_gradients_interleaved(const PatchHead& h, const T* x, const S* w, int n, const S* slope, S* grad,
-                                double* weights) {
+void head_gradients_interleaved(const PatchHead& h, const T* x, const S* w, int n, const S* slope,
+                                S* grad, double* weights) {
   constexpr int L = lanes<S>, group = 4;
   for (int64_t c = 0; c < h.channels; c += group * L) {
     Vec<S> sum[group] = {}, filter[group];
@@ -385,7 +397,8 @@ void head_gradients_interleaved(const PatchHead& h, const T* x, const S* w, int 
       for (int v = 0; v < group; ++v) {
         if (count[v] == 0) break;
         if (weights) sum[v] += load_lanes<S>(row + v * L, count[v]) * slope[i];
-        if (grad) store_lanes<S>(grad + i * h.grad_patch + c + v * L, filter[v] * slope[i], count[v]);
+        if (grad)
+          store_lanes<S>(grad + i * h.grad_patch + c + v * L, filter[v] * slope[i], count[v]);
       }
     }
     if (weights)
@@ -446,8 +459,8 @@ double weight_sum_of(const PatchSide& s, int64_t begin, int64_t end) {
                const S* w = weight + image * s.weight_image + patch * s.weight_patch;
                double part[8] = {};  // short chains of additions round less
                for (int i = 0; i < count; ++i) part[i % 8] += double(w[i * s.weight_patch]);
-               sum +=
-                   ((part[0] + part[1]) + (part[2] + part[3])) + ((part[4] + part[5]) + (part[6] + part[7]));
+               sum += ((part[0] + part[1]) + (part[2] + part[3])) +
+                      ((part[4] + part[5]) + (part[6] + part[7]));
              });
   return sum;
 }
@@ -473,20 +486,23 @@ double l1_of(const T* a, const T* b, S* grad_a, S* grad_b, S factor, int64_t n) 
 }
 
 PatchSums side(const PatchSide& s, int64_t begin, int64_t end) {
-  return dispatch(s.dtype, [&]<typename T>() { return side_of<T, typename Acc<T>::type>(s, begin, end); });
+  return dispatch(s.dtype,
+                  [&]<typename T>() { return side_of<T, typename Acc<T>::type>(s, begin, end); });
 }
 
 PatchSums head(const PatchHead& h, int64_t begin, int64_t end, double* weights) {
-  return dispatch(h.dtype,
-                  [&]<typename T>() { return head_of<T, typename Acc<T>::type>(h, begin, end, weights); });
+  return dispatch(h.dtype, [&]<typename T>() {
+    return head_of<T, typename Acc<T>::type>(h, begin, end, weights);
+  });
 }
 
 double weight_sum(const PatchSide& s, int64_t begin, int64_t end) {
-  return s.dtype == DType::f64 ? weight_sum_of<double>(s, begin, end) : weight_sum_of<float>(s, begin, end);
+  return s.dtype == DType::f64 ? weight_sum_of<double>(s, begin, end)
+                               : weight_sum_of<float>(s, begin, end);
 }
 
-double l1(DType dtype, const void* a, const void* b, void* grad_a, void* grad_b, double factor, int64_t begin,
-          int64_t end) {
+double l1(DType dtype, const void* a, const void* b, void* grad_a, void* grad_b, double factor,
+          int64_t begin, int64_t end) {
   return dispatch(dtype, [&]<typename T>() {
     using S = typename Acc<T>::type;
     const T* x = static_cast<const T*>(a) + begin;

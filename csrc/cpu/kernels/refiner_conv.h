@@ -1,8 +1,9 @@
-// Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter gradient.
+// Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter
+// gradient.
 //
-// Four implementations of one table: `direct` serves every case; `winograd` and `winograd_panels` (3 x 3
-// filters; many tiles, many channels) and `winograd_large` (7 x 7, 11 x 11, …), all in float32 arithmetic,
-// are faster where they apply.
+// Four implementations of one table: `direct` serves every case; `winograd` and `winograd_panels`
+// (3 x 3 filters; many tiles, many channels) and `winograd_large` (7 x 7, 11 x 11, …), all in
+// float32 arithmetic, are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +13,18 @@
 
 namespace fastda::cpu {
 
-// A 4-D tensor and its strides in elements (of a filter: n = out channel, c = in channel, h, w = tap;
-// negative strides are fine). No data: the operand is absent. Activations have a unit stride along c
-// (channels_last) or w.
+// A 4-D tensor and its strides in elements (of a filter: n = out channel, c = in channel, h, w =
+// tap; negative strides are fine). No data: the operand is absent. Activations have a unit stride
+// along c (channels_last) or w.
 struct View {
   void* data = nullptr;
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
 // out = gate(out_gate, relu(conv(gate(x_gate, x), filter) + bias + gate(residual_gate, residual))).
-// gate(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g.
-// The data gradient is the same operation with the filter rotated by 180 degrees and its channels swapped.
+// gate(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g. The
+// data gradient is the same operation with the filter rotated by 180 degrees and its channels
+// swapped.
 struct ConvArgs {
   DType dtype;
   bool x_channels_last, out_channels_last;  // of x and x_gate; of the other activations
@@ -35,8 +37,8 @@ struct ConvArgs {
   View out_gate, out;
 };
 
-// d filter[k, c, i, j] = sum over n, h, w of gate(grad_gate, grad)[n, k, h, w] * x[n, c, h + i - p, w + j -
-// p], and d bias = sum of gate(grad_gate, grad).
+// d filter[k, c, i, j] = sum over n, h, w of gate(grad_gate, grad)[n, k, h, w] * x[n, c, h + i - p,
+// w + j - p], and d bias = sum of gate(grad_gate, grad).
 struct FilterGradArgs {
   DType dtype;
   bool x_channels_last, grad_channels_last;
@@ -56,25 +58,26 @@ struct ConvKernels {
   void (*prepare)(const ConvArgs&, void* prepared);
   int64_t (*conv_scratch_bytes)(const ConvArgs&);  // of one call of conv()
   int64_t (*conv_tasks)(const ConvArgs&);
-  // False: an intermediate value was not finite, and the output is only right where it spreads that no
-  // further than the definition does. Use `direct` instead.
+  // False: an intermediate value was not finite, and the output is only right where it spreads that
+  // no further than the definition does. Use `direct` instead.
   bool (*conv)(const ConvArgs&, int64_t task, void* scratch);
 
   // As above; null: nothing is shared.
   int64_t (*grad_prepared_bytes)(const FilterGradArgs&);
   void (*prepare_grad)(const FilterGradArgs&, void* prepared);
-  // The work is cut into chunks, whatever the number of threads; each sums into storage of its own, and
-  // combine() makes the results of the chunks in their order; false as for conv(). d_bias may be null.
+  // The work is cut into chunks, whatever the number of threads; each sums into storage of its own,
+  // and combine() makes the results of the chunks in their order; false as for conv(). d_bias may
+  // be null.
   int64_t (*chunks)(const FilterGradArgs&);
   int64_t (*sum_bytes)(const FilterGradArgs&);
   int64_t (*filter_grad_scratch_bytes)(const FilterGradArgs&);
   void (*filter_grad)(const FilterGradArgs&, int64_t chunk, void* sums, void* scratch);
   bool (*combine)(const FilterGradArgs&, const void* sums, void* d_bias);
 
-  // The backward of two convolutions in turn, a few rows at a time. What lies between them is made by
-  // `between`, is taken on to the input by `to_input`, and is the gradient in `to_filter`, by the chunks of
-  // filter_grad(); it is channels_last, never whole, and the views of it in the three are ignored. Null, or 0
-  // bytes: better made whole. false as for conv().
+  // The backward of two convolutions in turn, a few rows at a time. What lies between them is made
+  // by `between`, is taken on to the input by `to_input`, and is the gradient in `to_filter`, by
+  // the chunks of filter_grad(); it is channels_last, never whole, and the views of it in the three
+  // are ignored. Null, or 0 bytes: better made whole. false as for conv().
   int64_t (*band_scratch_bytes)(const ConvArgs& between, const ConvArgs& to_input,
                                 const FilterGradArgs& to_filter);
   bool (*band)(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter,

@@ -2,14 +2,19 @@
 //
 // The direct kernels. A task is a block of output rows and columns of one image:
 //
-//   x block with halo -> packed [pixel][channel], zero outside the image, gated, widened to the accumulator
-//   type out[q][k] = sum over taps t and channels c of packed[q + offset(t)][c] * filter[t][c][k] epilogue:
-//   bias, residual, ReLU, gate, back to the layout and type of the tensors
+//   x block with halo
+//     |  pack: zero outside the image, masked, widened to the accumulator type
+//   packed[pixel][channel]
+//     |  sums[q][k] = sum over taps t and channels c of packed[q + offset(t)][c] * filter[t][c][k]
+//   sums[pixel][channel]
+//     |  epilogue: bias, residual, ReLU, mask, back to the layout and type of the tensors
+//   out block
 //
-// Output pixels q are numbered on the grid of the packed block, halo columns included: the few that fall into
-// the halo are computed and dropped, and every tap is one constant offset. The micro-kernel keeps `rows`
-// pixels x `KV` vectors of output channels in registers. The filter gradient is the same micro-kernel turned:
-// rows are (tap, channel) pairs and the reduction runs over the pixels.
+// Output pixels q are numbered on the grid of the packed block, halo columns included: the few that
+// fall into the halo are computed and dropped, and every tap is one constant offset. The
+// micro-kernel keeps `rows` pixels x `KV` vectors of output channels in registers. The filter
+// gradient is the same micro-kernel turned: rows are (tap, channel) pairs and the reduction runs
+// over the pixels.
 #include "cpu/kernels/blocks.h"
 
 namespace fastda::cpu::FASTDA_ISA {
@@ -43,8 +48,9 @@ void prepare_direct(const ConvArgs& a, S* out) {
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t c = 0; c < a.in_channels; ++c, out += width)
         for (int64_t k = 0; k < width; ++k)
-          out[k] = k0 + k < a.out_channels ? S(load(at<T>(a.filter, k0 + k, c, t / a.kernel, t % a.kernel)))
-                                           : S(0);
+          out[k] = k0 + k < a.out_channels
+                       ? S(load(at<T>(a.filter, k0 + k, c, t / a.kernel, t % a.kernel)))
+                       : S(0);
     k0 += width;
   }
 }
@@ -60,7 +66,8 @@ void conv_direct(const ConvArgs& a, int64_t task, char* scratch) {
   for (int64_t t = 0; t < sizes.taps; ++t)
     offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
   pack<T, S>(a.x, a.x_gate, a.x_channels_last, a.in_channels, a.height, a.width,
-             {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
+             {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed,
+             a.in_channels);
   const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
   for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
   const int64_t pixels = (block.rows - 1) * columns + block.columns;
@@ -79,14 +86,16 @@ int64_t conv_scratch_bytes(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return DirectSizes<S>(a).bytes(); });
 }
 void prepare(const ConvArgs& a, void* prepared) {
-  with_types(a.dtype, [&]<typename T, typename S>() { prepare_direct<T, S>(a, static_cast<S*>(prepared)); });
+  with_types(a.dtype,
+             [&]<typename T, typename S>() { prepare_direct<T, S>(a, static_cast<S*>(prepared)); });
 }
 int64_t conv_tasks(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return direct_cut<S>(a).tasks; });
 }
 bool conv(const ConvArgs& a, int64_t task, void* scratch) {
-  with_types(a.dtype,
-             [&]<typename T, typename S>() { conv_direct<T, S>(a, task, static_cast<char*>(scratch)); });
+  with_types(a.dtype, [&]<typename T, typename S>() {
+    conv_direct<T, S>(a, task, static_cast<char*>(scratch));
+  });
   return true;
 }
 
@@ -130,20 +139,23 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scrat
   for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
     const Block block = sizes.cuts.block(task, a.height, a.width);
     const int64_t columns = block.columns + 2 * p;
-    // The gradient lies on the same grid as the packed input, with zeros where the grid has halo columns.
+    // The gradient lies on the same grid as the packed input, with zeros where the grid has halo
+    // columns.
     const int64_t pixels = block.rows * columns;
     for (int64_t r = 0; r < block.rows; ++r) {
       S* row = grads + r * columns * sizes.padded_k;
       pack<T, S>(a.grad, a.grad_gate, a.grad_channels_last, a.out_channels, a.height, a.width,
                  {block.n, block.h + r, block.w, 1, block.columns}, row, sizes.padded_k);
-      for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i) row[i] = S(0);
+      for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i)
+        row[i] = S(0);
     }
     add_rows<S>(grads, pixels, sizes.padded_k, bias);
     if (a.x.data == nullptr) continue;
     for (int64_t t = 0; t < sizes.taps; ++t)
       offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
     pack<T, S>(a.x, View{}, a.x_channels_last, a.in_channels, a.height, a.width,
-               {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed, a.in_channels);
+               {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed,
+               a.in_channels);
     const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
     multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads,
@@ -168,8 +180,9 @@ void combine_direct(const FilterGradArgs& a, const char* sums, T* d_bias) {
     for (int64_t t = 0; t < sizes.taps; ++t)
       for (int64_t c = 0; c < a.in_channels; ++c)
         for (int64_t k = 0; k < a.out_channels; ++k)
-          store(const_cast<T*>(at<T>(a.d_filter, k, c, t / a.kernel, t % a.kernel)),
-                S(total(((t * a.in_channels + c) * sizes.padded_k + k) * int64_t(sizeof(S)), S(0))));
+          store(
+              const_cast<T*>(at<T>(a.d_filter, k, c, t / a.kernel, t % a.kernel)),
+              S(total(((t * a.in_channels + c) * sizes.padded_k + k) * int64_t(sizeof(S)), S(0))));
   if (d_bias)
     for (int64_t k = 0; k < a.out_channels; ++k)
       store(d_bias + k, S(total(carved<S>(sizes.sums) + k * int64_t(sizeof(double)), 0.0)));

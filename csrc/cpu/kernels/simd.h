@@ -1,13 +1,13 @@
-// One float vector of the instruction set being compiled, as wide as it has: 16 lanes with AVX-512, 8 with
-// AVX2. Where neither is there, FASTDA_SIMD is 0 and nothing is declared. Everything has internal linkage
-// (see common/dtype.h).
+// One float vector of the instruction set being compiled, as wide as it has: 16 lanes with AVX-512,
+// 8 with AVX2. Where neither is there, FASTDA_SIMD is 0 and nothing is declared. Everything has
+// internal linkage (see common/dtype.h).
 #pragma once
 
 #include "common/dtype.h"
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #define FASTDA_SIMD 1
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own _mm512_undefined_ps(), inlined into us
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc's own _mm512_undefined_ps(), inlined
 #include <immintrin.h>
 #else
 #define FASTDA_SIMD 0
@@ -55,7 +55,8 @@ FASTDA_INLINE Vec widen(__m256i h, f16) { return _mm512_cvtph_ps(h); }
 FASTDA_INLINE __m256i narrow(Vec x, bf16) {
   const __m512i u = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  __m512i r =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(r);
 }
@@ -113,7 +114,12 @@ using Mask = __m256i;
 constexpr int VL = 8;
 
 FASTDA_INLINE Mask lanes(int64_t begin, int64_t end) {
-  const int b = int(begin < 0 ? 0 : begin > VL ? VL : begin), e = int(end < 0 ? 0 : end > VL ? VL : end);
+  const int b = int(begin < 0    ? 0
+                    : begin > VL ? VL
+                                 : begin),
+            e = int(end < 0    ? 0
+                    : end > VL ? VL
+                               : end);
   const __m256i i = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(b), i),
                              _mm256_cmpgt_epi32(_mm256_set1_epi32(e), i));
@@ -141,7 +147,8 @@ FASTDA_INLINE Vec widen(__m128i h, f16) { return _mm256_cvtph_ps(h); }
 FASTDA_INLINE __m128i narrow(Vec x, bf16) {
   const __m256i u = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
+  __m256i r =
+      _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), odd), 16);
   const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
   r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));

@@ -1,4 +1,5 @@
-// Vectors of the instruction set being compiled for. Internal linkage throughout: see common/dtype.h.
+// Vectors of the instruction set being compiled for. Internal linkage throughout: see
+// common/dtype.h.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +55,8 @@ inline Vec<S> broadcast(S s) {
   return s - Vec<S>{};  // not s + {}: -0 stays -0
 }
 
-// The first n (1 to lanes) elements of any element type, widened to the accumulator type; the rest is zero.
+// The first n (1 to lanes) elements of any element type, widened to the accumulator type; the rest
+// is zero.
 template <typename S, typename T>
 inline Vec<S> load_first(const T* p, int n) {
   S lane[lanes<S>] = {};
@@ -123,7 +125,8 @@ inline void transpose_stage(Vec<S>* rows) {
   if constexpr (D > 0) {
 #pragma GCC unroll 16
     for (int i = 0; i < lanes<S>; ++i)
-      if ((i & D) == 0) exchange<S, D>(rows[i], rows[i + D], typename MakeSequence<lanes<S>>::type{});
+      if ((i & D) == 0)
+        exchange<S, D>(rows[i], rows[i + D], typename MakeSequence<lanes<S>>::type{});
     transpose_stage<S, D / 2>(rows);
   }
 }

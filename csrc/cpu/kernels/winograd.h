@@ -1,9 +1,10 @@
-// What the two Winograd F(4x4, 3x3) kernels share: the transforms, the micro-kernels, and where their
-// operands lie. Internal linkage throughout: see common/dtype.h.
+// What the two Winograd F(4x4, 3x3) kernels share: the transforms, the micro-kernels, and where
+// their operands lie. Internal linkage throughout: see common/dtype.h.
 //
-// Six neighbouring tiles are a group, and vectors run over channels: channels_last is read and written as it
-// lies, contiguous tensors are turned in registers, VL x VL at a time, on their way in and out. The products
-// keep one 6-tile x (4 or 2 vectors of output channels) accumulator in registers.
+// Six neighbouring tiles are a group, and vectors run over channels: channels_last is read and
+// written as it lies, contiguous tensors are turned in registers, VL x VL at a time, on their way
+// in and out. The products keep one 6-tile x (4 or 2 vectors of output channels) accumulator in
+// registers.
 #pragma once
 
 #include "cpu/kernels/refiner_conv.h"
@@ -13,13 +14,14 @@ namespace fastda::cpu::FASTDA_ISA {
 #if FASTDA_SIMD
 namespace {
 
-constexpr int TILES = 6;                         // per group: rows of the micro-kernel
-constexpr int NV = VL == 16 ? 4 : 2;             // vectors of output channels in a micro-kernel
-constexpr int RUN = 15;                          // tiles transformed together, neighbours in a row
-constexpr int COLUMNS = 4 * RUN + 2 + (VL - 2);  // input columns of a run, room for the last vector's rest
+constexpr int TILES = 6;              // per group: rows of the micro-kernel
+constexpr int NV = VL == 16 ? 4 : 2;  // vectors of output channels in a micro-kernel
+constexpr int RUN = 15;               // tiles transformed together, neighbours in a row
+// Input columns of a run, and room for the last vector's rest.
+constexpr int COLUMNS = 4 * RUN + 2 + (VL - 2);
 
-// Interpolation at 0, +-A, +-B, infinity; A B = 1 makes most constants 1, and the error is half that of 0,
-// +-1, +-2.
+// Interpolation at 0, +-A, +-B, infinity; A B = 1 makes most constants 1, and the error is half
+// that of 0, +-1, +-2.
 constexpr float A = 0.70710678118654752440f, B = 1.41421356237309504880f;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -27,8 +29,8 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t padded(int64_t channels) { return round_up(channels, VL); }
-// Distance of the C x K matrices of two interpolation points: not a power of two, for the lines of all 36
-// would fall into one set of the first-level cache.
+// Distance of the C x K matrices of two interpolation points: not a power of two, for the lines of
+// all 36 would fall into one set of the first-level cache.
 int64_t matrix_floats(int64_t C, int64_t K) { return C * padded(K) + 16; }
 
 struct Grid {
@@ -42,8 +44,9 @@ struct Grid {
         groups(ceil_div(tiles, TILES)) {}
 };
 
-// [group][slot][tile][channel], one slot per interpolation point, the channels from `first` on. `slot` is an
-// odd number of cache lines, so that the 36 lines of one tile fall into different sets.
+// [group][slot][tile][channel], one slot per interpolation point, the channels from `first` on.
+// `slot` is an odd number of cache lines, so that the 36 lines of one tile fall into different
+// sets.
 struct Workspace {
   float* data;
   int64_t channels, slot, group, first = 0;
@@ -106,7 +109,7 @@ FASTDA_INLINE void weight_gradient_1d(const Vec* u, Vec* w) {
   w[2] = u[5] + fma(splat(0.5f), sa, splat(2.0f) * sb);
 }
 
-// --- tiles of the input (6 x 6 pixels, overlapping) or of the output's gradient (4 x 4) into the workspace
+// --- tiles of the input (6 x 6 pixels, overlapping) or of the output's gradient (4 x 4) into V
 
 struct Source {
   View x, gate;
@@ -114,11 +117,12 @@ struct Source {
   int64_t channels;
 };
 
-// Loads `R` rows from y0 and `columns` columns from x0 of channels [c, c + VL) and hands each column's R
-// vectors to `f`. Outside of the image, and past the last channel, zeros. strip: [R][VL][VL] floats.
+// Loads `R` rows from y0 and `columns` columns from x0 of channels [c, c + VL) and hands each
+// column's R vectors to `f`. Outside of the image, and past the last channel, zeros. strip:
+// [R][VL][VL] floats.
 template <typename T, int R, typename F>
-FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image, int64_t c, int64_t y0,
-                               int64_t x0, int64_t columns, float* strip, F&& f) {
+FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image, int64_t c,
+                               int64_t y0, int64_t x0, int64_t columns, float* strip, F&& f) {
   const bool gated = s.gate.data != nullptr;
   const T* x = static_cast<const T*>(s.x.data) + image * s.x.n + c * s.x.c;
   const T* g = static_cast<const T*>(s.gate.data) + (gated ? image * s.gate.n + c * s.gate.c : 0);
@@ -141,7 +145,8 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
         for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r)
-            d[r] = gate(load_vec(x + (y0 + r) * s.x.h + i * sx), load_vec(g + (y0 + r) * s.gate.h + i * sg));
+            d[r] = gate(load_vec(x + (y0 + r) * s.x.h + i * sx),
+                        load_vec(g + (y0 + r) * s.gate.h + i * sg));
           f(i - x0, d);
         }
       }
@@ -176,12 +181,14 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
       Vec v[VL];
       if (!gated) {
 #pragma GCC unroll 16
-        for (int k = 0; k < VL; ++k) v[k] = k < channels ? load_vec(row + k * s.x.c, m) : splat(0.0f);
+        for (int k = 0; k < VL; ++k)
+          v[k] = k < channels ? load_vec(row + k * s.x.c, m) : splat(0.0f);
       } else {
 #pragma GCC unroll 16
         for (int k = 0; k < VL; ++k)
-          v[k] = k < channels ? gate(load_vec(row + k * s.x.c, m), load_vec(gate_row + k * s.gate.c, m))
-                              : splat(0.0f);
+          v[k] = k < channels
+                     ? gate(load_vec(row + k * s.x.c, m), load_vec(gate_row + k * s.gate.c, m))
+                     : splat(0.0f);
       }
       transpose(v);
 #pragma GCC unroll 16
@@ -196,8 +203,8 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
   }
 }
 
-// Calls f(image, tile row, first tile column, tiles, position in the block) for each run of neighbouring
-// tiles.
+// Calls f(image, tile row, first tile column, tiles, position in the block) for each run of
+// neighbouring tiles.
 template <typename F>
 FASTDA_INLINE void each_run(const Grid& grid, int64_t begin, int64_t end, F&& f) {
   for (int64_t tile = begin; tile < end;) {
@@ -216,14 +223,15 @@ struct Scratch {
 
 template <typename T>
 void transform_input_run(const Source& s, const Grid& grid, int64_t image, int64_t row, int64_t col,
-                         int64_t count, int64_t position, int64_t c, const Workspace& v, int64_t first_slot,
-                         Scratch& scratch) {
+                         int64_t count, int64_t position, int64_t c, const Workspace& v,
+                         int64_t first_slot, Scratch& scratch) {
   each_column<T, 6>(s, grid, image, c, row * 4 - 1, col * 4 - 1, count * 4 + 2, scratch.strip,
                     [&](int64_t i, const Vec* d) __attribute__((always_inline)) {
                       Vec t[6];
                       input_1d(d, t);
 #pragma GCC unroll 6
-                      for (int r = 0; r < 6; ++r) store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                      for (int r = 0; r < 6; ++r)
+                        store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
                     });
   for (int64_t q = 0; q < count; ++q) {
     float* out = v.at(position + q, first_slot, c);
@@ -241,9 +249,9 @@ void transform_input_run(const Source& s, const Grid& grid, int64_t image, int64
 }
 
 template <typename T>
-void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, int64_t row, int64_t col,
-                            int64_t count, int64_t position, int64_t c, const Workspace& v, double* sums,
-                            Scratch& scratch) {
+void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, int64_t row,
+                            int64_t col, int64_t count, int64_t position, int64_t c,
+                            const Workspace& v, double* sums, Scratch& scratch) {
   Vec sum = splat(0.0f);
   each_column<T, 4>(s, grid, image, c, row * 4, col * 4, count * 4, scratch.strip,
                     [&](int64_t i, const Vec* d) __attribute__((always_inline)) {
@@ -251,7 +259,8 @@ void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, in
                       sum += (d[0] + d[1]) + (d[2] + d[3]);
                       gradient_1d(d, t);
 #pragma GCC unroll 6
-                      for (int r = 0; r < 6; ++r) store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                      for (int r = 0; r < 6; ++r)
+                        store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
                     });
   alignas(64) float total[VL];
   store_vec(total, sum);
@@ -271,15 +280,16 @@ void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, in
   }
 }
 
-// Visits all runs and vectors of the channels [c0, c1) of a block, in the order in which the tensor's layout
-// lies in memory.
+// Visits all runs and vectors of the channels [c0, c1) of a block, in the order in which the
+// tensor's layout lies in memory.
 template <typename F>
-FASTDA_INLINE void each_run_and_vector(bool channels_last, const Grid& grid, int64_t begin, int64_t end,
-                                       int64_t c0, int64_t c1, F&& f) {
+FASTDA_INLINE void each_run_and_vector(bool channels_last, const Grid& grid, int64_t begin,
+                                       int64_t end, int64_t c0, int64_t c1, F&& f) {
   if (channels_last) {
-    each_run(grid, begin, end, [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position) {
-      for (int64_t c = c0; c < c1; c += VL) f(image, row, col, count, position, c);
-    });
+    each_run(grid, begin, end,
+             [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position) {
+               for (int64_t c = c0; c < c1; c += VL) f(image, row, col, count, position, c);
+             });
   } else {
     for (int64_t c = c0; c < c1; c += VL)
       each_run(grid, begin, end,
@@ -291,18 +301,19 @@ FASTDA_INLINE void each_run_and_vector(bool channels_last, const Grid& grid, int
 
 // The channels of s that v has room for.
 template <typename T>
-void transform_input(const Source& s, const Grid& grid, int64_t begin, int64_t end, const Workspace& v,
-                     int64_t first_slot, Scratch& scratch) {
+void transform_input(const Source& s, const Grid& grid, int64_t begin, int64_t end,
+                     const Workspace& v, int64_t first_slot, Scratch& scratch) {
   each_run_and_vector(
       s.channels_last, grid, begin, end, v.first, min(s.channels, v.first + v.channels),
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t c) {
-        transform_input_run<T>(s, grid, image, row, col, count, position, c, v, first_slot, scratch);
+        transform_input_run<T>(s, grid, image, row, col, count, position, c, v, first_slot,
+                               scratch);
       });
 }
 
 template <typename T>
-void transform_gradient(const Source& s, const Grid& grid, int64_t begin, int64_t end, const Workspace& v,
-                        double* sums, Scratch& scratch) {
+void transform_gradient(const Source& s, const Grid& grid, int64_t begin, int64_t end,
+                        const Workspace& v, double* sums, Scratch& scratch) {
   each_run_and_vector(
       s.channels_last, grid, begin, end, v.first, min(s.channels, v.first + v.channels),
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t c) {
@@ -320,19 +331,19 @@ void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
 
 // --- 36 matrix products
 
-// Cache lines that will be wanted later. Products fetch them one by one: many at once would hold up what the
-// products themselves wait for.
+// Cache lines that will be wanted later. Products fetch them one by one: many at once would hold up
+// what the products themselves wait for.
 struct Lines {
   const char* const* at = nullptr;
   int64_t count = 0;
 };
 
-// m[6][N vectors] = v[6][C] u[C][N vectors], `Add`ed to what m is. Meanwhile the six rows at `next` are
-// fetched, of what is at `ahead`, `pace` floats for every input channel, and `far`.
+// m[6][N vectors] = v[6][C] u[C][N vectors], `Add`ed to what m is. Meanwhile the six rows at `next`
+// are fetched, of what is at `ahead`, `pace` floats for every input channel, and `far`.
 template <int N, bool Add>
-[[gnu::noinline]] void multiply(const float* v, int64_t v_stride, const float* u, int64_t C, float* m,
-                                int64_t m_stride, const float* next, const float* ahead, int64_t pace,
-                                Lines far) {
+[[gnu::noinline]] void multiply(const float* v, int64_t v_stride, const float* u, int64_t C,
+                                float* m, int64_t m_stride, const float* next, const float* ahead,
+                                int64_t pace, Lines far) {
   Vec acc[TILES][N];
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
@@ -395,8 +406,8 @@ FASTDA_INLINE void each_panel(int64_t vectors, F&& f) {
 
 // --- output
 
-// The epilogue's operands at one pixel (channels_last) or one channel's row (contiguous): `in` elements from
-// p.
+// The epilogue's operands at one pixel (channels_last) or one channel's row (contiguous): `in`
+// elements from p.
 template <typename T>
 struct Epilogue {
   const T *residual, *residual_gate, *output_gate;
@@ -434,16 +445,19 @@ FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4], Vec& f
   finite = fma((y[0][0] + y[0][3]) + (y[3][0] + y[3][3]), splat(0.0f), finite);
 }
 
-// `finite` stays zero where every value of the block is finite, and becomes NaN otherwise: what is not finite
-// in the 36 points shows in the corners of the 4 x 4 pixels.
+// `finite` stays zero where every value of the block is finite, and becomes NaN otherwise: what is
+// not finite in the 36 points shows in the corners of the 4 x 4 pixels.
 template <typename T>
-void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row, int64_t col, int64_t count,
-                int64_t position, int64_t k, const Workspace& m, Scratch& scratch, Vec& finite) {
+void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row, int64_t col,
+                int64_t count, int64_t position, int64_t k, const Workspace& m, Scratch& scratch,
+                Vec& finite) {
   const auto base = [&](const View& v) {
-    return v.data ? static_cast<T*>(v.data) + image * v.n + k * v.c + row * 4 * v.h + col * 4 * v.w : nullptr;
+    return v.data ? static_cast<T*>(v.data) + image * v.n + k * v.c + row * 4 * v.h + col * 4 * v.w
+                  : nullptr;
   };
   const View &vr = p.residual, &vq = p.residual_gate, &vg = p.out_gate, &vo = p.out;
-  const Epilogue<T> e{base(vr), base(vq), base(vg), base(vo), splat(p.relu ? 0.0f : -__builtin_inff())};
+  const Epilogue<T> e{base(vr), base(vq), base(vg), base(vo),
+                      splat(p.relu ? 0.0f : -__builtin_inff())};
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t channels = min(VL, p.out_channels - k), rows = min(4, grid.height - row * 4);
   const int64_t width = min(count * 4, grid.width - col * 4);
@@ -461,16 +475,17 @@ void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row,
           for (int j = 0; j < 4; ++j) {
             const int64_t x = q * 4 + j;
             store_vec(e.output + i * vo.h + x * vo.w,
-                      e.apply(y[i][j] + b, i * vr.h + x * vr.w, i * vq.h + x * vq.w, i * vg.h + x * vg.w));
+                      e.apply(y[i][j] + b, i * vr.h + x * vr.w, i * vq.h + x * vq.w,
+                              i * vg.h + x * vg.w));
           }
       } else {
         for (int64_t i = 0; i < rows; ++i)
           for (int64_t j = 0; j < min(4, width - q * 4); ++j) {
             const int64_t x = q * 4 + j;
-            store_vec(
-                e.output + i * vo.h + x * vo.w,
-                e.apply(y[i][j] + b, i * vr.h + x * vr.w, i * vq.h + x * vq.w, i * vg.h + x * vg.w, mask),
-                mask);
+            store_vec(e.output + i * vo.h + x * vo.w,
+                      e.apply(y[i][j] + b, i * vr.h + x * vr.w, i * vq.h + x * vq.w,
+                              i * vg.h + x * vg.w, mask),
+                      mask);
           }
       }
     }
@@ -499,8 +514,8 @@ void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row,
         if (c >= channels) break;
         const Vec b = bias ? splat(load(bias + k + c)) : splat(0.0f);
         store_vec(e.output + i * vo.h + x + c * vo.c,
-                  e.apply(v[c] + b, i * vr.h + x + c * vr.c, i * vq.h + x + c * vq.c, i * vg.h + x + c * vg.c,
-                          mask),
+                  e.apply(v[c] + b, i * vr.h + x + c * vr.c, i * vq.h + x + c * vq.c,
+                          i * vg.h + x + c * vg.c, mask),
                   mask);
       }
     }
@@ -526,7 +541,8 @@ void panel_of(int64_t vector, int64_t vectors, int64_t C, int64_t& offset, int64
   offset = first * VL * C + (vector - first) * VL;
 }
 
-// The taps of VL output channels from k on, of one input channel; zeros past the last output channel.
+// The taps of VL output channels from k on, of one input channel; zeros past the last output
+// channel.
 using Taps = float[9][VL];
 
 // A filter whose 3 x 3 taps lie side by side, in their order (1) or, rotated, in the other (-1).
@@ -536,7 +552,8 @@ int64_t adjacent(const View& filter) {
 
 // Of `count` (at most VL) input channels from c on.
 template <typename T>
-void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_t count, Taps* taps) {
+void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_t count,
+               Taps* taps) {
   const int64_t valid = min(VL, outputs - k), order = adjacent(filter);
   const T* from = static_cast<const T*>(filter.data) + k * filter.n + c * filter.c;
   if constexpr (sizeof(T) == sizeof(float)) {
@@ -550,7 +567,8 @@ void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_
         }
         Vec v[VL];
         const Mask m = lanes(0, count);
-        for (int i = 0; i < VL; ++i) v[i] = i < valid ? load_vec(tap + i * filter.n, m) : splat(0.0f);
+        for (int i = 0; i < VL; ++i)
+          v[i] = i < valid ? load_vec(tap + i * filter.n, m) : splat(0.0f);
         transpose(v);
         for (int i = 0; i < VL; ++i) {
           if (i >= count) break;
@@ -565,7 +583,8 @@ void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_
         const T* row = from + i * filter.c + first;
         Vec v[VL];
         const Mask m = lanes(0, 9);
-        for (int j = 0; j < VL; ++j) v[j] = j < valid ? load_vec(row + j * filter.n, m) : splat(0.0f);
+        for (int j = 0; j < VL; ++j)
+          v[j] = j < valid ? load_vec(row + j * filter.n, m) : splat(0.0f);
         transpose(v);
         for (int t = 0; t < (VL < 9 ? VL : 9); ++t) store_vec(taps[i][order > 0 ? t : 8 - t], v[t]);
         for (int t = VL; t < 9; ++t)
@@ -579,7 +598,9 @@ void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_
     for (int t = 0; t < 9; ++t)
       for (int64_t j = 0; j < VL; ++j)
         taps[i][t][j] =
-            j < valid ? load(from + i * filter.c + j * filter.n + t / 3 * filter.h + t % 3 * filter.w) : 0.0f;
+            j < valid
+                ? load(from + i * filter.c + j * filter.n + t / 3 * filter.h + t % 3 * filter.w)
+                : 0.0f;
 }
 
 template <typename T>
@@ -599,7 +620,8 @@ void store_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, const
     }
   }
   for (int64_t i = 0; i < valid; ++i)
-    for (int t = 0; t < 9; ++t) store(to + i * filter.n + t / 3 * filter.h + t % 3 * filter.w, taps[t][i]);
+    for (int t = 0; t < 9; ++t)
+      store(to + i * filter.n + t / 3 * filter.h + t % 3 * filter.w, taps[t][i]);
 }
 
 // out[36 points], `size` floats apart.
@@ -618,7 +640,8 @@ FASTDA_INLINE void transform_taps(const Taps& taps, float* out, int64_t size) {
   }
 }
 
-// The transpose; f(point) is the gradient of a point. `finite` stays zero where all of it is finite.
+// The transpose; f(point) is the gradient of a point. `finite` stays zero where all of it is
+// finite.
 template <typename F>
 FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, Vec& finite) {
   Vec half[3][6];
@@ -640,12 +663,13 @@ FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, Vec& finite) {
 
 // --- weight gradient
 
-// u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]. On the way, the accumulators
-// of the next R rows are fetched, this call's share of the next point's v and z (`line` of z's N lines), and
-// `far`.
+// u[R][N vectors] += sum over groups and tiles of v[tile][R] z[tile][N vectors]. On the way, the
+// accumulators of the next R rows are fetched, this call's share of the next point's v and z
+// (`line` of z's N lines), and `far`.
 template <int R, int N>
-[[gnu::noinline]] void accumulate(const float* v, const Workspace& vs, const float* z, const Workspace& zs,
-                                  int64_t groups, int64_t line, float* u, bool first, Lines far) {
+[[gnu::noinline]] void accumulate(const float* v, const Workspace& vs, const float* z,
+                                  const Workspace& zs, int64_t groups, int64_t line, float* u,
+                                  bool first, Lines far) {
   Vec acc[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)

@@ -3,11 +3,16 @@
 // 3 x 3 filters on maps of many tiles. A block of groups goes through three stages,
 // all within the second-level cache:
 //
-//   input  --B' d B-->  V[group][36][6 tiles][C]  --36 matrix products-->  M[group][36][6][K]  --A' m A-->
+//   input
+//     |  B' d B
+//   V[group][36][6 tiles][C]
+//     |  36 matrix products
+//   M[group][36][6 tiles][K]
+//     |  A' m A
 //   output
 //
-// Point t of every group of the block uses the same C x K matrix, which stays in the first-level cache
-// meanwhile. M of point t is written where V of point t - 1 lay.
+// Point t of every group of the block uses the same C x K matrix, which stays in the first-level
+// cache meanwhile. M of point t is written where V of point t - 1 lay.
 #include "cpu/kernels/winograd.h"
 
 #if FASTDA_SIMD
@@ -18,8 +23,8 @@ namespace fastda::cpu::FASTDA_ISA {
 #if FASTDA_SIMD
 namespace {
 
-// Fetches, bit by bit while the products run, what the block's output stage and the next block's input stage
-// will touch: they would wait for memory otherwise, and the products leave it idle.
+// Fetches, bit by bit while the products run, what the block's output stage and the next block's
+// input stage will touch: they would wait for memory otherwise, and the products leave it idle.
 struct Prefetch {
   struct Piece {
     const char* base;
@@ -39,10 +44,11 @@ struct Prefetch {
       const int64_t tile_row = tile / grid.cols, col = tile % grid.cols,
                     count = min(end - tile, grid.cols - col);
       tile += count;
-      const int64_t y = tile_row % grid.rows * 4 + below, width = min(count * 4, grid.width - col * 4);
+      const int64_t y = tile_row % grid.rows * 4 + below,
+                    width = min(count * 4, grid.width - col * 4);
       Piece& p = pieces[size];
-      p.base =
-          static_cast<const char*>(x.data) + (tile_row / grid.rows * x.n + y * x.h + col * 4 * x.w) * size_of;
+      p.base = static_cast<const char*>(x.data) +
+               (tile_row / grid.rows * x.n + y * x.h + col * 4 * x.w) * size_of;
       p.rows = min(4, grid.height - y);
       p.row_stride = x.h * size_of;
       if (channels_last) {
@@ -81,10 +87,11 @@ struct Prefetch {
   }
 };
 
-void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const float* weights, int64_t C,
-                  int64_t K, Prefetch& prefetch) {
+void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const float* weights,
+                  int64_t C, int64_t K, Prefetch& prefetch) {
   const int64_t vectors = ceil_div(K, VL);
-  // Sums of at most 128 products, and then of these: one sum of 256 has half again the rounding error.
+  // Sums of at most 128 products, and then of these: one sum of 256 has half again the rounding
+  // error.
   const int64_t parts = ceil_div(C, 128), depth = ceil_div(C, parts);
   const int64_t calls = 36 * groups * ceil_div(vectors, NV) * parts;
   const int64_t share = min(round_up(ceil_div(prefetch.lines, calls), 2), depth / 2 * 2);
@@ -99,10 +106,10 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
         for (int64_t g = 0; g < groups; ++g, ahead += n * pace) {
           const float* from = v.data + g * v.group + (t + 1) * v.slot + c;
           const float* next = g + 1 < groups ? from + v.group : v.data + (t + 2) * v.slot + c;
-          (c == 0 ? multiply<N, false> : multiply<N, true>)(from, v.channels, panel, n,
-                                                            m.data + g * m.group + t * m.slot + first * VL,
-                                                            m.channels, next, ahead, pace,
-                                                            prefetch.take(share));
+          (c == 0 ? multiply<N, false>
+                  : multiply<N, true>)(from, v.channels, panel, n,
+                                       m.data + g * m.group + t * m.slot + first * VL, m.channels,
+                                       next, ahead, pace, prefetch.take(share));
         }
       }
     });
@@ -110,8 +117,8 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
 }
 
 template <typename T>
-bool transform_output(const ConvArgs& p, const Grid& grid, int64_t begin, int64_t end, const Workspace& m,
-                      Scratch& scratch) {
+bool transform_output(const ConvArgs& p, const Grid& grid, int64_t begin, int64_t end,
+                      const Workspace& m, Scratch& scratch) {
   Vec finite = splat(0.0f);
   each_run_and_vector(
       p.out_channels_last, grid, begin, end, 0, p.out_channels,
@@ -135,18 +142,18 @@ int64_t cache_floats() {
   return floats;
 }
 
-// Groups per block: enough to use each point's matrix several times, few enough for the workspace to take a
-// fifth of the second-level cache. The weights take more than a quarter, and the tensors stream through the
-// rest.
+// Groups per block: enough to use each point's matrix several times, few enough for the workspace
+// to take a fifth of the second-level cache. The weights take more than a quarter, and the tensors
+// stream through the rest.
 int64_t block_groups(int64_t group_floats) {
   return max(4, min(21, cache_floats() * 22 / 100 / group_floats));
 }
 
 // Few channels leave the transforms alone at work, and a map of less than a tile is mostly padding.
-bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
-            int64_t kernel) {
-  return kernel == 3 && dtype != DType::f64 && in_channels >= 16 && out_channels >= 16 && height >= 4 &&
-         width >= 4;
+bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height,
+            int64_t width, int64_t kernel) {
+  return kernel == 3 && dtype != DType::f64 && in_channels >= 16 && out_channels >= 16 &&
+         height >= 4 && width >= 4;
 }
 
 // Blocks of a convolution, near `step` groups each.
@@ -158,10 +165,14 @@ struct Blocks {
     step = block_groups(group_floats);
     count = ceil_div(grid.groups, step);
   }
-  int64_t begin(int64_t block) const { return min(grid.groups * block / count * TILES, grid.tiles); }
+  int64_t begin(int64_t block) const {
+    return min(grid.groups * block / count * TILES, grid.tiles);
+  }
 };
 
-int64_t prepared_bytes(const ConvArgs& p) { return 4 * 36 * matrix_floats(p.in_channels, p.out_channels); }
+int64_t prepared_bytes(const ConvArgs& p) {
+  return 4 * 36 * matrix_floats(p.in_channels, p.out_channels);
+}
 
 template <typename T>
 void transform_filter(const ConvArgs& p, float* prepared) {
@@ -174,7 +185,8 @@ void transform_filter(const ConvArgs& p, float* prepared) {
       alignas(64) Taps taps[VL];
       const int64_t n = min(VL, inputs - c0);
       load_taps<T>(p.filter, v * VL, outputs, c0, n, taps);
-      for (int64_t c = 0; c < n; ++c) transform_taps(taps[c], prepared + offset + (c0 + c) * stride, size);
+      for (int64_t c = 0; c < n; ++c)
+        transform_taps(taps[c], prepared + offset + (c0 + c) * stride, size);
     }
   }
 }
@@ -208,8 +220,8 @@ bool conv_tiles(const ConvArgs& p, int64_t begin, int64_t end, int64_t next, voi
   const View* const inputs[] = {&p.x, &p.x_gate};
   for (const View* x : inputs)
     prefetch.add(*x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
-  multiply_all(v, m, ceil_div(end - begin, TILES), static_cast<const float*>(p.prepared), p.in_channels,
-               p.out_channels, prefetch);
+  multiply_all(v, m, ceil_div(end - begin, TILES), static_cast<const float*>(p.prepared),
+               p.in_channels, p.out_channels, prefetch);
   return transform_output<T>(p, grid, begin, end, m, scratch);
 }
 bool conv(const ConvArgs& p, int64_t task, void* scratch) {
@@ -222,8 +234,8 @@ bool conv(const ConvArgs& p, int64_t task, void* scratch) {
   return finite;
 }
 
-void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, float* partial, int64_t C,
-                    int64_t K, bool first, Prefetch& prefetch) {
+void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, float* partial,
+                    int64_t C, int64_t K, bool first, Prefetch& prefetch) {
   const int64_t vectors = ceil_div(K, VL);
   const int64_t calls = 36 * ceil_div(C, 6) * ceil_div(vectors, NV);
   const int64_t share = min(ceil_div(prefetch.lines, calls), groups * TILES);
@@ -269,11 +281,11 @@ double* bias_sums(const FilterGradArgs& p, float* partial) {
   return reinterpret_cast<double*>(partial + 36 * matrix_floats(p.in_channels, p.out_channels));
 }
 
-// Adds what the tiles [begin, end) contribute, the `first` of their chunk or not; those before `next` come
-// next.
+// Adds what the tiles [begin, end) contribute, the `first` of their chunk or not; those before
+// `next` come next.
 template <typename T>
-void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t next, bool first, float* partial,
-                void* workspace) {
+void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t next, bool first,
+                float* partial, void* workspace) {
   const Grid grid(p.batch, p.height, p.width);
   const int64_t groups = ceil_div(end - begin, TILES);
   Scratch& scratch = *static_cast<Scratch*>(workspace);
@@ -300,17 +312,20 @@ template <typename T>
 void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* workspace) {
   const GradTiles tiles(p, Grid(p.batch, p.height, p.width), chunk);
   for (int64_t begin = tiles.begin; begin < tiles.end; begin += tiles.block) {
-    const int64_t end = min(begin + tiles.block, tiles.end), next = min(end + tiles.block, tiles.end);
+    const int64_t end = min(begin + tiles.block, tiles.end),
+                  next = min(end + tiles.block, tiles.end);
     grad_tiles<T>(p, begin, end, next, begin == tiles.begin, partial, workspace);
   }
 }
 void filter_grad(const FilterGradArgs& p, int64_t chunk, void* sums, void* scratch) {
-  with_type(p.dtype, [&]<typename T>() { grad_chunk<T>(p, chunk, static_cast<float*>(sums), scratch); });
+  with_type(p.dtype,
+            [&]<typename T>() { grad_chunk<T>(p, chunk, static_cast<float*>(sums), scratch); });
 }
 
 template <typename T>
 bool combine_chunks(const FilterGradArgs& p, const float* partials, T* d_bias) {
-  const int64_t C = p.in_channels, K = p.out_channels, vectors = ceil_div(K, VL), size = matrix_floats(C, K);
+  const int64_t C = p.in_channels, K = p.out_channels, vectors = ceil_div(K, VL),
+                size = matrix_floats(C, K);
   const int64_t distance = sum_floats(p), count = chunks(p);
   if (d_bias) {
     for (int64_t k = 0; k < K; ++k) {
@@ -364,8 +379,8 @@ struct Band {
     const int64_t bytes[] = {conv_scratch_bytes(between), conv_scratch_bytes(to_input),
                              filter_grad_scratch_bytes(to_filter)};
     scratch_bytes = round_up(max(max(bytes[0], bytes[1]), bytes[2]), 64);
-    // As many tiles may be made before the first of them is through. Twice their rows, for moving them up
-    // each time would cost as much as making them.
+    // As many tiles may be made before the first of them is through. Twice their rows, for moving
+    // them up each time would cost as much as making them.
     const int64_t tiles = reach + 2 * conv_tiles + GradTiles(to_filter, grid, 0).block;
     rows = 2 * (4 * (ceil_div(tiles, grid.cols) + 1) + 1);
   }
@@ -388,8 +403,8 @@ int64_t band_scratch_bytes(const ConvArgs& between, const ConvArgs& to_input,
 }
 
 template <typename T>
-bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, int64_t chunk, float* partial,
-                char* workspace) {
+bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, int64_t chunk,
+                float* partial, char* workspace) {
   const Band band(between, to_input, to_filter);
   const GradTiles tiles(to_filter, band.grid, chunk);
   T* const window = reinterpret_cast<T*>(workspace + band.scratch_bytes);
@@ -400,7 +415,8 @@ bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, i
   bool finite = true;
   const auto open_at = [&](int64_t row) {
     base = row;
-    const View rows{window - base * band.row, between.height * band.row, 1, band.row, between.out_channels};
+    const View rows{window - base * band.row, between.height * band.row, 1, band.row,
+                    between.out_channels};
     between.out = to_input.x = to_filter.grad = rows;
   };
   const auto make = [&](int64_t until) {
@@ -411,7 +427,8 @@ bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, i
         if (summed < tiles.end) wanted = min(wanted, band.row_of(summed));
         const int64_t rows = band.row_of(made - 1, 4) - wanted;
         if (rows > 0)
-          std::memmove(window, window + (wanted - base) * band.row, size_t(rows * band.row) * sizeof(T));
+          std::memmove(window, window + (wanted - base) * band.row,
+                       size_t(rows * band.row) * sizeof(T));
         open_at(wanted);
       }
       finite &= conv_tiles<T>(between, made, end, min(end + band.conv_tiles, last), workspace);
@@ -421,7 +438,8 @@ bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, i
   open_at(band.row_of(made));
   while (summed < tiles.end || passed < tiles.end) {
     if (summed < tiles.end) {
-      const int64_t end = min(summed + tiles.block, tiles.end), next = min(end + tiles.block, tiles.end);
+      const int64_t end = min(summed + tiles.block, tiles.end),
+                    next = min(end + tiles.block, tiles.end);
       make(end);
       grad_tiles<T>(to_filter, summed, end, next, summed == tiles.begin, partial, workspace);
       summed = end;
@@ -431,14 +449,15 @@ bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, i
       const int64_t wanted = min(end + band.reach, band.next_image(end));
       if (wanted > made && summed < tiles.end) break;
       make(wanted);
-      finite &= conv_tiles<T>(to_input, passed, end, min(end + band.conv_tiles, tiles.end), workspace);
+      finite &=
+          conv_tiles<T>(to_input, passed, end, min(end + band.conv_tiles, tiles.end), workspace);
       passed = end;
     }
   }
   return finite;
 }
-bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter, int64_t chunk,
-          void* sums, void* scratch) {
+bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter,
+          int64_t chunk, void* sums, void* scratch) {
   bool finite = false;
   with_type(between.dtype, [&]<typename T>() {
     finite = band_chunk<T>(between, to_input, to_filter, chunk, static_cast<float*>(sums),
@@ -451,8 +470,20 @@ bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArg
 
 extern const ConvKernels winograd;
 const ConvKernels winograd = {
-    serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
-    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine, band_scratch_bytes,
+    serves,
+    prepared_bytes,
+    prepare,
+    conv_scratch_bytes,
+    conv_tasks,
+    conv,
+    nullptr,
+    nullptr,
+    chunks,
+    sum_bytes,
+    filter_grad_scratch_bytes,
+    filter_grad,
+    combine,
+    band_scratch_bytes,
     band,
 };
 

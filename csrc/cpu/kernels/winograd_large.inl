@@ -1,14 +1,14 @@
 // Compiled once per instruction set, with FASTDA_ISA naming it.
 //
-// Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces. The filter is cut into pieces of 4 x 4 taps;
-// a piece's offset, a multiple of 4, is also the distance of the output tiles, so the transformed input of
-// one tile serves all pieces: for every one of the 49 points,
+// Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces. The filter is cut into pieces of 4 x
+// 4 taps; a piece's offset, a multiple of 4, is also the distance of the output tiles, so the
+// transformed input of one tile serves all pieces: for every one of the 49 points,
 //
 //   M[tile][k] = sum over pieces and channels of V[tile + piece][c] * U[piece][c][k],
 //
-// which is the direct kernels' product on the grid of tiles, with pieces for taps. A 7 x 7 filter costs 12.25
-// products per output instead of 49. A task is a block of tiles; its V and M stay near the second-level
-// cache:
+// which is the direct kernels' product on the grid of tiles, with pieces for taps. A 7 x 7 filter
+// costs 12.25 products per output instead of 49. A task is a block of tiles; its V and M stay near
+// the second-level cache:
 //
 //   x block with halo -> packed [pixel][channel] -> V [49][tile][channel] -> M [49][tile][channel]
 //   -> sums [pixel][channel] -> epilogue
@@ -66,7 +66,8 @@ struct FilterMatrix {
   double at[POINTS][TAPS];
   constexpr FilterMatrix() : at{} {
     for (int i = 0; i < 3; ++i) {
-      const double p2 = sq(P[i]), norm = 2 * P[i] * (p2 * p2 - other_sum(i) * p2 + other_product(i));
+      const double p2 = sq(P[i]),
+                   norm = 2 * P[i] * (p2 * p2 - other_sum(i) * p2 + other_product(i));
       for (int sign = 0; sign < 2; ++sign) {
         const double p = sign ? -P[i] : P[i];
         double power = (sign ? -1 : 1) / norm;
@@ -78,9 +79,9 @@ struct FilterMatrix {
 };
 constexpr FilterMatrix G;
 
-// A block of output tiles, and the grid of input tiles that it takes: `pieces` - 1 more each way. Tile q of
-// the grid has q / columns and q % columns; products run over its first `pixels` tiles, those of the output
-// and the few between them.
+// A block of output tiles, and the grid of input tiles that it takes: `pieces` - 1 more each way.
+// Tile q of the grid has q / columns and q % columns; products run over its first `pixels` tiles,
+// those of the output and the few between them.
 struct Tiles {
   Block block;
   int64_t pieces, rows, columns, pixels;
@@ -96,7 +97,8 @@ struct Layout {
         wide(ceil_div(a.width, TILE)),
         c(padded<float>(a.in_channels)),
         k(padded<float>(a.out_channels)),
-        cuts(cut(a.batch, high, wide, POINTS * POINTS * (c + k) * int64_t(sizeof(float)), 1600 << 10)) {}
+        cuts(cut(a.batch, high, wide, POINTS * POINTS * (c + k) * int64_t(sizeof(float)),
+                 1600 << 10)) {}
 
   int64_t taps() const { return pieces * pieces; }
   int64_t filter() const { return taps() * c * k; }  // floats of one point
@@ -105,7 +107,8 @@ struct Layout {
   int64_t v_rows() const { return grid() + max_rows; }
   int64_t m_rows() const { return cuts.rows * (cuts.columns + pieces - 1) + max_rows; }
   int64_t packed() const {
-    return (TILE * (cuts.rows + pieces) + TAPS) * (TILE * (cuts.columns + pieces) + TAPS) * max(c, k);
+    return (TILE * (cuts.rows + pieces) + TAPS) * (TILE * (cuts.columns + pieces) + TAPS) *
+           max(c, k);
   }
   Tiles tiles(int64_t task) const {
     const Block b = cuts.block(task, high, wide);
@@ -148,7 +151,8 @@ void transform_input(const Args& a, const View& gate, const Layout<Args>& layout
   }
 }
 
-// M[point][tile][k] -> sums[pixel][k]. False where some value is not finite: that shows in the corners.
+// M[point][tile][k] -> sums[pixel][k]. False where some value is not finite: that shows in the
+// corners.
 bool transform_output(const Tiles& t, const float* m, int64_t step, int64_t k, float* sums) {
   const int64_t columns = TILE * t.block.columns;
   V finite = {};
@@ -181,10 +185,11 @@ bool transform_output(const Tiles& t, const float* m, int64_t step, int64_t k, f
   return total == 0;
 }
 
-// Where the last pieces are nearly full: 7 x 7, 11 x 11, … Others save less, at the same error of a piece.
-// And where products are fused with sums (avx2, avx512), without which the error is near its bound.
-bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height, int64_t width,
-            int64_t kernel) {
+// Where the last pieces are nearly full: 7 x 7, 11 x 11, … Others save less, at the same error of a
+// piece. And where products are fused with sums (avx2, avx512), without which the error is near its
+// bound.
+bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height,
+            int64_t width, int64_t kernel) {
   return vector_bytes > 16 && kernel >= 7 && kernel % TAPS == TAPS - 1 && dtype != DType::f64 &&
          in_channels >= 16 && out_channels >= 16 && min(height, width) >= 2 * TILE;
 }
@@ -260,27 +265,30 @@ bool conv_block(const ConvArgs& a, int64_t task, char* scratch) {
   int64_t* offset = carve<int64_t>(scratch, layout.taps());
   layout.offsets(t, offset);
   transform_input<T>(a, a.x_gate, layout, t, packed, v, v_step);
-  // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow on Intel.
+  // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow
+  // on Intel.
   const int64_t rows = t.rows * t.columns;
   for (int p = 0; p < POINTS * POINTS; ++p)
     for (int64_t i = 0; i < max_rows * layout.c; ++i) v[p * v_step + rows * layout.c + i] = 0;
   for (int p = 0; p < POINTS * POINTS; ++p)
     multiply<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
-                    static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k, m + p * m_step);
+                    static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k,
+                    m + p * m_step);
   float* sums = packed;  // which nobody needs any more
   const bool finite = transform_output(t, m, m_step, layout.k, sums);
   const int64_t h = TILE * t.block.h, w = TILE * t.block.w;
-  epilogue<T, float>(
-      a, sums, TILE * t.block.columns, layout.k,
-      {t.block.n, h, w, min(TILE * t.block.rows, a.height - h), min(TILE * t.block.columns, a.width - w)});
+  epilogue<T, float>(a, sums, TILE * t.block.columns, layout.k,
+                     {t.block.n, h, w, min(TILE * t.block.rows, a.height - h),
+                      min(TILE * t.block.columns, a.width - w)});
   return finite;
 }
 bool conv(const ConvArgs& a, int64_t task, void* scratch) {
-  return with_type(a.dtype,
-                   [&]<typename T>() { return conv_block<T>(a, task, static_cast<char*>(scratch)); });
+  return with_type(
+      a.dtype, [&]<typename T>() { return conv_block<T>(a, task, static_cast<char*>(scratch)); });
 }
 
-// Filter gradient: for every point, dU[piece][c][k] = sum over tiles of V[tile + piece][c] * Z[tile][k].
+// Filter gradient: for every point, dU[piece][c][k] = sum over tiles of V[tile + piece][c] *
+// Z[tile][k].
 
 int64_t sum_bytes(const FilterGradArgs& a) {
   const Layout l(a);
@@ -350,8 +358,8 @@ void grad_chunk(const FilterGradArgs& a, int64_t chunk, char* sums, char* scratc
     transform_input<T>(a, View{}, layout, t, packed, v, v_step);
     transform_gradient<T>(a, t, layout.k, packed, z, z_step, bias);
     for (int p = 0; p < POINTS * POINTS; ++p)
-      multiply_transposed<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
-                                 z + p * z_step, layout.k, filter + p * layout.filter());
+      multiply_transposed<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(),
+                                 layout.c, z + p * z_step, layout.k, filter + p * layout.filter());
   }
 }
 void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scratch) {
@@ -373,8 +381,8 @@ bool combine_chunks(const FilterGradArgs& a, const char* sums, T* d_bias) {
         for (int p = 0; p < POINTS * POINTS; ++p) {
           double u[L] = {};
           for (int64_t n = 0; n < count; ++n) {
-            const float* part = reinterpret_cast<const float*>(sums + n * bytes) + p * layout.filter() +
-                                (i * layout.c + c) * layout.k + k;
+            const float* part = reinterpret_cast<const float*>(sums + n * bytes) +
+                                p * layout.filter() + (i * layout.c + c) * layout.k + k;
             for (int j = 0; j < L; ++j) u[j] += double(part[j]);
           }
           for (int y = 0; y < TAPS; ++y)

@@ -1,14 +1,15 @@
 // Compiled once per instruction set, with FASTDA_ISA naming it.
 //
-// 3 x 3 filters between many channels, for maps of few tiles: there the transformed filter, four times the
-// filter, is what does not fit the caches, and the transformed input of all tiles is small. So the input is
-// transformed once and for all; a task is a panel of output channels, whose filter is transformed a few input
-// channels at a time and used up at once:
+// 3 x 3 filters between many channels, for maps of few tiles: there the transformed filter, four
+// times the filter, is what does not fit the caches, and the transformed input of all tiles is
+// small. So the input is transformed once and for all; a task is a panel of output channels, whose
+// filter is transformed a few input channels at a time and used up at once:
 //
 //   V [chunk of channels][group][36][6 tiles][DEPTH];  per panel and chunk: U [36][DEPTH][PANEL],
 //   M [group][36][6][PANEL] += V U
 //
-// and likewise for the filter's gradient, with Z [panel][group][36][6][PANEL] from the output's gradient:
+// and likewise for the filter's gradient, with Z [panel][group][36][6][PANEL] from the output's
+// gradient:
 //
 //   U [36][GRAD_DEPTH][PANEL] = V' Z over all tiles, turned into d filter at once
 #include "cpu/kernels/winograd.h"
@@ -34,14 +35,16 @@ struct Parts {
   }
 };
 
-// With few tiles, or filters that exceed the caches by far and fewer tiles than channels, so that V is the
-// smaller.
+// With few tiles, or filters that exceed the caches by far and fewer tiles than channels, so that V
+// is the smaller.
 bool serves(DType dtype, int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
             int64_t width, int64_t kernel) {
-  if (kernel != 3 || dtype == DType::f64 || min(in_channels, out_channels) < 16 || min(height, width) < 4)
+  if (kernel != 3 || dtype == DType::f64 || min(in_channels, out_channels) < 16 ||
+      min(height, width) < 4)
     return false;
   const int64_t tiles = Grid(batch, height, width).tiles;
-  return tiles <= 48 || (in_channels * out_channels > 100'000 && tiles <= max(in_channels, out_channels));
+  return tiles <= 48 ||
+         (in_channels * out_channels > 100'000 && tiles <= max(in_channels, out_channels));
 }
 
 template <typename F>
@@ -60,8 +63,9 @@ void prepare(const ConvArgs& p, void* prepared) {
   const Source source{p.x, p.x_gate, p.x_channels_last, p.in_channels};
   Scratch scratch;
   each_part(p.in_channels, DEPTH, [&](int64_t i, int64_t, int64_t) {
-    with_type(p.dtype,
-              [&]<typename T>() { transform_input<T>(source, grid, 0, grid.tiles, v.part(i), 0, scratch); });
+    with_type(p.dtype, [&]<typename T>() {
+      transform_input<T>(source, grid, 0, grid.tiles, v.part(i), 0, scratch);
+    });
     clear_rest(v.part(i), grid.tiles, 0);
   });
 }
@@ -74,8 +78,8 @@ int64_t conv_scratch_bytes(const ConvArgs& p) {
 int64_t conv_tasks(const ConvArgs& p) { return ceil_div(p.out_channels, PANEL); }
 
 template <bool Add>
-void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const float* u, int64_t depth,
-                   int64_t vectors) {
+void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const float* u,
+                   int64_t depth, int64_t vectors) {
   for (int t = 0; t < 36; ++t) {
     each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
       const float* panel = u + t * matrix_floats(DEPTH, PANEL) + first * VL * depth;
@@ -84,8 +88,9 @@ void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const
       for (int64_t g = 0; g < groups; ++g, ahead += depth * pace) {
         const float* from = v.data + g * v.group + t * v.slot;
         const float* next = g + 1 < groups ? from + v.group : v.data + (t + 1) * v.slot;
-        multiply<N, Add>(from, v.channels, panel, depth, m.data + g * m.group + t * m.slot + first * VL,
-                         m.channels, next, ahead, pace, {});
+        multiply<N, Add>(from, v.channels, panel, depth,
+                         m.data + g * m.group + t * m.slot + first * VL, m.channels, next, ahead,
+                         pace, {});
       }
     });
   }
@@ -112,7 +117,8 @@ bool conv_panel(const ConvArgs& p, int64_t task, void* workspace) {
           transform_taps(taps[j], u + offset + (c + j) * stride, matrix_floats(DEPTH, PANEL));
       }
     }
-    (i == 0 ? multiply_part<false> : multiply_part<true>)(v.part(i), m, grid.groups, u, depth, vectors);
+    (i == 0 ? multiply_part<false> : multiply_part<true>)(v.part(i), m, grid.groups, u, depth,
+                                                          vectors);
   });
   Vec finite = splat(0.0f);
   each_run_and_vector(
@@ -175,7 +181,9 @@ void prepare_grad(const FilterGradArgs& p, void* prepared) {
 
 int64_t chunks(const FilterGradArgs& p) { return ceil_div(p.out_channels, PANEL); }
 int64_t sum_bytes(const FilterGradArgs&) { return 64; }  // whether the panel's gradient is finite
-int64_t filter_grad_scratch_bytes(const FilterGradArgs&) { return 4 * 36 * matrix_floats(GRAD_DEPTH, PANEL); }
+int64_t filter_grad_scratch_bytes(const FilterGradArgs&) {
+  return 4 * 36 * matrix_floats(GRAD_DEPTH, PANEL);
+}
 
 template <typename T>
 bool grad_panel(const FilterGradArgs& p, int64_t chunk, float* u) {
@@ -189,15 +197,17 @@ bool grad_panel(const FilterGradArgs& p, int64_t chunk, float* u) {
     const Workspace v = layout.inputs(shared).part(i);
     for (int t = 0; t < 36; ++t)
       each_panel(vectors, [&]<int N>(Width<N>, int64_t first) {
-        accumulate_panel<N>(v.data + t * v.slot, v, z.data + t * z.slot + first * VL, z, layout.grid.groups,
-                            depth, u + t * size + first * VL * depth, true, [] { return Lines{}; });
+        accumulate_panel<N>(v.data + t * v.slot, v, z.data + t * z.slot + first * VL, z,
+                            layout.grid.groups, depth, u + t * size + first * VL * depth, true,
+                            [] { return Lines{}; });
       });
     for (int64_t vector = 0; vector < vectors; ++vector) {
       int64_t offset, stride;
       panel_of(vector, vectors, depth, offset, stride);
       for (int64_t c = 0; c < depth; ++c) {
         alignas(64) Taps taps;
-        taps_gradient([&](int t) { return load_vec(u + t * size + offset + c * stride); }, taps, finite);
+        taps_gradient([&](int t) { return load_vec(u + t * size + offset + c * stride); }, taps,
+                      finite);
         store_taps<T>(p.d_filter, z.first + vector * VL, K, c0 + c, taps);
       }
     }
@@ -218,7 +228,8 @@ bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
     });
   bool finite = true;
   for (int64_t i = 0; i < chunks(p); ++i)
-    finite &= *reinterpret_cast<const int64_t*>(static_cast<const char*>(sums) + i * sum_bytes(p)) != 0;
+    finite &=
+        *reinterpret_cast<const int64_t*>(static_cast<const char*>(sums) + i * sum_bytes(p)) != 0;
   return finite;
 }
 

@@ -1,15 +1,15 @@
 // What the convolution kernels share: tiles of pixels in shared memory, and products of such tiles.
 //
-// A row of shared memory holds 64 channels (16-bit types) or 32 (float32) of one pixel, or of one output
-// channel's filter entries at one tap: 128 bytes, eight pieces of 16. Piece p of a row with key q stands at
-// place p ^ (q % 8), so that the same piece of eight rows with consecutive keys lies in eight different
-// groups of four banks, and ldmatrix reads it in one pass. A pixel's key counts along the tile without its
-// halo,
+// A row of shared memory holds 64 channels (16-bit types) or 32 (float32) of one pixel, or of one
+// output channel's filter entries at one tap: 128 bytes, eight pieces of 16. Piece p of a row with
+// key q stands at place p ^ (q % 8), so that the same piece of eight rows with consecutive keys
+// lies in eight different groups of four banks, and ldmatrix reads it in one pass. A pixel's key
+// counts along the tile without its halo,
 //
 //   key(py, px) = py · tile width + px
 //
-// so that eight neighbouring output pixels have consecutive keys at every tap, also across the tile's right
-// edge.
+// so that eight neighbouring output pixels have consecutive keys at every tap, also across the
+// tile's right edge.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
@@ -38,9 +38,9 @@ struct WindowShape {
   int height, columns;  // of the image
 };
 
-// Fills rows of `pieces` pieces, one for each pixel of the window, with channels [channel, channel + …) of a
-// view; zeros outside the image and beyond its channels. `packs`: 16 bytes along the channels can be read at
-// once, which is done by asynchronous copies where there is no gate.
+// Fills rows of `pieces` pieces, one for each pixel of the window, with channels [channel, channel
+// + …) of a view; zeros outside the image and beyond its channels. `packs`: 16 bytes along the
+// channels can be read at once, which is done by asynchronous copies where there is no gate.
 template <typename T, int threads, int pieces, int key_shift>
 FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View& gate, bool packs,
                                int channel, int channels, Window at, const WindowShape& shape) {
@@ -49,7 +49,8 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
   const T* from_gate = static_cast<const T*>(gate.data) + at.image * gate.n;
   const uint32_t total = shape.pixels.value * pieces;
   for (uint32_t i = threadIdx.x; i < total; i += threads) {
-    // Neighbouring threads read what is side by side in memory: pieces of a pixel, or pixels of a channel.
+    // Neighbouring threads read what is side by side in memory: pieces of a pixel, or pixels of a
+    // channel.
     uint32_t pixel, piece;
     if (packs) {
       pixel = i / pieces, piece = i % pieces;
@@ -59,7 +60,8 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
     const uint32_t row = shape.width.quotient(pixel), column = pixel - row * shape.width.value;
     const int y = at.y + int(row), x = at.x + int(column), c = channel + int(piece) * E;
     bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.columns;
-    if (FASTDA_PLANTED("conv: no mask at the right edge")) inside = y >= 0 && y < shape.height && x >= 0;
+    if (FASTDA_PLANTED("conv: no mask at the right edge"))
+      inside = y >= 0 && y < shape.height && x >= 0;
     const uint32_t key = (row * uint32_t(shape.key_width) + column) << key_shift;
     unsigned char* to = rows + (pixel * pieces + (piece ^ (key & 7))) * 16;
     if (packs && gate.data == nullptr) {
@@ -78,20 +80,22 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
       for (int e = 0; e < E; ++e) {
         if (c + e >= channels && !FASTDA_PLANTED("conv: no mask at the last channel")) break;
         pack.at[e] = from[y * view.h + x * view.w + (c + e) * view.c];
-        if (gate.data) pack.at[e] = gated(from_gate[y * gate.h + x * gate.w + (c + e) * gate.c], pack.at[e]);
+        if (gate.data)
+          pack.at[e] = gated(from_gate[y * gate.h + x * gate.w + (c + e) * gate.c], pack.at[e]);
       }
     }
     store_pack(reinterpret_cast<T*>(to), pack);
   }
 }
 
-// sum[16 i + …, 8 j + …] += pixels · filter over the channels of a row, on tensor cores: M tiles of 16
-// pixels, of which this lane points at row `row[i]` with key `key[i]`, and 8 N filter rows from `filter` on.
-// Fragments as the PTX ISA has them for mma.m16n8k16 and, in TF32, mma.m16n8k8: both take 32 bytes of a row a
-// step.
+// sum[16 i + …, 8 j + …] += pixels · filter over the channels of a row, on tensor cores: M tiles of
+// 16 pixels, of which this lane points at row `row[i]` with key `key[i]`, and 8 N filter rows from
+// `filter` on. Fragments as the PTX ISA has them for mma.m16n8k16 and, in TF32, mma.m16n8k8: both
+// take 32 bytes of a row a step.
 template <typename T, int M, int N>
-FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pixels, const uint32_t (&row)[M],
-                                 const uint32_t (&key)[M], const unsigned char* filter) {
+FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pixels,
+                                 const uint32_t (&row)[M], const uint32_t (&key)[M],
+                                 const unsigned char* filter) {
   const uint32_t lane = threadIdx.x % 32;
   const unsigned char* column = filter + ((lane & 7) + (lane >> 4) * 8) * row_bytes;
   FASTDA_UNROLL
@@ -99,7 +103,8 @@ FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pix
     uint32_t a[M][4];
     FASTDA_UNROLL
     for (int i = 0; i < M; ++i) {
-      load_matrices(a[i], pixels + row[i] * row_bytes + (((step * 2 + (lane >> 4)) ^ (key[i] & 7)) * 16));
+      load_matrices(a[i],
+                    pixels + row[i] * row_bytes + (((step * 2 + (lane >> 4)) ^ (key[i] & 7)) * 16));
       if (sizeof(T) == 4) {
         FASTDA_UNROLL
         for (int e = 0; e < 4; ++e) a[i][e] = round_tf32(float_of(a[i][e]));
@@ -108,7 +113,8 @@ FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pix
     FASTDA_UNROLL
     for (int j = 0; j < N; j += 2) {
       uint32_t b[4];
-      load_matrices(b, column + j * 8 * row_bytes + (((step * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16));
+      load_matrices(
+          b, column + j * 8 * row_bytes + (((step * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16));
       if (FASTDA_PLANTED("conv: fragment indices swapped")) {
         const uint32_t other = b[1];
         b[1] = b[2], b[2] = other;
@@ -122,8 +128,8 @@ FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pix
   }
 }
 
-// The same in float32 without tensor cores: lane l of a warp has pixels 4 i + l / 8 and filter rows 8 j + l %
-// 8, so that what eight lanes read together has eight consecutive keys.
+// The same in float32 without tensor cores: lane l of a warp has pixels 4 i + l / 8 and filter rows
+// 8 j + l % 8, so that what eight lanes read together has eight consecutive keys.
 FASTDA_DEVICE void multiply_rows_exactly(float (&sum)[8][8], const unsigned char* pixels,
                                          const uint32_t (&row)[8], const uint32_t (&key)[8],
                                          const unsigned char* filter) {
@@ -133,8 +139,8 @@ FASTDA_DEVICE void multiply_rows_exactly(float (&sum)[8][8], const unsigned char
     Pack<float, 4> a[8];
     FASTDA_UNROLL
     for (int i = 0; i < 8; ++i)
-      a[i] = load_pack<4>(
-          reinterpret_cast<const float*>(pixels + row[i] * row_bytes + ((piece ^ (key[i] & 7)) * 16)));
+      a[i] = load_pack<4>(reinterpret_cast<const float*>(pixels + row[i] * row_bytes +
+                                                         ((piece ^ (key[i] & 7)) * 16)));
     FASTDA_UNROLL
     for (int j = 0; j < 8; ++j) {
       const Pack<float, 4> b = load_pack<4>(reinterpret_cast<const float*>(
@@ -148,8 +154,8 @@ FASTDA_DEVICE void multiply_rows_exactly(float (&sum)[8][8], const unsigned char
   }
 }
 
-// Filters as the kernels read them: [64 output channels each][row of channels][tap] blocks of 64 rows, zeros
-// where there is no channel.
+// Filters as the kernels read them: [64 output channels each][row of channels][tap] blocks of 64
+// rows, zeros where there is no channel.
 struct PrepareFilter {
   View filter;
   int out_channels, in_channels, kernel;
@@ -176,8 +182,8 @@ prepare_filter_kernel(PrepareFilters both, bool to_tf32) {
   const auto block = i / (8 * filter_columns);
   const int tap = int(block % taps), chunk = int(block / taps % p.chunks);
   const int64_t k = block / taps / p.chunks * filter_columns + n;
-  const T* from = static_cast<const T*>(p.filter.data) + k * p.filter.n + tap / p.kernel * p.filter.h +
-                  tap % p.kernel * p.filter.w;
+  const T* from = static_cast<const T*>(p.filter.data) + k * p.filter.n +
+                  tap / p.kernel * p.filter.h + tap % p.kernel * p.filter.w;
   Pack<T, E> pack{};
   FASTDA_UNROLL
   for (int e = 0; e < E; ++e) {

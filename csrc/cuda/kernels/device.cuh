@@ -1,8 +1,9 @@
-// What device code needs of the machine: memory, matrix and conversion instructions behind small functions.
+// What device code needs of the machine: memory, matrix and conversion instructions behind small
+// functions.
 //
-// Kernels include this and no header of torch or of the CUDA runtime. nvcc turns the functions into PTX; a
-// host compiler takes tests/cuda_host/device.h instead, which supplies CUDA's names (threadIdx,
-// __syncthreads, …) and runs every thread of a block as a fiber.
+// Kernels include this and no header of torch or of the CUDA runtime. nvcc turns the functions into
+// PTX; a host compiler takes tests/cuda_host/device.h instead, which supplies CUDA's names
+// (threadIdx, __syncthreads, …) and runs every thread of a block as a fiber.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +43,8 @@ struct alignas(sizeof(T) * N) Pack {
   T at[N];
 };
 
-// Division by a number that the host knows, for dividends below 2^31 (Granlund and Montgomery, 1994).
+// Division by a number that the host knows, for dividends below 2^31 (Granlund and Montgomery,
+// 1994).
 struct Divisor {
   uint32_t value = 1, factor = 0, shift = 0;
 
@@ -79,8 +81,12 @@ FASTDA_DEVICE float widen(f16 v) {
 // Round to nearest even; NaN stays NaN.
 FASTDA_DEVICE void narrow(float v, float& out) { out = v; }
 FASTDA_DEVICE void narrow(double v, double& out) { out = v; }
-FASTDA_DEVICE void narrow(float v, bf16& out) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v)); }
-FASTDA_DEVICE void narrow(float v, f16& out) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v)); }
+FASTDA_DEVICE void narrow(float v, bf16& out) {
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+}
+FASTDA_DEVICE void narrow(float v, f16& out) {
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out.bits) : "f"(v));
+}
 // The bits of a float32 whose mantissa is rounded to TF32's ten bits.
 FASTDA_DEVICE uint32_t round_tf32(float v) {
   uint32_t bits;
@@ -90,10 +96,12 @@ FASTDA_DEVICE uint32_t round_tf32(float v) {
 FASTDA_DEVICE uint32_t bits_of(float v) { return __float_as_uint(v); }
 FASTDA_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
-FASTDA_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+FASTDA_DEVICE uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(p));
+}
 
-// Copies 16 bytes from global to shared memory, or writes zeros where `inside` is false; both 16-byte
-// aligned.
+// Copies 16 bytes from global to shared memory, or writes zeros where `inside` is false; both
+// 16-byte aligned.
 FASTDA_DEVICE void copy_async(void* to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                "r"(inside ? 16 : 0)
@@ -106,8 +114,8 @@ FASTDA_DEVICE void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Four 8×8 matrices of 16-bit entries from shared memory; lane l gives the address of row l % 8 of matrix l
-// / 8.
+// Four 8×8 matrices of 16-bit entries from shared memory; lane l gives the address of row l % 8 of
+// matrix l / 8.
 FASTDA_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -121,9 +129,10 @@ FASTDA_DEVICE void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
                : "memory");
 }
 
-#define FASTDA_MMA(shape_and_types)                                                                          \
-  asm("mma.sync.aligned." shape_and_types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
+#define FASTDA_MMA(shape_and_types)                                      \
+  asm("mma.sync.aligned." shape_and_types                                \
+      " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                   \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 // d[16×8] += a · b with float32 sums: b has 16 rows in 16-bit types, 8 in TF32.
 FASTDA_DEVICE void mma(bf16, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -159,12 +168,13 @@ FASTDA_DEVICE double load_scalar(const void* p, DType dtype, int64_t i) {
 // The sum over a warp, in the same order every time; every lane gets it.
 template <typename S>
 FASTDA_DEVICE S warp_sum(S v) {
-  for (int distance = 16; distance > 0; distance /= 2) v += __shfl_xor_sync(0xffffffffu, v, distance);
+  for (int distance = 16; distance > 0; distance /= 2)
+    v += __shfl_xor_sync(0xffffffffu, v, distance);
   return v;
 }
 
-// The sum over a block of `threads`, in the same order every time; every thread gets it. `scratch` holds one
-// value per warp and may be used again at once.
+// The sum over a block of `threads`, in the same order every time; every thread gets it. `scratch`
+// holds one value per warp and may be used again at once.
 template <int threads, typename S>
 FASTDA_DEVICE S block_sum(S v, S* scratch) {
   v = warp_sum(v);

@@ -1,5 +1,5 @@
-// out[i] = -scale * grad[i]. Thread t of a block takes the 16 bytes from 16 t on, one load and one store;
-// rows of a per-sample scale that split such a pack, and tails, go element by element.
+// out[i] = -scale * grad[i]. Thread t of a block takes the 16 bytes from 16 t on, one load and one
+// store; rows of a per-sample scale that split such a pack, and tails, go element by element.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
@@ -29,8 +29,8 @@ negate_scale_kernel(NegateScale p, bool packs) {
   FASTDA_NO_UNROLL
   for (int64_t i = begin; i < begin + N; ++i) {
     if (i >= p.total && !FASTDA_PLANTED("grad_reverse: no mask at the end")) return;
-    out[i] =
-        narrowed<T>(widen(grad[i]) * S(-load_scalar(p.scale, p.scale_dtype, p.per_sample ? i / p.inner : 0)));
+    out[i] = narrowed<T>(widen(grad[i]) *
+                         S(-load_scalar(p.scale, p.scale_dtype, p.per_sample ? i / p.inner : 0)));
   }
 }
 

@@ -1,11 +1,12 @@
-// Patch losses in two launches: one over all patches (and pixels), one that adds what its blocks found.
+// Patch losses in two launches: one over all patches (and pixels), one that adds what its blocks
+// found.
 //
 //   block b of a side ─ patches [b run, (b + 1) run)
-//     thread t ─ patches t, t + 256, …: load logits ─ term, slope ─ store gradient ─ add to its own sums
+//     thread t ─ patches t, t + 256, …: load logits ─ term, slope ─ store gradient ─ add to sums
 //     warp shuffles, then warps in order ─ losses[b], rights[b]
 //
-// Both sides of a discriminator's loss, or a generator's loss and the ℓ₁ term, are blocks of one grid.
-// Nothing is added atomically, so that a result repeats bit for bit.
+// Both sides of a discriminator's loss, or a generator's loss and the ℓ₁ term, are blocks of one
+// grid. Nothing is added atomically, so that a result repeats bit for bit.
 #pragma once
 
 #include "cuda/kernels/device.cuh"
@@ -144,7 +145,8 @@ FASTDA_DEVICE Sums<typename Wide<T>::type> side_block(const Side& p, int block, 
 }
 
 template <typename T>
-FASTDA_DEVICE Sums<typename Wide<T>::type> l1_block(const L1& p, int block, typename Wide<T>::type factor) {
+FASTDA_DEVICE Sums<typename Wide<T>::type> l1_block(const L1& p, int block,
+                                                    typename Wide<T>::type factor) {
   using S = typename Wide<T>::type;
   constexpr int N = sizeof(S) == 4 ? 4 : 2;  // 16 bytes of gradient
   const int64_t begin = block * p.part.run;
@@ -267,16 +269,17 @@ FASTDA_KERNEL(loss_threads) finish_kernel(Finish p) {
 }
 
 // -- the last 1×1 convolution and the loss
-// ---------------------------------------------------------------------
 //
-// A warp owns groups · 32 patches and goes over their features twice, the second time out of the cache:
+// A warp owns groups · 32 patches and goes over their features twice, the second time out of the
+// cache:
 //
 //   scores: lane = patch;  z = bias + Σ_c x[patch, c] · w[c]
 //   slopes: in registers
 //   contiguous     lane = patch:    for every c: store slope · w[c], add slope · x over the warp
 //   channels_last  lane = channel:  for every patch: store slope · w[c], add slope · x in the lane
 //
-// With two classes only the difference of their filters counts, so that the convolution has one channel.
+// With two classes only the difference of their filters counts, so that the convolution has one
+// channel.
 
 constexpr int head_threads = 128;
 constexpr int head_most_groups = 4;
@@ -290,7 +293,8 @@ FASTDA_DEVICE typename Wide<T>::type head_weight(const Head& p, bool pair, int c
 
 template <typename T>
 FASTDA_KERNEL(head_threads, 8)
-head_kernel(Head p, double* losses, double* rights, Divisor patches0, Divisor patches1, bool packs) {
+head_kernel(Head p, double* losses, double* rights, Divisor patches0, Divisor patches1,
+            bool packs) {
   using S = typename Wide<T>::type;
   constexpr int G = head_most_groups, N = 16 / int(sizeof(T));
   FASTDA_SHARED(double, scratch, head_threads / 32);
@@ -316,8 +320,9 @@ head_kernel(Head p, double* losses, double* rights, Divisor patches0, Divisor pa
   for (int g = 0; g < G; ++g) {
     inside[g] = g < p.groups && begin + g * 32 + lane < side.total;
     const uint32_t q = first_patch + uint32_t(g * 32 + lane), ahead = patches.quotient(q);
-    at[g] =
-        inside[g] ? (first_image + ahead) * side.image + int64_t(q - ahead * patches.value) * side.patch : 0;
+    at[g] = inside[g] ? (first_image + ahead) * side.image +
+                            int64_t(q - ahead * patches.value) * side.patch
+                      : 0;
     z[g] = offset;
   }
   if (packs) {
@@ -399,13 +404,15 @@ head_kernel(Head p, double* losses, double* rights, Divisor patches0, Divisor pa
   if (out && lane == 0) out[p.channels] = slopes;
 }
 
-// Block b adds the rows of columns [32 b, 32 b + 32): warps take rows in turn, then the warps' sums in order.
+// Block b adds the rows of columns [32 b, 32 b + 32): warps take rows in turn, then the warps' sums
+// in order.
 template <typename S>
 FASTDA_KERNEL(loss_threads)
 head_weight_kernel(const S* sums, int rows, int channels, bool pair, S* grad_weight, S* grad_bias) {
   constexpr int warps = loss_threads / 32;
   FASTDA_SHARED(double, parts, warps * 32);
-  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32), c = int(blockIdx.x) * 32 + lane;
+  const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32),
+            c = int(blockIdx.x) * 32 + lane;
   double sum = 0;
   if (c <= channels)
     for (int r = warp; r < rows; r += warps) sum += double(sums[int64_t(r) * (channels + 1) + c]);

@@ -60,7 +60,8 @@ struct Head {
   HeadSide side[2];
   const void* weight = nullptr;  // [1 or 2, C]
   const void* bias = nullptr;    // [1 or 2] or null
-  void* sums = nullptr;  // [rows, C + 1] in the wide type: a warp's gradients of weight and bias; or null
+  // [rows, C + 1] in the wide type: a warp's gradients of weight and bias; or null.
+  void* sums = nullptr;
   int channels = 0;
   int groups = 1;  // of 32 patches, to one warp
 };
@@ -73,7 +74,8 @@ struct Losses {
   double* rights = nullptr;
 };
 
-// How `total` patches or entries are cut: a function of the size alone, so that the order of the sums is too.
+// How `total` patches or entries are cut: a function of the size alone, so that the order of the
+// sums is too.
 int loss_blocks(int64_t total);
 int weight_blocks(int64_t total);
 int head_groups(int64_t total);
@@ -86,13 +88,14 @@ void sum_weights(DType dtype, const Side (&sides)[2], double* const (&sums)[2], 
 void run_losses(DType dtype, const Losses& p, void* stream);
 void run_head(DType dtype, const Head& p, double* losses, double* rights, void* stream);
 // The loss, float or double, and the accuracies of the parts.
-void finish_losses(const Part (&parts)[loss_parts], const double* losses, const double* rights, void* loss,
-                   DType loss_dtype, void* stream);
-// Gradients in the wide type from the rows of Head::sums; of two classes the first gets the negative.
-void finish_head(DType dtype, const void* sums, int rows, int channels, bool pair, void* grad_weight,
-                 void* grad_bias, void* stream);
+void finish_losses(const Part (&parts)[loss_parts], const double* losses, const double* rights,
+                   void* loss, DType loss_dtype, void* stream);
+// Gradients in the wide type from the rows of Head::sums; of two classes the first gets the
+// negative.
+void finish_head(DType dtype, const void* sums, int rows, int channels, bool pair,
+                 void* grad_weight, void* grad_bias, void* stream);
 // x *= factor for two dense arrays of float or double.
-void scale_both(void* const (&x)[2], const DType (&dtypes)[2], const int64_t (&totals)[2], const void* factor,
-                DType factor_dtype, void* stream);
+void scale_both(void* const (&x)[2], const DType (&dtypes)[2], const int64_t (&totals)[2],
+                const void* factor, DType factor_dtype, void* stream);
 
 }  // namespace fastda::cuda

@@ -1,16 +1,16 @@
-// SimGAN's residual block in one persistent launch, for 16-bit types and at most 64 channels. A block of
-// eight warps keeps both filters in shared memory (147 KB for 64 channels and 3×3) and walks over tiles of
-// the output:
+// SimGAN's residual block in one persistent launch, for 16-bit types and at most 64 channels. A
+// block of eight warps keeps both filters in shared memory (147 KB for 64 channels and 3×3) and
+// walks over tiles of the output:
 //
 //   x ─ tile with both halos, two of them: the next one is copied while this one is used
 //     │ filter1, + bias1, ReLU
-//   inner ─ tile with one halo, zero outside the image; its middle is written out if training wants it
+//   inner ─ tile with one halo, zero outside the image; its middle is written out for training
 //     │ filter2, + bias2, + x (from the tile), ReLU
 //   out ─ over the middle of x's tile, and from there out, 16 bytes a store
 //
-// so that an activation is read once and written once. What it costs: the inner activation's halo is computed
-// again by the neighbouring tile. Warp (i, j) of 4 × 2 has every fourth tile of 16 pixels and 32 of the 64
-// output channels.
+// so that an activation is read once and written once. What it costs: the inner activation's halo
+// is computed again by the neighbouring tile. Warp (i, j) of 4 × 2 has every fourth tile of 16
+// pixels and 32 of the 64 output channels.
 #pragma once
 
 #include "cuda/kernels/conv_tile.cuh"
@@ -18,7 +18,8 @@
 namespace fastda::cuda {
 
 constexpr int block_threads = 256;
-constexpr int block_pixels = 128;        // of a tile of the output, at most: two tiles of 16 for each warp
+// Of a tile of the output, at most: two tiles of 16 for each warp.
+constexpr int block_pixels = 128;
 constexpr int block_inner_pixels = 192;  // of the inner activation's: three
 
 struct BlockKernel {
@@ -32,11 +33,13 @@ struct BlockKernel {
   bool x_packs, inner_packs, out_packs;
 };
 
-// Sum over the taps of one filter for M tiles of 16 pixels, four tiles apart, of a window `width` wide, whose
-// pixels (m / width, m % width) are the upper left corners of what the filter sees in rows of `pixels`.
+// Sum over the taps of one filter for M tiles of 16 pixels, four tiles apart, of a window `width`
+// wide, whose pixels (m / width, m % width) are the upper left corners of what the filter sees in
+// rows of `pixels`.
 template <typename T, int M>
-FASTDA_DEVICE void multiply_taps(float (&sum)[M][4][4], const unsigned char* pixels, const WindowShape& shape,
-                                 Divisor width, int count, int kernel, const unsigned char* filter) {
+FASTDA_DEVICE void multiply_taps(float (&sum)[M][4][4], const unsigned char* pixels,
+                                 const WindowShape& shape, Divisor width, int count, int kernel,
+                                 const unsigned char* filter) {
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
   uint32_t row[M], key[M];
   FASTDA_UNROLL
@@ -56,21 +59,25 @@ FASTDA_DEVICE void multiply_taps(float (&sum)[M][4][4], const unsigned char* pix
       at[i] = row[i] + dy * shape.width.value + dx;
       its_key[i] = key[i] + dy * uint32_t(shape.key_width) + dx;
     }
-    multiply_rows<T>(sum, pixels, at, its_key, filter + tap * filter_bytes + warp % 2 * 32 * row_bytes);
+    multiply_rows<T>(sum, pixels, at, its_key,
+                     filter + tap * filter_bytes + warp % 2 * 32 * row_bytes);
   }
 }
 
 // Two neighbouring channels of a row.
 template <typename T>
 FASTDA_DEVICE T* pair_of(unsigned char* rows, uint32_t pixel, uint32_t key, int channel) {
-  return reinterpret_cast<T*>(rows + pixel * row_bytes + ((uint32_t(channel / 8) ^ (key & 7)) * 16)) +
+  return reinterpret_cast<T*>(rows + pixel * row_bytes +
+                              ((uint32_t(channel / 8) ^ (key & 7)) * 16)) +
          channel % 8;
 }
 
-// Writes the rows of a part of a window to an image: pixel m of a tile `width` wide stands in row `row(m)`.
+// Writes the rows of a part of a window to an image: pixel m of a tile `width` wide stands in row
+// `row(m)`.
 template <typename T, typename RowOf>
-FASTDA_DEVICE void store_rows(const View& view, bool packs, int channels, Window at, const WindowShape& shape,
-                              Divisor width, Divisor pixels, const unsigned char* rows, RowOf&& row_of) {
+FASTDA_DEVICE void store_rows(const View& view, bool packs, int channels, Window at,
+                              const WindowShape& shape, Divisor width, Divisor pixels,
+                              const unsigned char* rows, RowOf&& row_of) {
   constexpr int E = 8;
   T* to = static_cast<T*>(view.data) + at.image * view.n;
   for (uint32_t i = threadIdx.x; i < pixels.value * 8; i += block_threads) {
@@ -85,8 +92,8 @@ FASTDA_DEVICE void store_rows(const View& view, bool packs, int channels, Window
     if (y >= shape.height || x >= shape.columns || c >= channels) continue;
     uint32_t pixel, key;
     row_of(r, column, pixel, key);
-    const Pack<T, E> pack =
-        load_pack<E>(reinterpret_cast<const T*>(rows + pixel * row_bytes + ((piece ^ (key & 7)) * 16)));
+    const Pack<T, E> pack = load_pack<E>(
+        reinterpret_cast<const T*>(rows + pixel * row_bytes + ((piece ^ (key & 7)) * 16)));
     if (packs) {
       store_pack(to + (y * view.h + x * view.w + c), pack);
     } else {
@@ -123,7 +130,8 @@ refiner_block_kernel(BlockKernel p) {
     if (tile < p.tiles_total) {
       const Window at = window_at(tile);
       load_window<T, block_threads, 8, 0>(to, p.x, View{}, p.x_packs, 0, p.channels,
-                                          {at.image, at.y - halo1 - halo2, at.x - halo1 - halo2}, p.x_window);
+                                          {at.image, at.y - halo1 - halo2, at.x - halo1 - halo2},
+                                          p.x_window);
     }
     commit_copies();
   };
@@ -136,7 +144,8 @@ refiner_block_kernel(BlockKernel p) {
   for (int i = thread; i < 2 * filter_columns; i += block_threads) {
     const int c = i % filter_columns;
     const auto* bias = static_cast<const T*>(i < filter_columns ? p.bias1 : p.bias2);
-    bias1[i] = bias && c < (i < filter_columns ? p.inner_channels : p.channels) ? widen(bias[c]) : 0.0f;
+    bias1[i] =
+        bias && c < (i < filter_columns ? p.inner_channels : p.channels) ? widen(bias[c]) : 0.0f;
   }
   int tile = int(blockIdx.x);
   fetch(tile, x_tiles);
@@ -150,8 +159,8 @@ refiner_block_kernel(BlockKernel p) {
     const Window at = window_at(tile);
 
     float sum[3][4][4] = {};
-    multiply_taps<T>(sum, x, p.x_window, p.inner_window.width, int(p.inner_window.pixels.value), p.kernel1,
-                     filter1);
+    multiply_taps<T>(sum, x, p.x_window, p.inner_window.width, int(p.inner_window.pixels.value),
+                     p.kernel1, filter1);
     FASTDA_UNROLL
     for (int i = 0; i < 3; ++i) {
       FASTDA_UNROLL
@@ -160,8 +169,9 @@ refiner_block_kernel(BlockKernel p) {
         if (m >= p.inner_window.pixels.value) continue;
         const uint32_t r = p.inner_window.width.quotient(m), c = m - r * p.inner_window.width.value;
         const int y = at.y - halo2 + int(r), column = at.x - halo2 + int(c);
-        const bool there = (y >= 0 && y < p.x_window.height && column >= 0 && column < p.x_window.columns) ||
-                           FASTDA_PLANTED("refiner block: no mask around the inner activation");
+        const bool there =
+            (y >= 0 && y < p.x_window.height && column >= 0 && column < p.x_window.columns) ||
+            FASTDA_PLANTED("refiner block: no mask around the inner activation");
         FASTDA_UNROLL
         for (int j = 0; j < 4; ++j) {
           const int k = warp % 2 * 32 + j * 8 + lane % 4 * 2;
@@ -187,11 +197,12 @@ refiner_block_kernel(BlockKernel p) {
       key = y * uint32_t(p.x_window.key_width) + column;
     };
     if (p.inner.data)
-      store_rows<T>(p.inner, p.inner_packs, p.inner_channels, at, p.x_window, p.tile_width, p.tile_pixels,
-                    inner, inner_row);
+      store_rows<T>(p.inner, p.inner_packs, p.inner_channels, at, p.x_window, p.tile_width,
+                    p.tile_pixels, inner, inner_row);
 
     float out[2][4][4] = {};
-    multiply_taps<T>(out, inner, p.inner_window, p.tile_width, int(p.tile_pixels.value), p.kernel2, filter2);
+    multiply_taps<T>(out, inner, p.inner_window, p.tile_width, int(p.tile_pixels.value), p.kernel2,
+                     filter2);
     FASTDA_UNROLL
     for (int i = 0; i < 2; ++i) {
       FASTDA_UNROLL
@@ -216,7 +227,8 @@ refiner_block_kernel(BlockKernel p) {
       }
     }
     __syncthreads();
-    store_rows<T>(p.out, p.out_packs, p.channels, at, p.x_window, p.tile_width, p.tile_pixels, x, x_row);
+    store_rows<T>(p.out, p.out_packs, p.channels, at, p.x_window, p.tile_width, p.tile_pixels, x,
+                  x_row);
   }
 }
 

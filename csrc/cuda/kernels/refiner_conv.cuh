@@ -1,15 +1,17 @@
-// Convolution of a tile of at most 128 output pixels (any height × width) with 64 output channels, a block of
-// four warps:
+// Convolution of a tile of at most 128 output pixels (any height × width) with 64 output channels,
+// a block of four warps:
 //
-//   x ─ tile with halo, one row of channels ──┐ shared memory        for every row of channels
-//   filter ─ 64 × row, the next two taps ─────┤ (copied ahead)         for every tap
-//                                             └─ registers               warp w: pixels [32 w, 32 w + 32) ×
-//                                             64 channels
+//   for every row of channels
+//     x ─ tile with halo, one row of channels ────┐ shared memory
+//     for every tap                               │
+//       filter ─ 64 × row, the next two taps ─────┤ (copied ahead)
+//                                                 └─ registers
+//                                                    warp w: pixels [32 w, 32 w + 32) × 64 channels
 //   registers ─ shared memory, float32 ─ + bias + residual, ReLU, gate ─ out
 //
-// No pixel is stored twice per tap: a tap is another address into the same tile (implicit matrix product).
-// Whatever does not fit this (float64, filters too wide for the tile, few channels) goes through
-// direct_conv_kernel, one output a thread.
+// No pixel is stored twice per tap: a tap is another address into the same tile (implicit matrix
+// product). Whatever does not fit this (float64, filters too wide for the tile, few channels) goes
+// through direct_conv_kernel, one output a thread.
 #pragma once
 
 #include "cuda/kernels/conv_tile.cuh"
@@ -36,7 +38,8 @@ struct ConvKernel {
 
 // Adds everything but the product, and stores.
 template <typename T>
-FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int image, int y0, int x0) {
+FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int image, int y0,
+                               int x0) {
   constexpr int E = 16 / int(sizeof(T));
   const int first = int(blockIdx.y) * filter_columns;
   const auto* bias = static_cast<const T*>(p.bias);
@@ -45,7 +48,8 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
   };
   const auto finished = [&](float v, int c, T residual, T residual_gate, T out_gate) {
     if (bias) v += widen(bias[c]);
-    if (p.residual.data) v += widen(p.residual_gate.data ? gated(residual_gate, residual) : residual);
+    if (p.residual.data)
+      v += widen(p.residual_gate.data ? gated(residual_gate, residual) : residual);
     if (p.relu) v = v <= 0 ? 0.0f : v;
     if (p.out_gate.data) v = widen(out_gate) <= 0 ? 0.0f : v;
     return narrowed<T>(v);
@@ -71,7 +75,8 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
       if (p.out_gate.data) out_gate = load_pack<E>(place(p.out_gate, y, x) + c);
       FASTDA_UNROLL
       for (int e = 0; e < E; ++e)
-        result.at[e] = finished(v.at[e], c + e, residual.at[e], residual_gate.at[e], out_gate.at[e]);
+        result.at[e] =
+            finished(v.at[e], c + e, residual.at[e], residual_gate.at[e], out_gate.at[e]);
       store_pack(place(p.out, y, x) + c, result);
     }
     return;
@@ -85,8 +90,8 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
     const int64_t c = first + n;
     if (c >= p.out_channels && !FASTDA_PLANTED("conv: no mask at the last output channel")) break;
     const auto at = [&](const View& v) { return v.data ? place(v, y, x)[c * v.c] : T{}; };
-    place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], int(c), at(p.residual),
-                                               at(p.residual_gate), at(p.out_gate));
+    place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], int(c),
+                                               at(p.residual), at(p.residual_gate), at(p.out_gate));
   }
 }
 
@@ -120,7 +125,8 @@ conv_kernel(ConvKernel p) {
     commit_copies();
   };
 
-  // What this lane points at: of each tile of 16 pixels one, or, without tensor cores, of eight pixels.
+  // What this lane points at: of each tile of 16 pixels one, or, without tensor cores, of eight
+  // pixels.
   constexpr int M = exact ? 8 : 2;
   uint32_t row[M], key[M];
   FASTDA_UNROLL
@@ -139,8 +145,8 @@ conv_kernel(ConvKernel p) {
   for (int chunk = 0; chunk < chunks; ++chunk) {
     if (chunk > 0) __syncthreads();  // no warp reads the last rows any more
     const int halo = p.kernel / 2 - (FASTDA_PLANTED("conv: halo off by one") ? 1 : 0);
-    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>, p.in_channels,
-                                       {image, y0 - halo, x0 - halo}, p.window);
+    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>,
+                                       p.in_channels, {image, y0 - halo, x0 - halo}, p.window);
     commit_copies();
     FASTDA_NO_UNROLL
     for (int tap = 0; tap < taps; ++tap, ++step) {
@@ -150,7 +156,8 @@ conv_kernel(ConvKernel p) {
       } else {
         wait_copies<conv_stages - 2>();
       }
-      __syncthreads();  // this step's filter is there for all, and no warp reads the last one's any more
+      // This step's filter is there for all, and no warp reads the last one's any more.
+      __syncthreads();
       fetch(step + conv_stages - 1);
       const unsigned char* stage = stages + step % conv_stages * filter_bytes;
       const auto dy = uint32_t(tap / p.kernel), dx = uint32_t(tap % p.kernel);
@@ -181,7 +188,8 @@ conv_kernel(ConvKernel p) {
       } else {
         FASTDA_UNROLL
         for (int e = 0; e < 4; e += 2) {
-          float* to = staging + (warp * 32 + i * 16 + lane / 4 + e * 4) * stride + j * 8 + lane % 4 * 2;
+          float* to =
+              staging + (warp * 32 + i * 16 + lane / 4 + e * 4) * stride + j * 8 + lane % 4 * 2;
           if (p.out_packs) {
             store_pack(to, Pack<float, 2>{{sum[i][j][e], sum[i][j][e + 1]}});
           } else {
@@ -226,12 +234,13 @@ direct_conv_kernel(DirectConv p) {
   for (int dy = -half; dy <= half; ++dy) {
     if (y + dy < 0 || y + dy >= p.height) continue;
     for (int dx = -half; dx <= half; ++dx) {
-      if (x + dx < 0 || (x + dx >= p.width && !FASTDA_PLANTED("direct conv: no mask at the right edge")))
+      if (x + dx < 0 ||
+          (x + dx >= p.width && !FASTDA_PLANTED("direct conv: no mask at the right edge")))
         continue;
       const T* in = at(p.x, 0) + dy * p.x.h + dx * p.x.w;
       const T* gate = p.x_gate.data ? at(p.x_gate, 0) + dy * p.x_gate.h + dx * p.x_gate.w : nullptr;
-      const T* w = static_cast<const T*>(p.filter.data) + k * p.filter.n + (dy + half) * p.filter.h +
-                   (dx + half) * p.filter.w;
+      const T* w = static_cast<const T*>(p.filter.data) + k * p.filter.n +
+                   (dy + half) * p.filter.h + (dx + half) * p.filter.w;
       for (int c = 0; c < p.in_channels; ++c) {
         T v = in[c * p.x.c];
         if (gate) v = gated(gate[c * p.x_gate.c], v);
@@ -241,8 +250,8 @@ direct_conv_kernel(DirectConv p) {
   }
   if (p.bias) sum += widen(static_cast<const T*>(p.bias)[k]);
   if (p.residual.data)
-    sum +=
-        widen(p.residual_gate.data ? gated(*at(p.residual_gate, k), *at(p.residual, k)) : *at(p.residual, k));
+    sum += widen(p.residual_gate.data ? gated(*at(p.residual_gate, k), *at(p.residual, k))
+                                      : *at(p.residual, k));
   if (p.relu) sum = sum <= 0 ? S(0) : sum;
   if (p.out_gate.data) sum = widen(*at(p.out_gate, k)) <= 0 ? S(0) : sum;
   *at(p.out, k) = narrowed<T>(sum);

@@ -13,16 +13,16 @@ struct View {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
-// How the products are computed: float32 as it stands, or rounded to TF32 on tensor cores; 16-bit types
-// always on tensor cores; float64 as it stands.
+// How the products are computed: float32 as it stands, or rounded to TF32 on tensor cores; 16-bit
+// types always on tensor cores; float64 as it stands.
 struct Arithmetic {
   DType dtype;
   bool tf32 = false;
 };
 
-// out = gate(out_gate, relu?(filter * gate(x_gate, x) + bias + gate(residual_gate, residual))), zero padding
-// k / 2. A gate keeps a value where its own is positive or NaN, and gives 0 elsewhere: ReLU's backward read
-// off ReLU's output. Views without data are absent.
+// out = gate(out_gate, relu?(filter * gate(x_gate, x) + bias + gate(residual_gate, residual))),
+// zero padding k / 2. A gate keeps a value where its own is positive or NaN, and gives 0 elsewhere:
+// ReLU's backward read off ReLU's output. Views without data are absent.
 struct Conv {
   Arithmetic arithmetic;
   int batch, in_channels, out_channels, height, width, kernel;
@@ -34,7 +34,8 @@ struct Conv {
 int64_t prepared_bytes(const Conv& p);
 void convolve(const Conv& p, void* stream);
 
-// relu(x + filter2 * relu(filter1 * x + bias1) + bias2), in one launch; `inner` is written if it has data.
+// relu(x + filter2 * relu(filter1 * x + bias1) + bias2), in one launch; `inner` is written if it
+// has data.
 struct BlockConv {
   Arithmetic arithmetic;
   int batch, channels, inner_channels, height, width, kernel1, kernel2;
@@ -47,7 +48,8 @@ bool block_fits(const BlockConv& p);
 int64_t prepared_bytes(const BlockConv& p);
 void convolve_block(const BlockConv& p, void* stream);
 
-// d_weight = the sum over pixels of gate(gate, grad) times moved x, d_bias = that of gate(gate, grad).
+// d_weight = the sum over pixels of gate(gate, grad) times moved x, d_bias = that of gate(gate,
+// grad).
 struct FilterGrad {
   Arithmetic arithmetic;
   int batch, in_channels, out_channels, height, width, kernel;

@@ -1,11 +1,12 @@
-// Weight gradient: d_weight[k, c, tap] = Σ over pixels of grad[pixel, k] · x[pixel moved by tap, c], four
-// warps a block.
+// Weight gradient: d_weight[k, c, tap] = Σ over pixels of grad[pixel, k] · x[pixel moved by tap,
+// c], four warps a block.
 //
-//   block (three taps × 64 output × 64 input channels, piece of all tiles)      for every tile of its piece
-//     grad ─ tile, gated ────────┐ shared memory: a row per pixel, 64 channels
-//     x ─ tile with halo ────────┤
-//                                └─ registers: warp w has 32 × 32 channels at each of the three taps
-//   registers ─ sums[piece] ; another launch adds the pieces in order
+//   block (three taps × 64 output × 64 input channels, a piece of all tiles)
+//     for every tile of its piece
+//       grad ─ tile, gated ────────┐ shared memory: a row per pixel, 64 channels
+//       x ─ tile with halo ────────┤
+//                                  └─ registers: warp w has 32 × 32 channels at each of three taps
+//   registers ─ sums[piece]; another launch adds the pieces in order
 //
 // The number of pieces depends on the shapes alone, so that the order of all sums does too.
 #pragma once
@@ -46,8 +47,8 @@ filter_grad_kernel(FilterGradKernel p) {
   unsigned char* x_rows = shared;  // [window pixels + one of zeros]
   const uint32_t zero_row = p.window.pixels.value;
   unsigned char* grad_rows = x_rows + (zero_row + 1) * row;  // [pixels]
-  auto* row_of =
-      reinterpret_cast<int*>(grad_rows + pixels * row);  // of each pixel: its row of x at the first tap
+  // Of each pixel: its row of x at the first tap.
+  auto* row_of = reinterpret_cast<int*>(grad_rows + pixels * row);
 
   const int taps = p.kernel * p.kernel;
   const int groups = (taps + grad_taps - 1) / grad_taps;
@@ -72,8 +73,8 @@ filter_grad_kernel(FilterGradKernel p) {
     reinterpret_cast<float*>(x_rows + zero_row * row)[i] = 0;
 
   const int first_tile = int(blockIdx.y) * p.tiles_per_piece;
-  const int end =
-      first_tile + p.tiles_per_piece < p.tiles_total ? first_tile + p.tiles_per_piece : p.tiles_total;
+  const int end = first_tile + p.tiles_per_piece < p.tiles_total ? first_tile + p.tiles_per_piece
+                                                                 : p.tiles_total;
   FASTDA_NO_UNROLL
   for (int tile = first_tile; tile < end; ++tile) {
     const auto image = int(p.tiles.quotient(uint32_t(tile)));
@@ -86,14 +87,17 @@ filter_grad_kernel(FilterGradKernel p) {
     if (p.weight)
       load_window<T, grad_threads, pieces, shift>(x_rows, p.x, View{}, p.x_packs, c0, p.in_channels,
                                                   {image, y0 - half, x0 - half}, p.window);
-    load_window<T, grad_threads, pieces, shift>(grad_rows, p.grad, p.gate, p.grad_packs, k0, p.out_channels,
-                                                {image, y0, x0}, p.core);
-    // What no pixel of the tile and the image fills must count for nothing, even where x is not finite.
+    load_window<T, grad_threads, pieces, shift>(grad_rows, p.grad, p.gate, p.grad_packs, k0,
+                                                p.out_channels, {image, y0, x0}, p.core);
+    // What no pixel of the tile and the image fills must count for nothing, even where x is not
+    // finite.
     for (int i = thread + p.tile_pixels * pieces; i < pixels * pieces; i += grad_threads)
       store_pack(reinterpret_cast<uint32_t*>(grad_rows + i * 16), Pack<uint32_t, 4>{});
     for (int m = thread; m < pixels; m += grad_threads) {
-      const uint32_t r = p.tile_width.quotient(uint32_t(m)), c = uint32_t(m) - r * p.tile_width.value;
-      const bool there = m < p.tile_pixels && y0 + int(r) < p.window.height && x0 + int(c) < p.window.columns;
+      const uint32_t r = p.tile_width.quotient(uint32_t(m)),
+                     c = uint32_t(m) - r * p.tile_width.value;
+      const bool there =
+          m < p.tile_pixels && y0 + int(r) < p.window.height && x0 + int(c) < p.window.columns;
       row_of[m] = there ? int(r * p.window.width.value + c) : -1;
     }
     commit_copies();
@@ -108,8 +112,8 @@ filter_grad_kernel(FilterGradKernel p) {
       const int k = thread % grad_channels, start = thread / grad_channels * (pixels / 2);
       constexpr int E = 16 / int(sizeof(T));
       for (int m = start; m < start + pixels / 2; ++m)
-        bias_sum += widen(
-            reinterpret_cast<const T*>(grad_rows + m * row + ((k / E) ^ ((m << shift) & 7)) * 16)[k % E]);
+        bias_sum += widen(reinterpret_cast<const T*>(grad_rows + m * row +
+                                                     ((k / E) ^ ((m << shift) & 7)) * 16)[k % E]);
     }
     if (p.weight) {
       if constexpr (exact) {
@@ -119,12 +123,13 @@ filter_grad_kernel(FilterGradKernel p) {
           Pack<float, 4> a[2], b[grad_taps];
           FASTDA_UNROLL
           for (int i = 0; i < 2; ++i)
-            a[i] = load_pack<4>(reinterpret_cast<const float*>(grad_rows + m * row +
-                                                               ((ks * 2 + i) ^ ((m << shift) & 7)) * 16));
+            a[i] = load_pack<4>(reinterpret_cast<const float*>(
+                grad_rows + m * row + ((ks * 2 + i) ^ ((m << shift) & 7)) * 16));
           FASTDA_UNROLL
           for (int t = 0; t < grad_taps; ++t)
             b[t] = load_pack<4>(reinterpret_cast<const float*>(
-                x_rows + x_row(m, t) * row + (uint32_t(cs) ^ (((uint32_t(m) + turn[t]) << shift) & 7)) * 16));
+                x_rows + x_row(m, t) * row +
+                (uint32_t(cs) ^ (((uint32_t(m) + turn[t]) << shift) & 7)) * 16));
           FASTDA_UNROLL
           for (int t = 0; t < grad_taps; ++t) {
             FASTDA_UNROLL
@@ -135,7 +140,8 @@ filter_grad_kernel(FilterGradKernel p) {
           }
         }
       } else if constexpr (sizeof(T) == 2) {
-        // Both factors lie pixel by pixel and are summed over pixels: ldmatrix transposes them on the way.
+        // Both factors lie pixel by pixel and are summed over pixels: ldmatrix transposes them on
+        // the way.
         const uint32_t k = uint32_t(warp / 2 * 4), c = uint32_t(warp % 2 * 4);  // first pieces
         FASTDA_NO_UNROLL
         for (int step = 0; step < pixels / 16; ++step) {
@@ -144,7 +150,8 @@ filter_grad_kernel(FilterGradKernel p) {
           FASTDA_UNROLL
           for (int i = 0; i < 2; ++i)
             load_matrices_transposed(
-                a[i], grad_rows + m_a * row + ((k + uint32_t(i) * 2 + (lane >> 3 & 1)) ^ (m_a & 7)) * 16);
+                a[i],
+                grad_rows + m_a * row + ((k + uint32_t(i) * 2 + (lane >> 3 & 1)) ^ (m_a & 7)) * 16);
           const int m_b = step * 16 + (lane & 15);
           FASTDA_UNROLL
           for (int t = 0; t < grad_taps; ++t) {
@@ -166,7 +173,8 @@ filter_grad_kernel(FilterGradKernel p) {
         const int k = warp / 2 * 32 + lane / 4, c = warp % 2 * 32 + lane / 4;
         const auto entry = [&](const unsigned char* rows, uint32_t r, uint32_t key, int channel) {
           const uint32_t piece = uint32_t(channel / 4) ^ ((key << shift) & 7);
-          return round_tf32(reinterpret_cast<const float*>(rows + r * row + piece * 16)[channel % 4]);
+          return round_tf32(
+              reinterpret_cast<const float*>(rows + r * row + piece * 16)[channel % 4]);
         };
         FASTDA_NO_UNROLL
         for (int step = 0; step < pixels / 8; ++step) {
@@ -186,7 +194,8 @@ filter_grad_kernel(FilterGradKernel p) {
               const int m = step * 8 + lane % 4 + e * 4;
               const uint32_t r = x_row(m, t);
               FASTDA_UNROLL
-              for (int j = 0; j < 4; ++j) b[j][e] = entry(x_rows, r, uint32_t(m) + turn[t], c + j * 8);
+              for (int j = 0; j < 4; ++j)
+                b[j][e] = entry(x_rows, r, uint32_t(m) + turn[t], c + j * 8);
             }
             FASTDA_UNROLL
             for (int j = 0; j < 4; ++j) {
@@ -211,7 +220,8 @@ filter_grad_kernel(FilterGradKernel p) {
   }
   if (!p.weight) return;
   const auto add = [&](int t, int k, int c, float v) {
-    if (first_tap + t >= taps && !FASTDA_PLANTED("weight gradient: no mask at the last tap")) return;
+    if (first_tap + t >= taps && !FASTDA_PLANTED("weight gradient: no mask at the last tap"))
+      return;
     if (k0 + k >= p.out_channels || c0 + c >= p.in_channels) return;
     p.sums[((piece * taps + first_tap + t) * p.out_channels + k0 + k) * p.in_channels + c0 + c] = v;
   };
@@ -228,7 +238,8 @@ filter_grad_kernel(FilterGradKernel p) {
           for (int e = 0; e < 4; ++e)
             add(t, warp / 2 * 32 + i * 16 + lane / 4 + e / 2 * 8,
                 warp % 2 * 32 + j * 8 + lane % 4 * 2 +
-                    (FASTDA_PLANTED("weight gradient: fragment indices swapped") ? 1 - e % 2 : e % 2),
+                    (FASTDA_PLANTED("weight gradient: fragment indices swapped") ? 1 - e % 2
+                                                                                 : e % 2),
                 sum[t][i][j][e]);
         }
       }
@@ -271,12 +282,13 @@ direct_filter_grad_kernel(DirectFilterGrad p) {
   FASTDA_NO_UNROLL
   for (int64_t m = begin; m < end; ++m) {
     T g = grad[image * p.grad.n + k * p.grad.c + row * p.grad.h + column * p.grad.w];
-    if (gate) g = gated(gate[image * p.gate.n + k * p.gate.c + row * p.gate.h + column * p.gate.w], g);
+    if (gate)
+      g = gated(gate[image * p.gate.n + k * p.gate.c + row * p.gate.h + column * p.gate.w], g);
     if (is_bias) {
       sum += widen(g);
     } else if (row + dy >= 0 && row + dy < p.height && column + dx >= 0 && column + dx < p.width) {
-      sum +=
-          S(widen(g)) * S(widen(x[image * p.x.n + c * p.x.c + (row + dy) * p.x.h + (column + dx) * p.x.w]));
+      sum += S(widen(g)) *
+             S(widen(x[image * p.x.n + c * p.x.c + (row + dy) * p.x.h + (column + dx) * p.x.w]));
     }
     if (++column == p.width) {
       column = 0;
