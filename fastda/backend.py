@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastda import compat
+from fastda import _torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 CPU_ISAS = ("base", "avx2", "avx512")
@@ -109,7 +109,7 @@ def select(x: torch.Tensor) -> str:
 
     `cpp` and `cuda` are the two dispatch keys of `torch.ops.fastda`.
     """
-    if compat.transforms_active() or compat.exporting_to_onnx() or compat.tracing():
+    if _torch.transforms_active() or _torch.exporting_to_onnx() or _torch.tracing():
         return "reference"
     device_type = x.device.type
     if _forced is None:

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastda import backend, compat, reference, testing, verify
+from fastda import _torch, backend, reference, testing, verify
 
 OPERATORS = (
     *("grad_reverse_backward", "conv_same", "conv_same_backward", "refiner_block", "refiner_block_backward"),
@@ -513,7 +513,7 @@ def check_conv(x, weight, bias, residual, grad, tf32=False):
         before = reference.conv_same(exact[0], exact[1], None if b is None else exact[2])
         after = before.detach() + (0 if r is None else r.double())
         matches("conv_same", "value", y, after.relu() if relu else after, dtype, tf32)
-        assert y.stride() == torch.empty(y.shape, memory_format=compat.memory_format(x)).stride()
+        assert y.stride() == torch.empty(y.shape, memory_format=_torch.memory_format(x)).stride()
         gated = torch.where(y <= 0, 0, grad) if relu else grad
         expected = torch.autograd.grad(
             before, exact, gated.double(), allow_unused=True, materialize_grads=True

@@ -667,7 +667,7 @@ class Bare(torch.autograd.Function):
 @independent
 @pytest.mark.xfail(
     strict=True,
-    reason="once torch gets this right, compat.transforms_active and its reference can go",
+    reason="once torch gets this right, _torch.transforms_active and its reference can go",
 )
 def test_torch_still_needs_the_guard_around_transforms():
     x = torch.randn(3)

@@ -322,7 +322,7 @@ def check_conv(x, weight, bias, residual, grad):
         matches("conv_same", "value", y, after.relu() if relu else after, dtype)
         assert (
             y.stride()
-            == torch.empty(y.shape).contiguous(memory_format=fastda.compat.memory_format(x)).stride()
+            == torch.empty(y.shape).contiguous(memory_format=fastda._torch.memory_format(x)).stride()
         )
         gated = torch.where(y <= 0, 0, grad) if relu else grad
         expected = torch.autograd.grad(

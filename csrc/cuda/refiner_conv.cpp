@@ -8,10 +8,10 @@ namespace fastda::cuda {
 namespace {
 
 bool convolution_tf32() {
-  // The flag is Python's and torch's; what reads it on every version stands in fastda/compat.py.
+  // The flag is Python's and torch's; what reads it on every version stands in fastda/_torch.py.
   const PyGILState_STATE state = PyGILState_Ensure();
   bool result = false;
-  PyObject* module = PyImport_ImportModule("fastda.compat");
+  PyObject* module = PyImport_ImportModule("fastda._torch");
   PyObject* function = module ? PyObject_GetAttrString(module, "convolution_tf32") : nullptr;
   PyObject* answer = function ? PyObject_CallObject(function, nullptr) : nullptr;
   if (answer) result = PyObject_IsTrue(answer) == 1;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastda import compat
+from fastda import _torch
 from fastda.ops.refiner_conv import checked_refiner_block, conv_same
 
 
@@ -79,7 +79,7 @@ class Refiner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"Refiner: x must be (N, C, H, W), got {tuple(x.shape)}")
-        layout = compat.memory_format(x)
-        h = conv_same(compat.as_channels_last(x), self.first.weight, self.first.bias, relu=True)
+        layout = _torch.memory_format(x)
+        h = conv_same(_torch.as_channels_last(x), self.first.weight, self.first.bias, relu=True)
         h = conv_same(self.blocks(h), self.last.weight, self.last.bias)
         return h.contiguous(memory_format=layout)

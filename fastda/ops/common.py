@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import has_torch_function
 
-from fastda import compat
+from fastda import _torch
 
 
 def composite_backward(
@@ -33,7 +33,7 @@ def composite_backward(
 
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast makes of the operands of a product: its lower precision, float64 left alone."""
-    dtype = compat.autocast_dtype(x.device.type)
+    dtype = _torch.autocast_dtype(x.device.type)
     if dtype is None:
         return (x, *tensors)
     return tuple(

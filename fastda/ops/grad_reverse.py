@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
-from fastda import backend, compat, reference
+from fastda import _torch, backend, reference
 from fastda.ops.common import autocast, is_symbolic
 
 _node = backend.autograd_module
@@ -94,7 +94,7 @@ class _GradReverse(torch.autograd.Function):
             factor.dim() == 0
             or torch.is_grad_enabled()
             or is_compiling()
-            or compat.transforms_active()
+            or _torch.transforms_active()
             or type(grad) is not Tensor
         ):
             # Differentiable operators, so that a second derivative is the reversal again; a compiler fuses
@@ -132,7 +132,7 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
         return handle_torch_function(grad_reverse, (x,), x, scale)
     _check_x("grad_reverse", x)
     _check_scale("grad_reverse", x, scale)
-    if compat.tracing():
+    if _torch.tracing():
         return _as_sum(x, scale)
     serving = backend.select(x)
     if serving == "reference":
@@ -224,7 +224,7 @@ def grad_reverse_linear(
         return handle_torch_function(grad_reverse_linear, (x,), x, weight, bias, scale)
     _check_x("grad_reverse_linear", x)
     _check_scale("grad_reverse_linear", x, scale)
-    if compat.tracing():
+    if _torch.tracing():
         return F.linear(_as_sum(x, scale), weight, bias)
     x, weight, bias = autocast(x, weight, bias)
     _check_linear(x, weight, bias)

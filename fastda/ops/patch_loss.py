@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from fastda import backend, compat, reference
+from fastda import _torch, backend, reference
 from fastda.ops.common import composite_backward, distinct
 from fastda.reference.patch_loss import patch_terms
 
@@ -498,7 +498,7 @@ def patch_head_discriminator_loss(
     op = "patch_head_discriminator_loss"
     _check_options(op, kind, reduction, label_smoothing, (*REDUCTIONS, "none"))
     _check_tensor(op, "real_features", real_features)
-    dtype = compat.autocast_dtype(real_features.device.type)
+    dtype = _torch.autocast_dtype(real_features.device.type)
     if dtype is not None and real_features.dtype != torch.float64:
         real_features, fake_features, weight = (t.to(dtype) for t in (real_features, fake_features, weight))
         bias = None if bias is None else bias.to(dtype)

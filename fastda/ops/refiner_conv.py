@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fastda import backend, compat, reference
+from fastda import _torch, backend, reference
 from fastda.ops.common import autocast, composite_backward, distinct, is_symbolic
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -237,7 +237,7 @@ def checked_refiner_block(
 def _image(x: Tensor, channels: Any) -> Tensor:
     """An empty (N, channels, H, W) in the memory format of x."""
     shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=compat.memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
 
 
 @backend.register_fake("conv_same")

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from fastda import compat
+from fastda import _torch
 from fastda.optimize import grad_reverse, patch_loss, refiner_conv
 from fastda.optimize.common import Optimized
 from fastda.optimize.report import Entry, Measurement, Report
@@ -78,6 +78,6 @@ def _plain_mode() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.random.fork_rng())
         for device_type in ("cpu", "cuda", "xpu"):
-            if compat.autocast_dtype(device_type) is not None:
+            if _torch.autocast_dtype(device_type) is not None:
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         yield

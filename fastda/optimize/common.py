@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastda import compat
+from fastda import _torch
 
 INTERNALS = frozenset(vars(nn.Module()))
 
@@ -149,7 +149,7 @@ class Part(NamedTuple):
         module: Any = root
         for name in self.path:
             module = getattr(module, "_modules", {}).get(name)
-        if self.path and (type(module) is not self.kind or compat.has_hooks(module)):
+        if self.path and (type(module) is not self.kind or _torch.has_hooks(module)):
             return False
         state = vars(module)
         return all(state.get(n) == v for n, v in zip(self.names, self.values, strict=True))
@@ -162,7 +162,7 @@ def parts(module: nn.Module) -> tuple[Part, ...]:
         own = not of_torch(type(inner))
         if own and not _reads_itself_alone(type(inner)):
             raise Refused("its code reads or keeps more than its arguments and parameters")
-        if path and compat.has_hooks(inner):
+        if path and _torch.has_hooks(inner):
             raise Refused(f"{path} has hooks")
         # The lists in torch's own layers derive from their other attributes.
         state = {n: v for n, v in vars(inner).items() if n not in INTERNALS and (own or type(v) is not list)}

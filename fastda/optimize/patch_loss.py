@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from fastda import compat
+from fastda import _torch
 from fastda.ops.patch_loss import KINDS, LEAST_PATCHES, one_side_loss, patch_discriminator_loss
 from fastda.optimize.common import Optimized, Refused, entry, of_torch, parts, prove, random
 from fastda.optimize.report import Entry, Report
@@ -66,7 +66,7 @@ class _Form(NamedTuple):
         if logits.dtype in (torch.float32, torch.float64):
             return True
         # There, what these are made of returns float32 as the operator does.
-        widened = compat.autocast_dtype(logits.device.type) is not None
+        widened = _torch.autocast_dtype(logits.device.type) is not None
         return widened and {self.real, self.fake} <= {"softmax", "bce", "lsgan"}
 
     def __call__(self, first: Tensor, second: Any) -> Tensor:

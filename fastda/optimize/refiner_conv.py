@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastda import compat
+from fastda import _torch
 from fastda.ops.refiner_conv import conv_same, refiner_block
 from fastda.optimize.common import Optimized, Refused, entry, of_torch, parts, prove, random
 from fastda.optimize.report import Entry, Report
@@ -40,7 +40,7 @@ def serve(report: Report, path: str, module: nn.Module) -> None:
 
 def _is_real(x: Any) -> bool:
     """Whether x is a tensor; torch.fx has other things there, and torch.jit.trace notes every step."""
-    return isinstance(x, Tensor) and not compat.tracing()
+    return isinstance(x, Tensor) and not _torch.tracing()
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -50,7 +50,7 @@ def _fits(x: Tensor, weight: Tensor) -> bool:
         and x.shape[1] == weight.shape[1]
         and x.device == weight.device
         and x.dtype in _DTYPES
-        and (x.dtype == weight.dtype or compat.autocast_dtype(x.device.type) is not None)
+        and (x.dtype == weight.dtype or _torch.autocast_dtype(x.device.type) is not None)
     )
 
 
@@ -61,10 +61,10 @@ def _pays(x: Tensor, weight: Tensor, border: int = 0) -> bool:
     tiles = n * (-(-height // 4)) * (-(-width // 4))
     # Sizes that are open to a compiler are taken to be large enough.
     return not (
-        compat.known(h < LEAST_SIZE)
-        or compat.known(w < LEAST_SIZE)
-        or compat.known(WANTED_OF * n * h * w < 16 * tiles)
-        or compat.known(n * h * w * weight.shape[0] * weight.shape[1] < LEAST_PRODUCTS)
+        _torch.known(h < LEAST_SIZE)
+        or _torch.known(w < LEAST_SIZE)
+        or _torch.known(WANTED_OF * n * h * w < 16 * tiles)
+        or _torch.known(n * h * w * weight.shape[0] * weight.shape[1] < LEAST_PRODUCTS)
     )
 
 
@@ -130,8 +130,8 @@ def _pair(module: Any, following: Any) -> bool:
         type(module) is nn.Conv2d
         and type(following) is nn.ReLU
         and _refusal(module) is None
-        and not compat.has_hooks(module)
-        and not compat.has_hooks(following)
+        and not _torch.has_hooks(module)
+        and not _torch.has_hooks(following)
     )
 
 

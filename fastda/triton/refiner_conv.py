@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastda import compat
+from fastda import _torch
 from fastda.triton.common import INTERPRETED, launch, operator, platform, wide_dtype, wide_tl
 
 
@@ -266,7 +266,7 @@ def arithmetic(x: Tensor) -> str:
         return "double"
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if platform(x) == "cuda" and compat.convolution_tf32() else "ieee"
+    return "tf32" if platform(x) == "cuda" and _torch.convolution_tf32() else "ieee"
 
 
 def configuration(
@@ -426,7 +426,7 @@ def _filter_grads(
 @operator
 def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
     """relu?(conv(x, weight) + bias + residual) in the memory format of x."""
-    memory_format = compat.memory_format(x)
+    memory_format = _torch.memory_format(x)
     return _conv(x, weight, bias=bias, residual=residual, relu=relu, memory_format=memory_format)
 
 
@@ -441,7 +441,7 @@ def conv_same_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, empty where not needed; `output` is that of a forward with relu."""
-    memory_format = compat.memory_format(x)
+    memory_format = _torch.memory_format(x)
     d_x = x.new_empty(0)
     if need_x:
         d_x = _conv(grad, weight, rotated=True, x_gate=output, memory_format=memory_format)
@@ -453,7 +453,7 @@ def refiner_block(
     x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
 ) -> tuple[Tensor, Tensor]:
     """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2), and the inner activation or none."""
-    memory_format = compat.memory_format(x)
+    memory_format = _torch.memory_format(x)
     inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format)
     out = _conv(inner, weight2, bias=bias2, residual=x, relu=True, memory_format=memory_format)
     return out, inner if keep_inner else x.new_empty(0)
@@ -475,7 +475,7 @@ def refiner_block_backward(
     need_bias2: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2, bias2, empty if not needed. No `inner`: recomputed."""
-    memory_format = compat.memory_format(x)
+    memory_format = _torch.memory_format(x)
     # Gates and both uses of grad want one format; convert once.
     grad, output = (
         grad.contiguous(memory_format=memory_format),
