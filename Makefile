@@ -18,7 +18,7 @@ BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc -type f) setup.py
 CXX_SOURCES := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/cuda_host/*.cpp tests/cuda_host/*.h)
 # These run again for every instruction set and with the reference behind the public functions.
-KERNEL_TESTS := $(wildcard tests/test_grad_reverse.py tests/test_patch_loss.py tests/test_refiner_conv.py)
+KERNEL_TESTS := tests/ops
 # One process per core, each with one thread, is the fastest use of a small machine.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 VERIFY := $(BIN)/fastda verify --out
@@ -77,10 +77,10 @@ format: build ## rewrite all sources in the one format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 triton-check: build ## every Triton kernel compiled for NVIDIA and AMD, no GPU needed: registers, spills
-	$(BIN)/python tests/triton_check.py
+	$(BIN)/python -m tests.triton.compile_all
 
 cuda-check: build ## every CUDA kernel compiled by nvcc, no GPU needed: registers, spills, occupancy
-	$(BIN)/python tests/cuda_check.py
+	$(BIN)/python -m tests.cuda.compile_all
 
 gpu: build ## on a machine with a GPU: device tests, verify and timings, into out/gpu
 	$(BIN)/python tests/gpu.py --out $(OUT)/gpu
@@ -129,8 +129,8 @@ sanitize: build ## the kernel tests under AddressSanitizer and UndefinedBehavior
 	  $(BIN)/python setup.py -q build --build-lib build/sanitize
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-	  PYTHONPATH=build/sanitize OMP_NUM_THREADS=2 \
-	  $(BIN)/pytest -p no:cacheprovider -m "not slow and not isa_independent" $(KERNEL_TESTS)
+	  PYTHONPATH=build/sanitize:. OMP_NUM_THREADS=2 \
+	  $(BIN)/pytest -o pythonpath= -p no:cacheprovider -m "not slow and not isa_independent" $(KERNEL_TESTS)
 
 clean: ## remove build products, but not the environment
 	rm -rf build dist out site *.egg-info fastda/*.so $(VENV)/.built

@@ -3,11 +3,11 @@ import zlib
 
 import pytest
 import torch
-from common import needs_node
 
 import fastda.ops.grad_reverse
 import fastda.ops.patch_loss
 from fastda.testing import poisoned_allocations
+from tests.common import needs_node
 
 
 def pytest_collection_modifyitems(items):

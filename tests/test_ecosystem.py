@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import compiled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +19,7 @@ import fastda
 from fastda import backend
 from fastda.compatibility import GANLoss, RevGrad
 from fastda.optimize.refiner_conv import _pays as pays
+from tests.common import compiled
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[1]
@@ -330,10 +330,9 @@ def test_a_whole_model_saved_by_torch_save(tmp_path):
 
 PARALLEL = """
 import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[4])
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from test_ecosystem import pair
+from tests.test_ecosystem import pair
 kind, rank = sys.argv[1], int(sys.argv[2])
 torch.use_deterministic_algorithms(False)
 torch.manual_seed(0)
@@ -368,9 +367,9 @@ dist.destroy_process_group()
 def test_two_processes_train_as_one(kind, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PARALLEL, kind]
-    ends = [str(tmp_path / "store"), str(ROOT / "tests")]
+    store = str(tmp_path / "store")
     running = [
-        subprocess.Popen([*command, str(rank), *ends], env=env, stdout=-1, stderr=-2, text=True)
+        subprocess.Popen([*command, str(rank), store], env=env, stdout=-1, stderr=-2, text=True)
         for rank in range(2)
     ]
     for process in running:

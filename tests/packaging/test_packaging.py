@@ -14,7 +14,7 @@ import torch
 from fastda import backend
 
 pytestmark = pytest.mark.isa_independent
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 native = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 
 

@@ -1,7 +1,7 @@
 """Every Triton kernel in Triton's interpreter, on CPU tensors, against the float64 reference.
 
-tests/test_triton.py runs this file in a process of its own: Triton decides to interpret when imported.
-By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_interpreted.py
+tests/triton/test_triton.py runs this file in a process of its own: Triton decides to interpret when imported.
+By hand: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_interpreted.py
 """
 
 import functools

@@ -4,11 +4,9 @@ import itertools
 import math
 import pickle
 
-import common
 import pytest
 import torch
 import torch.nn.functional as F
-from common import both_routes, needs_node
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.autograd import grad
@@ -18,6 +16,8 @@ import fastda
 from fastda import backend, nn, reference, verify
 from fastda.ops import patch_loss as ops
 from fastda.testing import error, tolerance
+from tests import common
+from tests.common import both_routes, needs_node
 
 KINDS = verify.KINDS
 DTYPES = verify.DTYPES

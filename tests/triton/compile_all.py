@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time for GPUs that need not be there, and reports what each takes.
 
-    python tests/triton_check.py [--target sm_90 …] [--kernel conv …] [--all]
+    python -m tests.triton.compile_all [--target sm_90 …] [--kernel conv …] [--all]
 
 What is compiled is what the operators would launch: they run on fake CUDA tensors and their launches
 are recorded with the block sizes, warps and specialisations that a device would see. --all adds float16,
@@ -22,7 +22,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 

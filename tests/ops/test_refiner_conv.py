@@ -5,7 +5,17 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastda
+from fastda import reference
+from fastda.nn import Refiner, RefinerBlock
+from fastda.ops.refiner_conv import checked_refiner_block
+from fastda.testing import error
+from fastda.verify import lay_out
+from tests.common import (
     assert_results,
     check_against_reference,
     check_compiled,
@@ -18,16 +28,6 @@ from common import (
     results,
     wanted,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import nn
-
-import fastda
-from fastda import reference
-from fastda.nn import Refiner, RefinerBlock
-from fastda.ops.refiner_conv import checked_refiner_block
-from fastda.testing import error
-from fastda.verify import lay_out
 
 F32 = torch.float32
 CHANNELS_LAST = torch.channels_last

@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from common import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import fastda
+from fastda import backend, grad_reverse, grad_reverse_linear, reference
+from fastda.nn import DomainClassifier, GradientReversal, ScheduledGradientReversal
+from fastda.testing import assert_matches
+from tests.common import (
     both_routes,
     check_against_reference,
     check_compiled,
@@ -26,17 +35,8 @@ from common import (
     draw,
     needs_node,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
-import fastda
-from fastda import backend, grad_reverse, grad_reverse_linear, reference
-from fastda.nn import DomainClassifier, GradientReversal, ScheduledGradientReversal
-from fastda.testing import assert_matches
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 independent = pytest.mark.isa_independent
 native = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")

@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel for GPUs that are not there: registers, spills, shared memory, occupancy.
 
-    python tests/cuda_check.py    # exits with 1 on a spill, too much shared memory, missing mma
+    python -m tests.cuda.compile_all    # exits with 1 on a spill, too much shared memory, missing mma
 
 ptxas tells registers and spills. How much dynamic shared memory the launches ask for is read off the host
 side itself, run on the CPU (tests/cuda_host) for 64 channels of 35×55 pixels.
@@ -19,8 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cuda_host import build
+from tests.cuda_host import build
 
 CUDA = build.ROOT / "csrc" / "cuda"
 
@@ -50,7 +49,7 @@ LAUNCHES = """
 import json, sys
 import torch, fastda
 sys.argv = [""]
-import cuda_host_executed as t
+from tests.cuda import cuda_host_executed as t
 found = {}
 for limit in (163, 227):
     t.cuda_host.set_device(100, limit << 10)
@@ -150,8 +149,7 @@ def matrix_instructions() -> list[str]:
 def dynamic_shared() -> dict[str, int]:
     """Bytes by '<limit of the device, KiB> <launch> <bytes of an element>'."""
     build.build()
-    path = os.pathsep.join([str(Path(__file__).parent), build.environment()["PYTHONPATH"]])
-    environment = {**os.environ, **build.environment(), "PYTHONPATH": path}
+    environment = {**os.environ, **build.environment()}
     done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)

@@ -1,9 +1,9 @@
 """The CUDA device code and its host side on the CPU (tests/cuda_host), against the float64 reference.
 
-tests/test_cuda_host.py builds the module and runs this file in processes of its own: AddressSanitizer must be
-loaded first. By hand:
+tests/cuda/test_cuda_host.py builds the module and runs this file in processes of its own: AddressSanitizer
+must be loaded first. By hand:
 
-    eval "$(python tests/cuda_host/build.py)" && python -m pytest tests/cuda_host_executed.py
+    eval "$(python tests/cuda_host/build.py)" && python -m pytest tests/cuda/cuda_host_executed.py
 """
 
 import contextlib

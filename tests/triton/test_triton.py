@@ -12,6 +12,7 @@ import torch
 from fastda import backend
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
@@ -19,10 +20,8 @@ needs_triton = pytest.mark.skipif(
 
 def python(*arguments, **environment):
     """Run Python in a process of its own: how Triton works is settled when it is imported."""
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent), **environment}
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=HERE.parent
-    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=env, cwd=ROOT)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -87,10 +86,8 @@ def test_a_compiler_sees_the_kernels():
 @needs_triton
 def test_the_ahead_of_time_check_can_fail():
     code = """
-import sys
 from dataclasses import replace
-sys.path.insert(0, "tests")
-import triton_check as c
+from tests.triton import compile_all as c
 jobs = [j for j in c.jobs(False) if j.kernel == "conv_kernel" and j.target == "sm_90"]
 job = next(j for j in jobs if "bf16 3x3" in j.label)
 good = c.compile_one(job)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_host import build
 
 import fastda
 from fastda import backend
+from tests.cuda_host import build
 
 HERE = Path(__file__).parent
 pytestmark = [
@@ -52,14 +52,14 @@ def test_executed_on_the_cpu(group):
         capture_output=True,
         text=True,
         env={**os.environ, **build.environment()},
-        cwd=HERE.parent,
+        cwd=HERE.parents[1],
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_the_ahead_of_time_check_can_fail(tmp_path):
-    import cuda_check as c
+    from tests.cuda import compile_all as c
 
     source = c.CUDA / "refiner_block.cu"
     good = {row["kernel"]: row | {"threads": 256} for row in c.resources(source, "sm_90")}[
