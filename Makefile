@@ -109,19 +109,24 @@ wheel: $(VENV)/.built ## one wheel for every torch from 2.11 and every Python fr
 	  $(BIN)/pip wheel $(PIP_FLAGS) --no-build-isolation --no-deps -w dist .
 
 # One unpacked wheel, the same files under both: the torch of $(VENV) and $(ABI_TORCH) in an environment of its own.
-abi-check: wheel build $(VENV)-abi/.torch ## the wheel imports and verifies on the oldest torch and on this one
-	rm -rf build/abi && mkdir -p build/abi
+# Then the package built from source there, with the objects of the kernels, which see no torch, that are there.
+ABI := $(abspath $(VENV))-abi/bin/python
+abi-check: wheel build $(VENV)-abi/.torch ## the wheel verifies on the oldest torch and on this one; a build from source there
+	rm -rf build/abi build/abi-source && mkdir -p build/abi
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target build/abi dist/*.whl
-	for python in $(BIN)/python $(abspath $(VENV))-abi/bin/python; do \
+	for python in $(BIN)/python $(ABI); do \
 	  (cd build/abi && export PYTHONPATH=$$PWD FASTDA_AUTOGRAD_EXTENSION=0 && \
 	   $$python -W error:fastda -c 'import fastda, os, torch; file = fastda.backend.native.__file__; \
 	     print(torch.__version__, file); assert file.startswith(os.getcwd())' && \
 	   $$python -m fastda verify --backend cpp); \
 	done
+	FASTDA_REQUIRE_NATIVE=1 FASTDA_CUDA=0 $(ABI) setup.py -q build --build-lib build/abi-source
+	cd build/abi-source && export PYTHONPATH=$$PWD && $(ABI) -W error:fastda -c 'import fastda, os; \
+	  assert fastda.backend.autograd_module.__file__.startswith(os.getcwd())' && $(ABI) -m fastda verify --backend cpp
 
 $(VENV)-abi/.torch:
 	$(PYTHON) -m venv $(VENV)-abi
-	$(abspath $(VENV))-abi/bin/pip install $(PIP_FLAGS) $(ABI_TORCH) rich
+	$(abspath $(VENV))-abi/bin/pip install $(PIP_FLAGS) $(ABI_TORCH) rich 'setuptools>=77' wheel ninja
 	touch $@
 
 sanitize: build ## the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer

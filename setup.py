@@ -89,30 +89,33 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
 
         include = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
-        flags = [*FLAGS, f"-I{ROOT / 'csrc'}", *(word for path in include for word in ("-isystem", path))]
+        # The kernels see neither torch nor Python, and so their objects serve every version of them.
+        flags = [*FLAGS, f"-I{ROOT / 'csrc'}"]
+        host = [word for path in include for word in ("-isystem", path)]
         link = ["-shared", *(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch", "-ltorch_cpu"]
         if ext.py_limited_api:
-            flags += [f"-DPy_LIMITED_API={PYTHON_FLOOR}", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
-            flags += ["-DTORCH_STABLE_ONLY"]
+            host += [f"-DPy_LIMITED_API={PYTHON_FLOOR}", f"-DTORCH_TARGET_VERSION={TORCH_FLOOR}"]
+            host += ["-DTORCH_STABLE_ONLY"]
             if sys.platform == "linux":
                 # What the standard library instantiates here is no other library's business.
                 (work / "exports").write_text("{ global: PyInit__C; local: *; };\n")
                 link += [f"-Wl,--version-script={work / 'exports'}"]
         else:
-            flags += [f"-DTORCH_EXTENSION_NAME={ext.name.split('.')[-1]}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
+            host += [f"-DTORCH_EXTENSION_NAME={ext.name.split('.')[-1]}", "-DTORCH_API_INCLUDE_EXTENSION_H"]
             link += ["-ltorch_python", "-lc10"]
         cuda_options = runpy.run_path(str(ROOT / "csrc/cuda/build_options.py"))["cuda_options"]
         cuda = cuda_options(ROOT, wanted=ext.py_limited_api and not SANITIZE)
-        sources, flags, link = ext.sources + cuda.sources, flags + cuda.defines, link + cuda.link
+        sources, host, link = ext.sources + cuda.sources, host + cuda.defines, link + cuda.link
         if SANITIZE:
             flags += [f"-fsanitize={SANITIZE}", "-g", "-O1", "-fno-omit-frame-pointer"]
             link += [f"-fsanitize={SANITIZE}"]
 
         compiler = os.environ.get("CXX", "c++").replace("$", "$$")
-        lines = [f"flags = {for_shell(flags)}"]
+        lines = [f"flags = {for_shell(flags)}", f"host = {for_shell(host)}"]
         nvcc = f"{for_shell([cuda.nvcc, '-MD', '-MF'])} $out.d {for_shell(cuda.flags)} -c $in -o $out"
-        cxx = f"{compiler} -MD -MF $out.d $flags $isa -x c++ -c $in -o $out"
-        for suffix, command in ((".cpp", cxx), (".inl", cxx), (".cu", nvcc)):
+        cxx = f"{compiler} -MD -MF $out.d $flags"
+        cpp, inl = (f"{cxx} {more} -x c++ -c $in -o $out" for more in ("$host", "$isa"))
+        for suffix, command in ((".cpp", cpp), (".inl", inl), (".cu", nvcc)):
             lines += [f"rule compile{suffix}", f"  command = {command}", "  depfile = $out.d", "  deps = gcc"]
         lines += ["rule link", f"  command = {compiler} $in -o $out {for_shell(link)}"]
         objects = []

@@ -18,8 +18,8 @@ constexpr int64_t chunk = 4096, chunks_per_thread = 4;
 Tensor tiny(int64_t dims, ScalarType dtype) {
   const int64_t size = 0, stride = 1;
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, &size, &stride, static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, &size, &stride, static_cast<int32_t>(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 Tensor nothing(const Tensor& like) { return tiny(1, wide(like)); }

@@ -29,7 +29,8 @@ def build() -> Path:
     from torch.utils import cpp_extension
 
     FOLDER.mkdir(parents=True, exist_ok=True)
-    include = [*cpp_extension.include_paths(), sysconfig.get_path("include"), pybind11.get_include()]
+    # pybind11's own headers come before torch's copies of them, which torch 2.11 bars from stable-ABI code.
+    include = [pybind11.get_include(), *cpp_extension.include_paths(), sysconfig.get_path("include")]
     flags = [*FLAGS, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}", "-DFASTDA_CUDA_HOST"]
     flags += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DTORCH_STABLE_ONLY"]
     flags += [word for path in include for word in ("-isystem", path)]
