@@ -8,8 +8,11 @@ import importlib.util
 import os
 import platform
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +21,8 @@ from fastda import _torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
 CPU_ISAS = ("base", "avx2", "avx512")
+# Without --no-cache-dir pip takes the wheel without kernels that it built before.
+_REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir fastda-kernels"
 
 
 def _check_name(name: str, source: str) -> str:
@@ -26,10 +31,25 @@ def _check_name(name: str, source: str) -> str:
     return name
 
 
+def _from_environment(variable: str, known: Sequence[str]) -> str | None:
+    """The value of `variable`, None where it is unset or empty.
+
+    Raises ValueError for an unknown one; the command line, which cannot catch what its own import raises,
+    ends with the message alone.
+    """
+    value = os.environ.get(variable, "")
+    if not value or value in known:
+        return value or None
+    message = f"{variable}: must be one of {', '.join(known)}, got {value!r}"
+    command = sys.orig_argv[1 + sys.orig_argv.index("-m") :] if "-m" in sys.orig_argv else sys.argv
+    if Path(command[0] if command else "").stem == "fastda":
+        print(message, file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(message)
+
+
 def _load_native() -> tuple[Any, str | None]:
-    wanted = os.environ.get("FASTDA_CPU_ISA", "")
-    if wanted and wanted not in CPU_ISAS:
-        raise ValueError(f"FASTDA_CPU_ISA: must be one of {', '.join(CPU_ISAS)}, got {wanted!r}")
+    _from_environment("FASTDA_CPU_ISA", CPU_ISAS)  # which the extension reads for itself
     try:
         return importlib.import_module("fastda._C"), None
     except ImportError as error:
@@ -37,11 +57,11 @@ def _load_native() -> tuple[Any, str | None]:
             reason = "the native extension was not built"
         else:
             reason = f"the native extension failed to load: {error}"
-    warnings.warn(
-        f"fastda: {reason}; running the PyTorch reference instead. Reinstall with a C++20 compiler at hand: "
-        "pip install --force-reinstall --no-deps fastda-kernels (or make build in a checkout).",
-        stacklevel=3,
-    )
+    if (Path(__file__).parents[1] / "setup.py").exists():
+        advice = "Compile it in this checkout, with a C++20 compiler at hand: make build"
+    else:
+        advice = f"Install it again with a C++20 compiler at hand: {_REINSTALL}"
+    warnings.warn(f"fastda: {reason}; running the PyTorch reference instead. {advice}", stacklevel=3)
     return None, reason
 
 
@@ -146,6 +166,46 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = previous
 
 
+def damage() -> str | None:
+    """What is wrong with the installed files, and what to do; None where they are what was installed.
+
+    Another distribution with an import of this name writes into the same folder, and whichever came last
+    has the files that both have.
+    """
+    try:
+        ours = metadata.distribution("fastda-kernels")
+    except metadata.PackageNotFoundError:
+        return None  # run from a folder, not installed
+    name = "fastda"
+    try:
+        metadata.distribution(name)
+    except metadata.PackageNotFoundError:
+        pass
+    else:
+        return (
+            f"another distribution, {name!r}, is installed into the folder of this one: "
+            f"pip uninstall {name}, then {_REINSTALL}"
+        )
+    recorded = [file for file in ours.files or () if file.parts[0] == name and file.size is not None]
+    changed = [file for file in recorded if not _is_as_installed(file)]
+    if not changed:
+        return None
+    more = f" and {len(changed) - 1} more files are" if len(changed) > 1 else " is"
+    return f"{changed[0]}{more} missing or not what was installed: {_REINSTALL}"
+
+
+def _is_as_installed(file: metadata.PackagePath) -> bool:
+    path = Path(str(file.locate()))
+    return path.exists() and path.stat().st_size == file.size
+
+
+def serving(device_type: str) -> str | None:
+    """The backend that serves tensors on `device_type`; None where a forced one cannot, and calls raise."""
+    if _forced is None:
+        return _defaults.get(device_type, "reference")
+    return _forced if why_not(_forced, device_type) is None else None
+
+
 def info() -> dict[str, Any]:
     """What is built and what serves each device: versions, instruction set, a reason for every absence."""
     devices = ["cpu"]
@@ -163,9 +223,10 @@ def info() -> dict[str, Any]:
         "autograd_extension": autograd_error or "loaded",
         "threads": torch.get_num_threads(),
         "forced_backend": _forced,
+        "damage": damage(),
         "devices": {
             d: {
-                "serving": _forced or _defaults.get(d, "reference"),
+                "serving": serving(d),
                 "backends": {b: why_not(b, d) or "available" for b in BACKENDS},
             }
             for d in devices
@@ -174,8 +235,7 @@ def info() -> dict[str, Any]:
 
 
 _refresh()
-if os.environ.get("FASTDA_BACKEND"):
-    _forced = _check_name(os.environ["FASTDA_BACKEND"], "FASTDA_BACKEND")
+_forced = _from_environment("FASTDA_BACKEND", BACKENDS)
 
 
 def register_fake(op: str) -> Callable[[Any], Any]:

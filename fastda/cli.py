@@ -8,13 +8,12 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastda import backend
-
-T = TypeVar("T")
+from fastda.console import Cell, Column, Console
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
+    if damage := backend.damage():
+        print(f"fastda: {damage}", file=sys.stderr)
     try:
         return args.run(args)
     except UsageError as error:
@@ -76,35 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class UsageError(Exception):
     pass
-
-
-def _rich() -> tuple[Any, Any]:
-    """A console on standard error, where progress and tables go, and the rich package."""
-    try:
-        import rich
-        import rich.box
-        import rich.console
-        import rich.progress
-        import rich.table
-    except ImportError:
-        raise UsageError(
-            "needs the package rich for its tables: pip install 'fastda-kernels[cli]' (or pip install rich)"
-        ) from None
-    console = rich.console.Console(stderr=True)
-    if not console.is_terminal:
-        console.width = 200  # a log has no edge to wrap at
-    return console, rich
-
-
-def _progress(rich: Any, console: Any, items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(),
-    )
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
-        yield from progress.track(items, total=total, description=what)
 
 
 def _operators(wanted: Sequence[str] | None) -> Sequence[str]:
@@ -125,6 +97,24 @@ def _write(args: argparse.Namespace, report: dict[str, Any]) -> None:
         write_file(Path(args.json), text)
     if args.out:
         write_file(args.out / f"{args.command}.json", text)
+
+
+def check_writable(args: argparse.Namespace) -> None:
+    """Raise UsageError now, not after the work, where --out or --json could not be written."""
+    for option, folder in (
+        ("--out", args.out),
+        ("--json", args.json not in (None, "-") and Path(args.json).parent),
+    ):
+        if not folder:
+            continue
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UsageError(f"{option}: cannot write to {folder}: {error.strerror}") from None
+    if args.json not in (None, "-") and Path(args.json).is_dir():
+        raise UsageError(f"--json: {args.json} is a folder")
 
 
 def write_file(path: Path, text: str) -> None:
@@ -152,47 +142,62 @@ def _info(args: argparse.Namespace) -> int:
     if info["forced_backend"]:
         print(f"forced backend: {info['forced_backend']}")
     for device, state in info["devices"].items():
-        print(f"{device}: served by {state['serving']}")
+        if state["serving"] is None:
+            print(f"{device}: not served, calls raise: {state['backends'][info['forced_backend']]}")
+        else:
+            print(f"{device}: served by {state['serving']}")
         for name, reason in state["backends"].items():
             print(f"  {name:<10} {reason}")
+    if info["damage"]:
+        print(f"damaged: {info['damage']}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from fastda import verify
 
-    console, rich = _rich()
+    check_writable(args)
+    console = Console()
     info = backend.info()
+    devices = list(info["devices"])
     forced = [info["forced_backend"]] if info["forced_backend"] else None
-    cases = list(verify.cases(_operators(args.op), args.backend or forced, list(info["devices"])))
+    wanted = args.backend or forced
+    for name in wanted or ():
+        if all(backend.why_not(name, device) for device in devices):
+            raise UsageError(f"backend {name} cannot be verified here: {backend.why_not(name, devices[-1])}")
+    cases = list(verify.cases(_operators(args.op), wanted, devices))
     start = time.perf_counter()
     rows: list[verify.Row] = []
-    for case in _progress(rich, console, cases, len(cases), "verify"):
-        rows += verify.check(case, args.seed)
+    with console.progress("verify", len(cases)) as progress:
+        for done, case in enumerate(cases, 1):
+            rows += verify.check(case, args.seed)
+            progress.update(completed=done)
     seconds = time.perf_counter() - start
     failed = [row for row in rows if not row.passed]
 
-    title = f"largest error against the float64 reference, as a share of its tolerance ({_setting(info)})"
-    table = rich.table.Table(title=title, title_justify="left")
     dtypes = [str(dtype).removeprefix("torch.") for dtype in verify.DTYPES]
-    for name in ("operator", "backend", "checks", *dtypes, "verdict"):
-        table.add_column(name, justify="right" if name in ("checks", *dtypes) else "left", no_wrap=True)
+    columns = [Column("operator"), Column("backend"), Column("checks", right=True)]
+    columns += [Column(name, right=True, rank=2) for name in dtypes]
+    columns += [Column("worst", right=True), Column("verdict")]
     groups: dict[tuple[str, str], list[verify.Row]] = {}
     for row in rows:
         served = row.backend if row.device == "cpu" else f"{row.backend} on {row.device}"
         groups.setdefault((row.op, served), []).append(row)
+    lines: list[list[Cell | str]] = []
     for key, members in groups.items():
         worst = [max((row.used for row in members if row.dtype == dtype), default=0.0) for dtype in dtypes]
         bad = sum(not row.passed for row in members)
-        verdict = f"[red]{bad} FAILED[/red]" if bad else "[green]ok[/green]"
-        table.add_row(*key, str(len(members)), *(f"{share:.2f}" for share in worst), verdict)
-    console.print(table)
+        verdict = Cell(f"{bad} FAILED", "red") if bad else Cell("ok", "green")
+        shares = [f"{share:.2f}" for share in (*worst, max(worst))]
+        lines.append([*key, str(len(members)), *shares, verdict])
+    console.table("largest error against the float64 reference, as a share of its tolerance", columns, lines)
     for row in failed[:20]:
         where = f"{row.op}({row.options}) {row.sizes} {row.dtype} {row.layout} {row.backend} {row.device}"
         detail = row.message or f"{row.error} exceeds {row.tolerance}"
-        console.print(f"[red]FAILED[/red] {where} {row.what}: {detail}", soft_wrap=True, highlight=False)
+        console.print(Cell("FAILED ", "red"), f"{where} {row.what}: {detail}")
     if len(failed) > 20:
         console.print(f"… and {len(failed) - 20} more")
+    console.print(_setting(info))
     console.print(f"{len(rows) - len(failed)} of {len(rows)} checks passed in {seconds:.1f} s")
     report = {
         "info": info,
@@ -244,11 +249,19 @@ def _words(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(word) for word in _words(text)]
+    try:
+        return [int(word) for word in _words(text)]
+    except ValueError:
+        message = f"must be whole numbers with commas between, such as 1,2, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def _shapes(text: str) -> list[tuple[int, ...]]:
-    return [tuple(int(size) for size in word.replace("×", "x").split("x")) for word in _words(text)]
+    try:
+        return [tuple(int(size) for size in word.replace("×", "x").split("x")) for word in _words(text)]
+    except ValueError:
+        message = f"must be sizes with x between and commas between shapes, such as 8x4,128x768, got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def run_bench(
@@ -262,8 +275,9 @@ def run_bench(
     """
     from fastda import bench, workloads
 
+    check_writable(args)
     providers = {**bench.PROVIDERS, **(peers or {})}
-    console, rich = _rich()
+    console = Console()
     rounds = 2 if args.rounds is None else args.rounds
     wanted = args.peers or (["eager"] if args.quick else list(providers))
     _check("--peers", wanted, providers)
@@ -305,34 +319,26 @@ def run_bench(
     results = (run or bench.run)(todo, chosen, args.out / "cases" if args.out else None, **settings)
     plan = bench.TimeLeft(todo, args.sessions, len(chosen) + 1)
     try:
-        rows = _collect(rich, console, results, plan, len(todo))
+        rows = _collect(console, results, plan, len(todo))
     except KeyboardInterrupt:
         print("interrupted" + "; the same command goes on from here" * bool(args.out), file=sys.stderr)
         return 130
-    _print_bench(console, rich, {w.name: w.family for w in workloads.WORKLOADS}, stamp, rows)
+    _print_bench(console, {w.name: w.family for w in workloads.WORKLOADS}, stamp, rows)
     _write(args, {"machine": stamp, "seed": args.seed, "rows": rows})
     return 0
 
 
-def _collect(rich: Any, console: Any, results: Iterable[Any], plan: Any, total: int) -> list[Any]:
+def _collect(console: Console, results: Iterable[Any], plan: Any, total: int) -> list[Any]:
     """The last row of each case; shows how long it still takes."""
-    columns = (
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.TimeElapsedColumn(),
-        rich.progress.TextColumn("{task.fields[left]}"),
-    )
     rows = {}
     begin = time.perf_counter()
-    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("bench", total=plan.left, left="")
+    with console.progress("bench", plan.left) as progress:
         for done, row in enumerate(results, 1):
             rows[row["id"]] = row
             plan.add(row)
             left = f"about {plan.left / 60:.1f} min left"
             session, case = divmod(done - 1, total)
             progress.update(
-                task,
                 description=f"session {session + 1}, {case + 1}/{total}",
                 completed=time.perf_counter() - begin,
                 total=time.perf_counter() - begin + plan.left,
@@ -351,51 +357,46 @@ def _check(option: str, values: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _print_bench(
-    console: Any, rich: Any, families: Mapping[str, str], stamp: dict[str, Any], rows: list[Any]
+    console: Console, families: Mapping[str, str], stamp: dict[str, Any], rows: list[Any]
 ) -> None:
     for family in dict.fromkeys(families[row["case"]["workload"]] for row in rows):
         members = [row for row in rows if families[row["case"]["workload"]] == family]
         others = dict.fromkeys(name for row in members for name in row["contenders"] if name != "fastda")
-        title = f"{family}: time of each / time of fastda, above 1 fastda is faster"
-        table = rich.table.Table(
-            title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-        )
-        for name in ("operator", "sizes", "mode", "best peer [95 % interval]"):
-            table.add_column(name, no_wrap=True)
-        for name in ("threads", "fastda ms", "GFLOP/s", "% of peak", "GB/s", *map(_short, others)):
-            table.add_column(name, justify="right", min_width=6, overflow="fold")
+        columns = [Column("operator"), Column("sizes"), Column("mode"), Column("best peer [95 % interval]")]
+        columns += [Column("threads", True, rank=2), Column("fastda ms", True, rank=1)]
+        columns += [Column(name, True, rank=3) for name in ("GFLOP/s", "% of peak", "GB/s")]
+        columns += [Column(_short(name), True, rank=4) for name in others]
+        lines: list[list[Cell | str]] = []
         for row in members:
             case, ours = row["case"], row["contenders"]["fastda"]
             peak = stamp["peaks"].get(str(case["threads"]))
             speed = 1e-9 * row["flops"] / ours["median"]
-            table.add_row(
-                case["workload"],
-                "×".join(map(str, case["sizes"])),
-                case["mode"],
-                _best(row, "ratio"),
-                str(case["threads"]),
-                f"{1e3 * ours['median']:.3f}",
-                f"{speed:.0f}" if row["flops"] else "",
-                f"{100 * speed / peak['gflops']:.0f}" if row["flops"] and peak else "",
-                f"{1e-9 * row['bytes'] / ours['median']:.1f}" if row["bytes"] else "",
-                *(_cell(row, name, "ratio") for name in others),
+            lines.append(
+                [
+                    case["workload"],
+                    "×".join(map(str, case["sizes"])),
+                    case["mode"],
+                    _best(row, "ratio"),
+                    str(case["threads"]),
+                    f"{1e3 * ours['median']:.3f}",
+                    f"{speed:.0f}" if row["flops"] else "",
+                    f"{100 * speed / peak['gflops']:.0f}" if row["flops"] and peak else "",
+                    f"{1e-9 * row['bytes'] / ours['median']:.1f}" if row["bytes"] else "",
+                    *(_cell(row, name, "ratio") for name in others),
+                ]
             )
             if "added_ratio" in ours:
                 cells = (_cell(row, name, "added_ratio") for name in others)
                 added = f"{1e3 * ours['added']:.3f}"
-                table.add_row("", "", "  added", _best(row, "added_ratio"), "", added, "", "", "", *cells)
-        for column in [c for c in table.columns if not any(c._cells)]:
-            table.columns.remove(column)
-        console.print(table)
+                lines.append(["", "", "  added", _best(row, "added_ratio"), "", added, "", "", "", *cells])
+        console.table(f"{family}: time of each / time of fastda, above 1 fastda is faster", columns, lines)
     absent = dict.fromkeys(f"without {name}: {why}" for row in rows for name, why in row["absent"].items())
     for line in absent:
-        console.print(line, style="dim", highlight=False, soft_wrap=True)
+        console.print(Cell(line, "dim"))
     warned = [row["warnings"] for row in rows]
     for kind in dict.fromkeys(kind for warnings in warned for kind in warnings):
-        lines = [f"{row['id']}: {row['warnings'][kind]}" for row in rows if kind in row["warnings"]]
-        console.print(
-            f"{len(lines)} of {len(rows)} cases are noisy, as", lines[0], style="yellow", soft_wrap=True
-        )
+        noisy = [f"{row['id']}: {row['warnings'][kind]}" for row in rows if kind in row["warnings"]]
+        console.print(Cell(f"{len(noisy)} of {len(rows)} cases are noisy, as {noisy[0]}", "yellow"))
     held = " ".join(f"{name}={value}" for name, value in stamp["held"].items())
     peaks = "; ".join(
         f"{t} thread{'s' * (t != '1')}: {p['gflops']:.0f} GFLOP/s, {p['gbs']:.1f} GB/s"
@@ -409,24 +410,21 @@ def _short(name: str) -> str:
     return name.replace("channels_last", "CL").replace("torch.compile", "compile")
 
 
-def _cell(row: dict[str, Any], name: str, what: str) -> str:
+def _cell(row: dict[str, Any], name: str, what: str) -> Cell:
     r = row["contenders"].get(name, {}).get(what)
-    if r is None:
-        return ""
-    colour = "green" if r["ratio"] >= 1 else "red"
-    return f"[{colour}]{_number(r['ratio'])}[/{colour}]"
+    return Cell("") if r is None else Cell(_number(r["ratio"]), "green" if r["ratio"] >= 1 else "red")
 
 
 def _number(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 100 else ">100"
 
 
-def _best(row: dict[str, Any], what: str) -> str:
+def _best(row: dict[str, Any], what: str) -> Cell:
     if row["best"] is None:
-        return ""
+        return Cell("")
     r = row["contenders"][row["best"]][what]
-    interval = f"[dim]\\[{_number(r['low'])}–{_number(r['high'])}][/dim]"
-    return f"{_cell(row, row['best'], what)} {interval} {_short(row['best'])}"
+    ratio, style = _cell(row, row["best"], what)
+    return Cell(f"{ratio} [{_number(r['low'])}–{_number(r['high'])}] {_short(row['best'])}", style)
 
 
 def _setting(info: dict[str, Any]) -> str:

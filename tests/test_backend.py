@@ -60,7 +60,7 @@ def test_environment_variable_forces_a_backend(name):
         (
             "FASTDA_BACKEND",
             "c++",
-            "FASTDA_BACKEND: backend must be one of reference, cpp, cuda, triton, got 'c++'",
+            "FASTDA_BACKEND: must be one of reference, cpp, cuda, triton, got 'c++'",
         ),
         ("FASTDA_CPU_ISA", "sse", "FASTDA_CPU_ISA: must be one of base, avx2, avx512, got 'sse'"),
         ("FASTDA_CPU_ISA", "AVX2", "FASTDA_CPU_ISA: must be one of base, avx2, avx512, got 'AVX2'"),

@@ -1,10 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from fastda import backend, cli, testing, verify
+from fastda import backend, bench, cli, testing, verify
+from fastda.console import Column, Console
 
 pytestmark = pytest.mark.isa_independent
 
@@ -72,13 +74,90 @@ def test_bad_values_give_one_clear_line(capsys, argv, message):
     assert out == ""
 
 
+@pytest.mark.parametrize("rich", [True, False], ids=["with rich", "without rich"])
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_tables_fit_the_terminal(capsys, monkeypatch, rich, columns):
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    argv = ("--op", "grad_reverse_linear", "--backend", "reference")
+    status, _, err = run(capsys, "verify", *argv)
+    assert status == 0
+    table = err[: err.index("fastda 0.")]
+    assert max(map(len, table.splitlines())) <= columns
+    assert "grad_reverse_linear" in table
+    assert "ok" in table
+    assert ("float64" in table) == (columns == 120 or "no room" in table)
+
+
+def test_where_even_the_least_is_too_wide_operators_get_lines_of_their_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    columns = [Column("operator"), Column("sizes"), Column("threads", rank=1), Column("ratio", right=True)]
+    rows = [["a_long_operator", "512x2x9x14", "1", "2.40"], ["a_long_operator", "8x2x30x30", "1", "0.45"]]
+    Console().table("times", columns, rows)
+    lines = [line.rstrip() for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert lines[1].split() == ["sizes", "ratio"]
+    assert lines[3:6] == ["a_long_operator", "  512x2x9x14   2.40", "  8x2x30x30    0.45"]
+    assert max(map(len, lines)) <= 30
+    assert " ".join(lines[6:]) == "no room at 30 columns: threads (--json has all)"
+
+
+def test_a_backend_that_serves_nothing_here_is_one_line(capsys):
+    if backend.info()["devices"].keys() - {"cpu"}:
+        pytest.skip("a device is here")
+    status, out, err = run(capsys, "verify", "--backend", "cuda")
+    assert (status, out) == (2, "")
+    reason = backend.why_not("cuda", "cpu")
+    assert err == f"fastda verify: backend cuda cannot be verified here: {reason}\n"
+
+
 @pytest.mark.parametrize("command", ["verify", "bench"])
-def test_without_rich_says_what_to_install(capsys, monkeypatch, command):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    status, _, err = run(capsys, command)
+@pytest.mark.parametrize("option", ["--out", "--json"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(
+    capsys, monkeypatch, tmp_path, command, option
+):
+    file = tmp_path / "file"
+    file.write_text("a file")
+    monkeypatch.setattr(verify, "check", lambda *_: pytest.fail("has begun"))
+    monkeypatch.setattr(bench, "run", lambda *_, **__: pytest.fail("has begun"))
+    status, _, err = run(capsys, command, option, str(file / "results"))
     assert status == 2
-    assert "pip install 'fastda-kernels[cli]'" in err
-    assert run(capsys, "info")[0] == 0
+    assert err.startswith(f"fastda {command}: {option}: cannot write to {file}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["-m", "fastda", "info"], ["-W", "ignore", "-m", "fastda"]])
+def test_bad_values_in_the_environment_are_one_line(argv):
+    environment = {**os.environ, "FASTDA_BACKEND": "c++"}
+    done = subprocess.run([sys.executable, *argv], capture_output=True, text=True, env=environment)
+    message = "FASTDA_BACKEND: must be one of reference, cpp, cuda, triton, got 'c++'\n"
+    assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_info_under_a_forced_backend_tells_what_cannot_be_served(capsys):
+    if backend.why_not("cuda", "cpu") is None:
+        pytest.skip("CUDA kernels serve the CPU here")
+    with backend.use_backend("cuda"):
+        _, out, _ = run(capsys, "info")
+        assert backend.info()["devices"]["cpu"]["serving"] is None
+    assert "cpu: not served, calls raise: the CUDA kernels serve NVIDIA devices, not cpu" in out
+    assert "served by cuda" not in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--threads", "two"), "argument --threads: must be whole numbers with commas between"),
+        (("--shapes", "8xb"), "argument --shapes: must be sizes with x between and commas between shapes"),
+    ],
+)
+def test_words_in_place_of_numbers_are_named_in_the_users_words(capsys, argv, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *argv])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert f"{message}, such as" in err
+    assert argv[1] in err
 
 
 def test_verify_passes_and_writes_every_row(capsys, tmp_path):
