@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastda
-from fastda import backend, verify
+from fastda import backend, cli, verify
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +79,43 @@ def test_an_instruction_set_can_be_lowered_but_not_raised(isa):
     _, best, _ = python("import fastda; print(fastda.info()['cpu_isa'])")
     _, got, _ = python("import fastda; print(fastda.info()['cpu_isa'])", FASTDA_CPU_ISA=isa)
     assert got == min(best, isa, key=order)
+
+
+def installed(folder, name, **files):
+    """As pip leaves a distribution in `folder`: its files and the record of them."""
+    record = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    record.mkdir(parents=True)
+    (record / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (folder / "fastda").mkdir(exist_ok=True)
+    for file, text in files.items():
+        (folder / "fastda" / f"{file}.py").write_text(text)
+    lines = [f"fastda/{file}.py,sha256=0,{len(text)}\n" for file, text in files.items()]
+    (record / "RECORD").write_text("".join([*lines, "fastda/__pycache__/a.cpython-311.pyc,,\n"]))
+
+
+def test_files_that_are_not_what_was_installed_are_told_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(tmp_path, "fastda-kernels", backend="a = 1", cli="b = 2")
+    assert backend.damage() is None
+    (tmp_path / "fastda" / "cli.py").write_text("another's")
+    assert backend.damage() == (
+        "fastda/cli.py is missing or not what was installed: "
+        "pip install --force-reinstall --no-deps --no-cache-dir fastda-kernels"
+    )
+    (tmp_path / "fastda" / "backend.py").unlink()
+    assert backend.damage().startswith("fastda/backend.py and 1 more files are missing")
+
+
+def test_another_distribution_of_this_import_name_is_told(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(tmp_path, "fastda-kernels", backend="a = 1")
+    installed(tmp_path, "fastda", trainer="c = 3")
+    message = "another distribution, 'fastda', is installed into the folder of this one: pip uninstall fastda"
+    assert backend.info()["damage"].startswith(message)
+    assert cli.main(["info"]) == 0
+    captured = capsys.readouterr()
+    assert f"damaged: {message}" in captured.out
+    assert f"fastda: {message}" in captured.err
 
 
 def test_empty_variables_mean_unset():
@@ -197,7 +234,7 @@ def test_without_the_extension_one_warning_and_the_reference_serves(broken, reas
     assert out == "[-6.0, -6.0, -6.0] reference"
     assert err.count("fastda: the native extension") == 1
     assert reason in err
-    assert "pip install --force-reinstall" in err
+    assert "Compile it in this checkout, with a C++20 compiler at hand: make build" in err
 
 
 def test_without_the_extension_every_operator_still_runs():
