@@ -1,4 +1,4 @@
-"""The command line: `fastda info`, `fastda verify`, `fastda bench` (also as `python -m fastda`)."""
+"""The command line: `fastda info`, `verify`, `bench`, and the trainings (also as `python -m fastda`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastda import backend
+from fastda import backend, recipes
 from fastda.console import Cell, Column, Console
 
 
@@ -53,13 +53,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_bench_arguments(bench, ["fastda", "eager", "compile"])
     bench.set_defaults(run=run_bench)
+
+    for name, what in recipes.NAMES.items():
+        commands.add_parser(name, help=what, add_help=False)  # its arguments are its own affair
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     parser = _parser()
-    args = parser.parse_args(argv)
+    if argv and argv[0] in recipes.NAMES:
+        args = argparse.Namespace(version=False, command=argv[0], run=lambda args: _recipe(args, argv[1:]))
+    else:
+        args = parser.parse_args(argv)
     if args.version:
         print(backend.info()["fastda"])
         return 0
@@ -77,6 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class UsageError(Exception):
     pass
+
+
+def _recipe(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    try:
+        return recipes.run(args.command, argv)
+    except recipes.MissingPackages as error:
+        raise UsageError(str(error)) from None
 
 
 def _operators(wanted: Sequence[str] | None) -> Sequence[str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastda import cli
+from fastda import cli, recipes
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,13 +81,17 @@ def check_command(words):
         assert rest[0] in ("install", "uninstall", "wheel"), words
     elif program in ("cd", "git", "tar", "export"):
         pass
-    elif program == "fastda" or words[:3] == ["python", "-m", "fastda"]:
-        cli._parser().parse_args(rest[2:] if program == "python" else rest)
+    elif program == "torchrun":
+        check_command(["python", *(w for w in rest if not w.startswith("--nproc"))])
+    elif program == "python" and rest[:2] == ["-m", "fastda"]:
+        check_command(rest[1:])
+    elif program == "fastda" and rest[0] in recipes.NAMES:
+        importlib.import_module(f"fastda.recipes.{rest[0]}.cli").arguments(rest[1:])
+    elif program == "fastda":
+        cli._parser().parse_args(rest)
     else:
-        if program == "torchrun":
-            rest = [w for w in rest if not w.startswith("--nproc")]
-        assert rest[0] == "-m" and program in ("python", "torchrun"), words
-        _, module, *arguments = rest
+        assert program == "python", words
+        module, *arguments = rest[1:] if rest[0] == "-m" else [rest[0].removesuffix(".py").replace("/", ".")]
         # A word without dashes may be a subcommand, whose options are its own.
         given = {w.partition("=")[0] for w in arguments if w.startswith("--")}
         known = help_of(module)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastda import backend
+from fastda import backend, recipes
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,8 @@ def test_the_wheel_is_for_every_python_from_3_10(wheel):
 def test_the_wheel_has_what_the_package_needs_and_nothing_else(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fastda").rglob("*.py")}
-    expected = modules | {"fastda/py.typed", "fastda/_C.abi3.so"}
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "fastda").rglob("*.j2")}
+    expected = modules | pages | {"fastda/py.typed", "fastda/_C.abi3.so"}
     assert {name for name in names if ".dist-info/" not in name} == expected
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
 
@@ -195,6 +196,22 @@ def test_the_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
     code = "import fastda; print(fastda.__file__, fastda.info()['devices']['cpu']['serving'])"
     out = run([sys.executable, "-W", "error", "-c", code], tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert out.split() == [str(tmp_path / "site" / "fastda" / "__init__.py"), "cpp"]
+
+
+@native
+def test_the_trainings_are_in_the_wheel_and_run_away_from_the_checkout(wheel, tmp_path):
+    pytest.importorskip("safetensors", reason="the extra recipes is not installed")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    command = [sys.executable, "-m", "fastda", "simgan", "draw", "strokes", "--count", "3", "--out", "drawn"]
+    run(command, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert len(list((tmp_path / "drawn").rglob("*.png"))) == 3
+
+
+def test_what_the_trainings_need_is_their_extra():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib is in Python from 3.11")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {re.match(r"[\w-]+", package)[0] for package in extras["recipes"]}
+    assert named == set(recipes.PACKAGES.values())
 
 
 def test_without_a_compiler_the_wheel_builds_says_so_and_serves_the_reference(tmp_path):

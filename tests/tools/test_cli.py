@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fastda import backend, bench, cli, testing, verify
+from fastda import backend, bench, cli, recipes, testing, verify
 from fastda.console import Column, Console
 
 pytestmark = pytest.mark.isa_independent
@@ -36,10 +36,12 @@ def test_module_runs_as_a_command():
     assert (done.returncode, done.stdout.strip()) == (0, backend.info()["fastda"])
 
 
-@pytest.mark.parametrize("command", [(), ("info",), ("verify",), ("bench",)])
+@pytest.mark.parametrize(
+    "command", ["", "info", "verify", "bench", "dann", "simgan", "simgan train", "simgan refine"]
+)
 def test_help_everywhere(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        cli.main([*command, "--help"])
+        cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
     assert "usage: fastda" in capsys.readouterr().out
 
@@ -158,6 +160,19 @@ def test_words_in_place_of_numbers_are_named_in_the_users_words(capsys, argv, me
     err = capsys.readouterr().err
     assert f"{message}, such as" in err
     assert argv[1] in err
+
+
+@pytest.mark.parametrize("command", list(recipes.NAMES))
+def test_trainings_without_their_packages_say_what_to_install(capsys, monkeypatch, command):
+    assert command in cli._parser().format_help()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    status, _, err = run(capsys, command, "--help")
+    assert status == 2
+    assert err == (
+        f"fastda {command}: needs the packages scikit-learn, safetensors: "
+        "pip install 'fastda-kernels[recipes]'\n"
+    )
 
 
 def test_verify_passes_and_writes_every_row(capsys, tmp_path):

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastda
-from examples.common import checkpoint
-from examples.common.checkpoint import CheckpointError
-from examples.dann.data import Images, Pair
-from examples.dann.models import SOURCE, TARGET, DomainNet, SettingsError
+from fastda.recipes.common import checkpoint
+from fastda.recipes.common.checkpoint import CheckpointError
+from fastda.recipes.dann.data import Images, Pair
+from fastda.recipes.dann.models import SOURCE, TARGET, DomainNet, SettingsError
 
 METHODS = ("source", "dann", "related", "target")
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.common.images import IMAGE_SUFFIXES, DataError, mnist, open_image, split
-from examples.simgan import digits, eyes
+from fastda.recipes.common.images import IMAGE_SUFFIXES, DataError, mnist, open_image, split
+from fastda.recipes.simgan import digits, eyes
 
 Size = tuple[int, int]  # height, width
 
@@ -198,4 +198,6 @@ def folders(synthetic: Path, real: Path, size: Size | None = None, colour: bool 
         train, test = split(labels, 0.8)
         parts += [images[train], images[test]]
     name = f"{synthetic.resolve().name} → {real.resolve().name}"
-    return Domains(name, "class" if classes else "", *parts, classes)
+    synthetic_train, synthetic_test, real_train, real_test = parts
+    task = "class" if classes else ""
+    return Domains(name, task, synthetic_train, synthetic_test, real_train, real_test, classes)

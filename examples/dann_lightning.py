@@ -1,4 +1,4 @@
-"""DANN as a Lightning module: `python -m examples.dann.lightning_module` (pip install lightning)."""
+"""DANN as a Lightning module, on MNIST → MNIST-M (pip install lightning)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.dann.data import Images, Pair, mnist_to_mnistm
-from examples.dann.models import SOURCE, TARGET, DomainNet
+from fastda.recipes.dann.data import Images, Pair, mnist_to_mnistm
+from fastda.recipes.dann.models import SOURCE, TARGET, DomainNet
 
 
 class LightningDANN(lightning.LightningModule):
@@ -82,7 +82,7 @@ def fit(pair: Pair, epochs: int, out: Path, *, seed: int = 0, resume: Path | Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.dann.lightning_module", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("out/lightning"))

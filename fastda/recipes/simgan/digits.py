@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.images import DataError
+from fastda.recipes.common.images import DataError
 
 SIZE = 28
 
@@ -245,7 +245,8 @@ def _glyphs(files: tuple[Path, ...], side: int = 64) -> Tensor:
             glyph = canvas.crop(box)
             scale = 40 / max(glyph.size)
             glyph = glyph.resize(
-                tuple(max(1, round(s * scale)) for s in glyph.size), Image.Resampling.LANCZOS
+                (max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))),
+                Image.Resampling.LANCZOS,
             )
             left, top = (side - glyph.width) // 2, (side - glyph.height) // 2
             sheet[f, digit, top : top + glyph.height, left : left + glyph.width] = (

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import fastda
 import fastda.nn
-from examples.common import checkpoint
-from examples.common.checkpoint import CheckpointError
-from examples.common.images import shifted
-from examples.simgan import eyes, models
-from examples.simgan.data import Domains
+from fastda.recipes.common import checkpoint
+from fastda.recipes.common.checkpoint import CheckpointError
+from fastda.recipes.common.images import shifted
+from fastda.recipes.simgan import eyes, models
+from fastda.recipes.simgan.data import Domains
 
 KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
 REDUCTIONS = ("mean", "sum", "batchmean")

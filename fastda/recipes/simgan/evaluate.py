@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.common.images import shifted
-from examples.simgan.data import Domains, Images
-from examples.simgan.eyes import angle_between, retaken
-from examples.simgan.models import Classifier, GazeRegressor
-from examples.simgan.train import to_float
+from fastda.recipes.common.images import shifted
+from fastda.recipes.simgan.data import Domains, Images
+from fastda.recipes.simgan.eyes import angle_between, retaken
+from fastda.recipes.simgan.models import Classifier, GazeRegressor
+from fastda.recipes.simgan.train import to_float
 
 GAZE_STEPS = 3  # steps of a gaze regressor for one of a classifier
 
@@ -59,7 +59,8 @@ def train_classifier(
     images: Images, classes: int, seed: int, steps: int, shift: int = 0, progress: Any = None
 ) -> nn.Module:
     torch.manual_seed(seed)
-    net = Classifier(*images.x.shape[1:], classes)
+    channels, height, width = images.x.shape[1:]
+    net = Classifier(channels, height, width, classes)
     return fit(net, images, F.cross_entropy, seed=seed, steps=steps, shift=shift, progress=progress)
 
 

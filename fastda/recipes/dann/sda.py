@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.dann.data import Pair
+from fastda.recipes.dann.data import Pair
 
 
 def _pixels(images: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from examples.common.images import IMAGE_SUFFIXES, DataError, mnist, open_image, split
+from fastda.recipes.common.images import IMAGE_SUFFIXES, DataError, mnist, open_image, split
 
 # Photos that the wheels of scikit-image and scikit-learn carry; none serves both training and test.
 TRAIN_PHOTOS = ("china", "astronaut", "coffee", "motorcycle")
@@ -188,9 +188,11 @@ def folders(source: Path, target: Path, size: int = 28) -> Pair:
         )
     parts = []
     for images in (source_images, target_images):
-        train, test = _hold_out(images.y) if len(images) else ([], [])
+        train, test = _hold_out(images.y)
         parts += [Images(images.x[train], images.y[train]), Images(images.x[test], images.y[test])]
-    return Pair(f"{source.name} → {target.name}", source_classes, *parts)
+    source_train, source_test, target_train, target_test = parts
+    name = f"{source.name} → {target.name}"
+    return Pair(name, source_classes, source_train, source_test, target_train, target_test)
 
 
 def _hold_out(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

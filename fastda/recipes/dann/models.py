@@ -25,6 +25,9 @@ class DomainBatchNorm(nn.Module):
     Under torch.distributed the statistics are those of the joined batch of all processes.
     """
 
+    mean: Tensor
+    var: Tensor
+
     def __init__(self, channels: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
@@ -102,6 +105,8 @@ class DomainNet(nn.Module):
             [0, 1].
     """
 
+    domain_mean: Tensor
+
     def __init__(
         self,
         classes: int,
@@ -128,7 +133,8 @@ class DomainNet(nn.Module):
         self.normalisation = normalisation
         source = Features(batch_norm)
         self.features = nn.ModuleList([source] if streams == 1 else [source, copy.deepcopy(source)])
-        self.relation = None if streams == 1 else WeightRelation(len(list(source.parameters())))
+        layers = len(list(source.parameters()))
+        self.relation: WeightRelation | None = None if streams == 1 else WeightRelation(layers)
         self.label = nn.Sequential(
             nn.Linear(width, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, classes)
         )
@@ -138,7 +144,7 @@ class DomainNet(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.get_parameter("bias"))
         if streams == 2:  # both start from the same weights, where the regulariser is zero
             self.features[1].load_state_dict(self.features[0].state_dict())
         self.to(memory_format=torch.channels_last)

@@ -9,15 +9,15 @@ from typing import Any
 
 import torch
 
-from examples.common.checkpoint import write_atomically
-from examples.simgan.data import Domains, Images
-from examples.simgan.train import Settings, Trainer
 from fastda import bench
+from fastda.recipes.common.checkpoint import write_atomically
+from fastda.recipes.simgan.data import Domains, Images
+from fastda.recipes.simgan.train import Settings, Trainer
 from fastda.workloads import Case
 
 
 def trainer(task: bench.Task) -> bench.Contenders:
-    """A provider of benchmarks: the training of this example, past its pre-training."""
+    """A provider of benchmarks: this training, past its pre-training."""
     batch, *shape = task.case.sizes
     noise = torch.randint(256, (1024, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     images = Images(noise)
@@ -27,7 +27,7 @@ def trainer(task: bench.Task) -> bench.Contenders:
     )  # fmt: skip
     advance = Trainer(Domains("noise", "", images, images, images, images), settings).advance
     advance()
-    yield "fastda, examples.simgan train", advance
+    yield "fastda, simgan train", advance
 
 
 def run_bench(options: argparse.Namespace) -> int:

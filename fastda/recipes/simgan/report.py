@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.common.checkpoint import write_atomically
-from examples.common.page import environment, png, svg
-from examples.simgan.data import Domains
+from fastda.recipes.common.checkpoint import write_atomically
+from fastda.recipes.common.page import environment, png, svg
+from fastda.recipes.simgan.data import Domains
 
 COLOURS = ("#0b62a4", "#c2571a", "#2a8f5c", "#7a5ba8", "#8a8f98")
 ROWS = ("synthetic", "refined", "difference", "real")

@@ -42,7 +42,7 @@ def refiner(net: str, channels: int = 1, mirror: int = 0) -> Refiner:
     made.mirror, made.adds = mirror, net == "change"
     if made.adds:
         nn.init.zeros_(made.last.weight)
-        nn.init.zeros_(made.last.bias)
+        nn.init.zeros_(made.last.get_parameter("bias"))
     return made
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.common.images import IMAGE_SUFFIXES, DataError, open_image, shifted
+from fastda.recipes.common.images import IMAGE_SUFFIXES, DataError, open_image, shifted
 
 HEIGHT, WIDTH = 35, 55
 

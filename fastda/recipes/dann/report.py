@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 import fastda
-from examples.common.checkpoint import write_atomically
-from examples.common.page import environment, png, svg
-from examples.dann.data import Pair
+from fastda.recipes.common.checkpoint import write_atomically
+from fastda.recipes.common.page import environment, png, svg
+from fastda.recipes.dann.data import Pair
 
 COLOURS = {
     "source": "#8a8f98",
@@ -109,10 +109,10 @@ def feature_maps(names: tuple[str, ...], main: dict[str, dict[str, Any]]) -> tup
         by_domain, by_class = axes[0][2 * i], axes[0][2 * i + 1]
         for d, (colour, name) in enumerate((("#8a8f98", "source"), ("#c2571a", "target"))):
             by_domain.scatter(*points[domain == d].T, s=5, color=colour, linewidths=0, label=name, alpha=0.8)
-        colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20").colors
+        colours = plt.get_cmap("tab10" if len(names) <= 10 else "tab20")
         for c in np.unique(classes):
             by_class.scatter(
-                *points[classes == c].T, s=5, color=colours[c % len(colours)], linewidths=0, label=names[c],
+                *points[classes == c].T, s=5, color=colours(int(c) % colours.N), linewidths=0, label=names[c],
                 alpha=0.85,
             )  # fmt: skip
         by_domain.set_title(f"{NAMES[method]}: domain", fontsize=9, loc="left")

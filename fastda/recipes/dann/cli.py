@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from examples.common.checkpoint import write_atomically
-from examples.dann import data, sda
-from examples.dann.models import NORMALISATIONS, SOURCE, TARGET, SettingsError
-from examples.dann.train import (
+from fastda.recipes.common.checkpoint import write_atomically
+from fastda.recipes.dann import data, sda
+from fastda.recipes.dann.models import NORMALISATIONS, SOURCE, TARGET, SettingsError
+from fastda.recipes.dann.train import (
     METHODS,
     CheckpointError,
     Settings,
@@ -53,7 +53,7 @@ NAMES = {
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.dann", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastda dann", description=__doc__)
     add = parser.add_argument
     add("--pair", choices=("mnist-mnistm", "digits-mnist"), default="mnist-mnistm")
     add("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, gzipped or not")
@@ -337,10 +337,10 @@ def main(argv: list[str] | None = None) -> int:
         settings_of(options)
         results = list(run_all(options))
     except (data.DataError, CheckpointError, SettingsError) as error:
-        print(f"examples.dann: {error}", file=sys.stderr)
+        print(f"fastda dann: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"examples.dann: interrupted; the same command with --resume goes on from {options.out}",
+        print(f"fastda dann: interrupted; the same command with --resume goes on from {options.out}",
               file=sys.stderr)  # fmt: skip
         return 130
     finally:
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     plain = [{k: v for k, v in r.items() if k not in ("features", "predictions")} for r in results]
     written = {"pair": pair.name, "summary": summary, "trainings": plain}
     write_atomically(options.out / "results.json", json.dumps(written, indent=1) + "\n")
-    from examples.dann.report import write_report
+    from fastda.recipes.dann.report import write_report
 
     report = write_report(options.out / "report.html", pair, results, summary)
     print(f"{report} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")

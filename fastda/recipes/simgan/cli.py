@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from examples.common.checkpoint import CheckpointError, write_atomically
-from examples.common.images import DataError
-from examples.simgan import data, evaluate, eyes, models, report
-from examples.simgan.train import (
+from fastda.recipes.common.checkpoint import CheckpointError, write_atomically
+from fastda.recipes.common.images import DataError
+from fastda.recipes.simgan import data, evaluate, eyes, models, report
+from fastda.recipes.simgan.train import (
     KINDS,
     OPTIMISERS,
     REDUCTIONS,
@@ -52,11 +52,11 @@ PAPER = Settings(
     steps=10_000, batch=512, optimiser="sgd", lr=0.001, discriminator_lr=0.001, reduction="batchmean",
     reg_scale=0.0001, history=5120,
 )  # fmt: skip
-DEMO = {"steps": 150}
+DEMO: dict[str, Any] = {"steps": 150}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m examples.simgan", description=__doc__)
+    parser = argparse.ArgumentParser(prog="fastda simgan", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser(
@@ -374,7 +374,7 @@ def run_draw(options: argparse.Namespace) -> int:
     """Digits as CLASS/N.png; eyes as N_PITCH_YAW.png, which `--synthetic` reads, and labels.csv."""
     from PIL import Image
 
-    from examples.simgan import digits
+    from fastda.recipes.simgan import digits
 
     if options.count < 1:
         raise DataError(f"--count must be at least 1, got {options.count}")
@@ -408,10 +408,10 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         if options.command == "bench":
-            from examples.simgan.bench import run_bench
+            from fastda.recipes.simgan.bench import run_bench
 
             return run_bench(options)
         return {"train": run_train, "refine": run_refine, "draw": run_draw}[options.command](options)
     except (DataError, CheckpointError, ValueError) as error:
-        print(f"examples.simgan: {error}", file=sys.stderr)
+        print(f"fastda simgan: {error}", file=sys.stderr)
         return 2

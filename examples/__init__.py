@@ -1,1 +1,0 @@
-"""Whole trainings, written as a user of fastda would write them."""
