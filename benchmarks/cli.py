@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks import agreement, base, growth, report
 from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS
-from fastda import bench, cli
+from fastda import bench, cli, files
 from fastda.workloads import WORKLOADS, Case
 
 # What holds torch, and the engines that have such a setting, to an instruction set.
@@ -114,7 +114,7 @@ def _growth(args: argparse.Namespace, out: Path) -> int:
         raise cli.UsageError(
             f"NAME must be one of {', '.join(dict.fromkeys(s.workload for s in growth.SWEEPS))}"
         )
-    cli.write_file(out / "growth.json", json.dumps(rows, indent=1) + "\n")
+    files.write(out / "growth.json", json.dumps(rows, indent=1) + "\n")
     return _render(out) if (out / "bench.json").exists() else 0
 
 

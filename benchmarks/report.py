@@ -11,6 +11,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from benchmarks.base import ROOT
+from fastda import files
 from fastda.bench import FLOOR, combined
 from fastda.workloads import WORKLOADS, Workload
 
@@ -407,8 +408,6 @@ def page(out: Path) -> Path:
     import jinja2
     import matplotlib
 
-    from fastda.cli import write_file
-
     matplotlib.use("agg")
     matplotlib.rcParams["font.family"] = ["DejaVu Sans"]
     runs = load(out)
@@ -439,7 +438,7 @@ def page(out: Path) -> Path:
     loader = jinja2.FileSystemLoader(ROOT / "benchmarks")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     target = out / "report.html"
-    write_file(target, environment.get_template("report.html.j2").render(runs=runs))
+    files.write(target, environment.get_template("report.html.j2").render(runs=runs))
     return target
 
 
@@ -509,13 +508,12 @@ def _cell(row: Row, name: str | None, key: str) -> str:
 
 def readme(out: Path) -> None:
     """Fill the marked block of README.md from the results under `out`, which are kept beside the code."""
-    from fastda.cli import write_file
 
     runs = [_rounded({"machine": r["machine"], "rows": r["rows"]}) for r in load(out)]
     path = ROOT / "README.md"
     text = filled(path.read_text(), runs)
-    write_file(RESULTS, json.dumps(runs, separators=(",", ":")).replace('{"id"', '\n{"id"') + "\n")
-    write_file(path, text)
+    files.write(RESULTS, json.dumps(runs, separators=(",", ":")).replace('{"id"', '\n{"id"') + "\n")
+    files.write(path, text)
 
 
 def filled(text: str, runs: Iterable[dict[str, Any]]) -> str:

@@ -33,8 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import fastda
-from fastda import backend, verify
-from fastda.cli import write_file
+from fastda import backend, files, verify
 from fastda.workloads import WORKLOADS, Call, Case, Formula
 
 
@@ -626,7 +625,7 @@ def run(
                     rows.append(row | (also(case, row) if not rows else {}))
                     if folder:
                         text = json.dumps({"same": same, "sessions": rows}, indent=1)
-                        write_file(folder / f"{case.id}.json", text + "\n")
+                        files.write(folder / f"{case.id}.json", text + "\n")
                 yield combined(rows[: number + 1])
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastda import backend, recipes
+from fastda import backend, files, recipes
 from fastda.console import Cell, Column, Console
 
 
@@ -80,6 +78,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"fastda {args.command}: {error}", file=sys.stderr)
         return 2
+    except files.WriteError as error:
+        print(f"fastda {args.command}: {error}", file=sys.stderr)
+        return 1
 
 
 class UsageError(Exception):
@@ -108,9 +109,9 @@ def _write(args: argparse.Namespace, report: dict[str, Any]) -> None:
     if args.json == "-":
         sys.stdout.write(text)
     elif args.json:
-        write_file(Path(args.json), text)
+        files.write(Path(args.json), text)
     if args.out:
-        write_file(args.out / f"{args.command}.json", text)
+        files.write(args.out / f"{args.command}.json", text)
 
 
 def check_writable(args: argparse.Namespace) -> None:
@@ -122,27 +123,11 @@ def check_writable(args: argparse.Namespace) -> None:
         if not folder:
             continue
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UsageError(f"{option}: cannot write to {folder}: {error.strerror}") from None
+            files.check_writable(folder)
+        except files.WriteError as error:
+            raise UsageError(f"{option}: {error}") from None
     if args.json not in (None, "-") and Path(args.json).is_dir():
         raise UsageError(f"--json: {args.json} is a folder")
-
-
-def write_file(path: Path, text: str) -> None:
-    """All or nothing: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -243,7 +243,7 @@ def process(task):
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda case, providers, **settings: {"id": case.id})
-    monkeypatch.setattr("fastda.cli.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr("fastda.files.os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         list(bench.run([SMALL], bench.PROVIDERS, tmp_path, session=bench.this_process))
     assert list(tmp_path.iterdir()) == []

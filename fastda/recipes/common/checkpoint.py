@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from fastda import files
 
 
 class CheckpointError(RuntimeError):
@@ -26,16 +27,8 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return sha.hexdigest()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside `path`, then move there: a reader finds the old file or the new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
-
-
 def save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write tensors, settings and whatever else JSON can hold, atomically and through to the disk.
+    """Write tensors, settings and whatever else JSON can hold, whole or not at all.
 
     `settings` decide whether a training may go on from this checkpoint; `state` is its progress.
     """
@@ -45,16 +38,17 @@ def save(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any], state
         "state": json.dumps(state),
         "digest": digest(tensors),
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, unfinished, metadata)
-    with open(unfinished, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with files.unfinished(path) as beside:
+        try:
+            save_file(tensors, beside, metadata)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
-    """Tensors, settings and state. Raises CheckpointError where the file is unreadable or damaged."""
+    """Tensors, settings and state. Raises CheckpointError where the file is missing or damaged."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from fastda.recipes.common.checkpoint import write_atomically
+from fastda import files
 from fastda.recipes.dann import data, sda
 from fastda.recipes.dann.models import NORMALISATIONS, SOURCE, TARGET, SettingsError
 from fastda.recipes.dann.train import (
@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
     print_table(pair, results, summary)
     plain = [{k: v for k, v in r.items() if k not in ("features", "predictions")} for r in results]
     written = {"pair": pair.name, "summary": summary, "trainings": plain}
-    write_atomically(options.out / "results.json", json.dumps(written, indent=1) + "\n")
+    files.write(options.out / "results.json", json.dumps(written, indent=1) + "\n")
     from fastda.recipes.dann.report import write_report
 
     report = write_report(options.out / "report.html", pair, results, summary)

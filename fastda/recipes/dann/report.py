@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import fastda
-from fastda.recipes.common.checkpoint import write_atomically
+from fastda import files
 from fastda.recipes.common.page import environment, png, svg
 from fastda.recipes.dann.data import Pair
 
@@ -227,5 +227,5 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
         confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
         fastda=fastda.__version__,
     )  # fmt: skip
-    write_atomically(path, page)
+    files.write(path, page)
     return path

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from fastda import bench
-from fastda.recipes.common.checkpoint import write_atomically
+from fastda import bench, files
 from fastda.recipes.simgan.data import Domains, Images
 from fastda.recipes.simgan.train import Settings, Trainer
 from fastda.workloads import Case
@@ -56,5 +55,5 @@ def run_bench(options: argparse.Namespace) -> int:
     Console().print(table)
     if options.out is not None:
         result = {"machine": machine, "rows": list(rows.values())}
-        write_atomically(options.out / "simgan-step.json", json.dumps(result, indent=1) + "\n")
+        files.write(options.out / "simgan-step.json", json.dumps(result, indent=1) + "\n")
     return 0

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from fastda.recipes.common.checkpoint import CheckpointError, write_atomically
+from fastda import files
+from fastda.recipes.common.checkpoint import CheckpointError
 from fastda.recipes.common.images import DataError
 from fastda.recipes.simgan import data, evaluate, eyes, models, report
 from fastda.recipes.simgan.train import (
@@ -325,7 +326,7 @@ def run_train(options: argparse.Namespace) -> int:
         largest = summary["reference"]["largest_difference"]
         print(f"fused and reference ops: curves differ by at most {largest:.2g}")
     written = {"domains": domains.name, "summary": summary, "trainings": results, "torch": torch.__version__}
-    write_atomically(options.out / "results.json", json.dumps(written, indent=1) + "\n")
+    files.write(options.out / "results.json", json.dumps(written, indent=1) + "\n")
     page = report.write_report(options.out / "report.html", domains, results, summary)
     print(f"{page} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")
     return 0
@@ -388,7 +389,7 @@ def run_draw(options: argparse.Namespace) -> int:
             name = f"{i}_{pitch:.4f}_{yaw:.4f}.png"
             Image.fromarray(image[0].numpy()).save(options.out / name)
             lines.append(",".join([name, *(f"{v:.6f}" for v in (pitch, yaw, *gaze.tolist()))]))
-        write_atomically(options.out / "labels.csv", "\n".join(lines) + "\n")
+        files.write(options.out / "labels.csv", "\n".join(lines) + "\n")
     else:
         labels = digits.balanced_labels(options.count, 10, generator)
         if options.data == "strokes":

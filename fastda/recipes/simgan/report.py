@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastda.recipes.common.checkpoint import write_atomically
+from fastda import files
 from fastda.recipes.common.page import environment, png, svg
 from fastda.recipes.simgan.data import Domains
 
@@ -157,5 +157,5 @@ def write_report(
         seeds=[r["seed"] for r in results if r.get("backend") != "reference"], settings=settings,
         summary=summary, torch=torch.__version__,
     )  # fmt: skip
-    write_atomically(path, page)
+    files.write(path, page)
     return path
