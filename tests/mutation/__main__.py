@@ -1,0 +1,239 @@
+"""Plants every fault of tests/mutation and tells which the tests see.
+
+The tree is copied to build/mutation, and copied again where it changed; nothing else is touched. Faults of
+compiled sources go into one extension together, where FASTDA_FAULT picks one, so that all of them cost one
+build. What a run has found is kept beside the copy and taken over by the next, until the tree changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.mutation.fault import SWITCH, Fault, find_test
+from tests.mutation.faults import FAULTS
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = ROOT / "build" / "mutation"
+TREE = WORK / "tree"
+LIMIT = 600  # seconds that the tests of one fault may take
+CAUGHT, HARMLESS, SURVIVED, FAILED = "caught", "changes nothing", "survived", "not run"
+
+
+def copy_tree() -> str:
+    """Bring the copy up to date, old files keeping their times for ninja; the digest of all."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    names = sorted(n for n in listed.split("\0") if n and (ROOT / n).is_file())
+    sha = hashlib.sha256()
+    for name in names:
+        content = (ROOT / name).read_bytes()
+        sha.update(f"{name}\0{len(content)}\0".encode() + content)
+        write(TREE / name, content)
+    kept = set(names)
+    for path in [p for p in TREE.rglob("*") if p.is_file()]:
+        name = path.relative_to(TREE).as_posix()
+        if name not in kept and not name.startswith("build/") and path.suffix not in (".so", ".pyc"):
+            path.unlink()
+    return sha.hexdigest()
+
+
+def write(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def plant_together(faults: list[Fault], numbers: dict[str, int]) -> list[list[Fault]]:
+    """Switch the faults into the copy's sources; the batches that overlap no other's text."""
+    batches: list[list[tuple[Fault, Path, int]]] = []
+    for fault in faults:
+        path = fault.locate(ROOT)
+        start = path.read_text().index(fault.old)
+        for batch in batches:
+            if not any(
+                p == path and start < s + len(f.old) and s < start + len(fault.old) for f, p, s in batch
+            ):
+                batch.append((fault, path, start))
+                break
+        else:
+            batches.append([(fault, path, start)])
+    return [[f for f, _, _ in batch] for batch in batches]
+
+
+def switch(faults: list[Fault], numbers: dict[str, int]) -> None:
+    texts: dict[Path, str] = {}
+    for fault in faults:
+        path = fault.locate(ROOT)
+        text = texts.get(path, path.read_text())
+        texts[path] = text.replace(fault.old, fault.switched(numbers[fault.name]))
+    for path, text in texts.items():
+        write(TREE / path.relative_to(ROOT), (SWITCH + text).encode())
+
+
+def environment(route: str, extra: dict[str, str]) -> dict[str, str]:
+    env = {**os.environ, "PYTHONPATH": str(TREE), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if route == "triton":
+        env["TRITON_INTERPRET"] = "1"
+    if route == "cuda":
+        script = "import json, build; build.build(); print(json.dumps(build.environment()))"
+        folder = next(p.parent for p in (TREE / "tests").rglob("build.py") if p.parent.name == "cuda_host")
+        found = run([sys.executable, "-c", script], env=env, cwd=folder)
+        env |= json.loads(found.splitlines()[-1])
+    return env | extra
+
+
+def run(command: list[str], **options: object) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout[-8000:]}{done.stderr[-8000:]}")
+    return str(done.stdout)
+
+
+def build() -> None:
+    """The copy's extension, without the device's kernels: those are built for the emulated device."""
+    env = {**environment("cpp", {}), "FASTDA_REQUIRE_NATIVE": "1", "FASTDA_CUDA": "0"}
+    run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env=env, cwd=TREE)
+
+
+def run_tests(tests: tuple[str, ...], route: str, extra: dict[str, str]) -> tuple[int, str]:
+    """pytest's status for one test after another until one fails, and which failed or what went wrong."""
+    env = environment(route, extra)
+    for test in tests:
+        node, cases = find_test(ROOT, route, test)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider"]
+        command += ["-p", "no:xdist", node, *(["-k", cases] if cases else [])]
+        try:
+            done = subprocess.run(
+                command, cwd=TREE, env=env, capture_output=True, text=True, timeout=LIMIT
+            )
+        except subprocess.TimeoutExpired:
+            return 1, f"{test}, which took longer than {LIMIT} s"
+        if done.returncode < 0:
+            return 1, f"{test}, which was killed by signal {-done.returncode}"
+        if done.returncode == 1:
+            failed = re.search(r"^FAILED \S*::(\S+)", done.stdout, re.M)
+            return 1, failed[1] if failed else test
+        if done.returncode != 0:
+            return done.returncode, (done.stdout + done.stderr)[-2000:]
+        if not re.search(r"\b[1-9]\d* passed", done.stdout):
+            return 5, f"{test}: nothing ran\n{done.stdout[-500:]}"
+    return 0, ""
+
+
+def judge(fault: Fault, number: int) -> dict[str, str]:
+    """Plant one fault and run its tests."""
+    extra = dict(fault.environment)
+    path = fault.locate(ROOT)
+    target = TREE / path.relative_to(ROOT)
+    if fault.compiled:
+        extra["FASTDA_FAULT"] = str(number)
+    else:
+        write(target, path.read_text().replace(fault.old, fault.new).encode())
+    try:
+        status, what = run_tests(fault.tests, fault.route, extra)
+    finally:
+        if not fault.compiled:
+            write(target, path.read_bytes())
+    if status not in (0, 1):
+        return {"outcome": FAILED, "by": what}
+    if fault.harmless:
+        return {"outcome": SURVIVED if status else HARMLESS, "by": what or fault.harmless}
+    return {"outcome": CAUGHT if status else SURVIVED, "by": what}
+
+
+def check_clean(faults: list[Fault], known: dict[str, object]) -> list[str]:
+    """The tests of these faults that fail without a fault, and so say nothing."""
+    red = []
+    for route, extra, test in sorted({(f.route, f.environment, t) for f in faults for t in f.tests}):
+        key = " ".join([route, *(f"{k}={v}" for k, v in extra), test])
+        if key not in known:
+            status, what = run_tests((test,), route, dict(extra))
+            known[key] = what if status else ""
+        if known[key]:
+            red.append(f"{key}: {known[key]}")
+    return red
+
+
+def save(path: Path, content: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", metavar="TEXT", help="faults with TEXT in their name, route or place")
+    parser.add_argument("--list", action="store_true", help="list the faults and stop")
+    parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "out" / "mutation.json", help="where the result goes (%(default)s)"
+    )
+    options = parser.parse_args()
+    numbers = {fault.name: i for i, fault in enumerate(FAULTS, 1)}
+    only = options.only or ""
+    chosen = [f for f in FAULTS if any(only in text for text in (f.name, f.route, f.where))]
+    if not chosen:
+        parser.error(f"--only {only!r} names none of the {len(FAULTS)} faults")
+    if options.list:
+        for f in chosen:
+            print(f"{f.route:7} {f.name} ({f.where})")
+        return 0
+
+    tree = copy_tree()
+    memory = WORK / "found.json"
+    found = json.loads(memory.read_text()) if memory.is_file() and not options.fresh else {}
+    if found.get("tree") != tree:
+        found = {"tree": tree, "clean": {}, "faults": {}}
+    start = time.monotonic()
+    red: list[str] = []
+    python = [f for f in chosen if not f.compiled]
+    for faults in [python, *plant_together([f for f in chosen if f.compiled], numbers)]:
+        faults = [f for f in faults if f.name not in found["faults"]]
+        if not faults:
+            continue
+        copy_tree()
+        switch([f for f in faults if f.compiled], numbers)
+        print(f"building, then the tests of {len(faults)} faults without any …", flush=True)
+        build()
+        clean = found["clean"] if faults[0] in python else {}
+        red += check_clean(faults, clean)
+        save(memory, found)
+        for fault in faults:
+            began = time.monotonic()
+            result = judge(fault, numbers[fault.name])
+            found["faults"][fault.name] = result
+            save(memory, found)
+            done = sum(f.name in found["faults"] for f in chosen)
+            seconds = time.monotonic() - began
+            print(f"{done:4}/{len(chosen)} {seconds:5.0f} s  {result['outcome']:16} {fault.name}", flush=True)
+    results = {f.name: found["faults"][f.name] for f in chosen}
+
+    width = max(len(f.name) for f in chosen)
+    for f in chosen:
+        by = results[f.name]["by"].replace("\n", " ")
+        print(f"{f.route:7} {f.name:{width}}  {results[f.name]['outcome']:16} {by[:160]}")
+    counts = {o: sum(r["outcome"] == o for r in results.values()) for o in (CAUGHT, HARMLESS, SURVIVED, FAILED)}
+    print(
+        ", ".join(f"{n} {what}" for what, n in counts.items()) + f"; {time.monotonic() - start:.0f} s"
+    )
+    for line in red:
+        print(f"fails without a fault: {line}")
+    rows = [{**asdict(f), "route": f.route, **results[f.name]} for f in chosen]
+    save(options.out, {"faults": rows, "fail_without_a_fault": red, **counts})
+    return 1 if red or counts[SURVIVED] or counts[FAILED] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
