@@ -112,9 +112,7 @@ def run_tests(tests: tuple[str, ...], route: str, extra: dict[str, str]) -> tupl
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider"]
         command += ["-p", "no:xdist", node, *(["-k", cases] if cases else [])]
         try:
-            done = subprocess.run(
-                command, cwd=TREE, env=env, capture_output=True, text=True, timeout=LIMIT
-            )
+            done = subprocess.run(command, cwd=TREE, env=env, capture_output=True, text=True, timeout=LIMIT)
         except subprocess.TimeoutExpired:
             return 1, f"{test}, which took longer than {LIMIT} s"
         if done.returncode < 0:
@@ -224,10 +222,10 @@ def main() -> int:
     for f in chosen:
         by = results[f.name]["by"].replace("\n", " ")
         print(f"{f.route:7} {f.name:{width}}  {results[f.name]['outcome']:16} {by[:160]}")
-    counts = {o: sum(r["outcome"] == o for r in results.values()) for o in (CAUGHT, HARMLESS, SURVIVED, FAILED)}
-    print(
-        ", ".join(f"{n} {what}" for what, n in counts.items()) + f"; {time.monotonic() - start:.0f} s"
-    )
+    counts = {
+        o: sum(r["outcome"] == o for r in results.values()) for o in (CAUGHT, HARMLESS, SURVIVED, FAILED)
+    }
+    print(", ".join(f"{n} {what}" for what, n in counts.items()) + f"; {time.monotonic() - start:.0f} s")
     for line in red:
         print(f"fails without a fault: {line}")
     rows = [{**asdict(f), "route": f.route, **results[f.name]} for f in chosen]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 COMPILED = (".cpp", ".h", ".inl", ".cu", ".cuh")
-# Compiled faults are all in one binary, in which the environment chooses. One definition a file, before all else.
+# Compiled faults are in one binary, in which the environment chooses; a definition before all else of a file.
 SWITCH = """\
 #ifndef FASTDA_FAULT
 #define FASTDA_FAULT

@@ -7,6 +7,7 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_interpreted.py
 import functools
 import itertools
 
+import edges
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,14 @@ def layouts(x):
 
 def matches(op, what, actual, expected, dtype):
     testing.assert_matches(op, what, actual, expected, dtype)
+
+
+# -- what most inputs do not show
+
+
+@pytest.mark.parametrize("check", edges.EVERYWHERE, ids=lambda check: check.__name__)
+def test_edge(check):
+    check(fastda.triton)
 
 
 # -- gradient reversal ---------------------------------------------------------------------------------------
