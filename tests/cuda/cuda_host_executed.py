@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 import cuda_host
-import edges
+from tests.conformance import edges
 import numpy as np
 import pytest
 import torch

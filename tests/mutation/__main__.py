@@ -8,6 +8,7 @@ build. What a run has found is kept beside the copy and taken over by the next, 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import re
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,8 +30,11 @@ LIMIT = 600  # seconds that the tests of one fault may take
 CAUGHT, HARMLESS, SURVIVED, FAILED = "caught", "changes nothing", "survived", "not run"
 
 
-def copy_tree() -> str:
-    """Bring the copy up to date, old files keeping their times for ninja; the digest of all."""
+def copy_tree(changed: dict[Path, str]) -> str:
+    """Bring the copy up to date, with other text in some files; the digest of all without those changes.
+
+    What is already there keeps its time, so that ninja compiles only what differs.
+    """
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     names = sorted(n for n in listed.split("\0") if n and (ROOT / n).is_file())
@@ -37,7 +42,8 @@ def copy_tree() -> str:
     for name in names:
         content = (ROOT / name).read_bytes()
         sha.update(f"{name}\0{len(content)}\0".encode() + content)
-        write(TREE / name, content)
+        other = changed.get(ROOT / name)
+        write(TREE / name, content if other is None else other.encode())
     kept = set(names)
     for path in [p for p in TREE.rglob("*") if p.is_file()]:
         name = path.relative_to(TREE).as_posix()
@@ -52,31 +58,30 @@ def write(path: Path, content: bytes) -> None:
         path.write_bytes(content)
 
 
-def plant_together(faults: list[Fault], numbers: dict[str, int]) -> list[list[Fault]]:
-    """Switch the faults into the copy's sources; the batches that overlap no other's text."""
-    batches: list[list[tuple[Fault, Path, int]]] = []
+def batches_of(faults: list[Fault]) -> list[list[Fault]]:
+    """Compiled faults, by builds: in one build no fault overlaps the text of another."""
+    batches: list[dict[str, tuple[Path, int, int]]] = []
     for fault in faults:
         path = fault.locate(ROOT)
         start = path.read_text().index(fault.old)
+        end = start + len(fault.old)
         for batch in batches:
-            if not any(
-                p == path and start < s + len(f.old) and s < start + len(fault.old) for f, p, s in batch
-            ):
-                batch.append((fault, path, start))
+            if not any(p == path and start < e and s < end for p, s, e in batch.values()):
                 break
         else:
-            batches.append([(fault, path, start)])
-    return [[f for f, _, _ in batch] for batch in batches]
+            batches.append(batch := {})
+        batch[fault.name] = path, start, end
+    return [[f for f in faults if f.name in batch] for batch in batches]
 
 
-def switch(faults: list[Fault], numbers: dict[str, int]) -> None:
+def switched(faults: list[Fault], numbers: dict[str, int]) -> dict[Path, str]:
+    """The sources of a build in which FASTDA_FAULT chooses among the faults."""
     texts: dict[Path, str] = {}
     for fault in faults:
         path = fault.locate(ROOT)
-        text = texts.get(path, path.read_text())
+        text = texts.get(path) or path.read_text()
         texts[path] = text.replace(fault.old, fault.switched(numbers[fault.name]))
-    for path, text in texts.items():
-        write(TREE / path.relative_to(ROOT), (SWITCH + text).encode())
+    return {path: SWITCH + text for path, text in texts.items()}
 
 
 def environment(route: str, extra: dict[str, str]) -> dict[str, str]:
@@ -84,11 +89,18 @@ def environment(route: str, extra: dict[str, str]) -> dict[str, str]:
     if route == "triton":
         env["TRITON_INTERPRET"] = "1"
     if route == "cuda":
-        script = "import json, build; build.build(); print(json.dumps(build.environment()))"
-        folder = next(p.parent for p in (TREE / "tests").rglob("build.py") if p.parent.name == "cuda_host")
-        found = run([sys.executable, "-c", script], env=env, cwd=folder)
-        env |= json.loads(found.splitlines()[-1])
+        env |= emulated_device(tuple(env.items()))
     return env | extra
+
+
+@functools.cache
+def emulated_device(env: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """Builds it; what its tests need in the environment."""
+    script = "import json; from tests.cuda_host import build as b; b.build(); print(json.dumps(b.environment()))"
+    found: dict[str, str] = json.loads(
+        run([sys.executable, "-c", script], env=dict(env), cwd=TREE).splitlines()[-1]
+    )
+    return found
 
 
 def run(command: list[str], **options: object) -> str:
@@ -100,6 +112,7 @@ def run(command: list[str], **options: object) -> str:
 
 def build() -> None:
     """The copy's extension, without the device's kernels: those are built for the emulated device."""
+    emulated_device.cache_clear()
     env = {**environment("cpp", {}), "FASTDA_REQUIRE_NATIVE": "1", "FASTDA_CUDA": "0"}
     run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env=env, cwd=TREE)
 
@@ -179,7 +192,8 @@ def main() -> int:
         "--out", type=Path, default=ROOT / "out" / "mutation.json", help="where the result goes (%(default)s)"
     )
     options = parser.parse_args()
-    numbers = {fault.name: i for i, fault in enumerate(FAULTS, 1)}
+    # By name, so that a fault more or less leaves the others' sources as they are.
+    numbers = {fault.name: zlib.crc32(fault.name.encode()) >> 1 for fault in FAULTS}
     only = options.only or ""
     chosen = [f for f in FAULTS if any(only in text for text in (f.name, f.route, f.where))]
     if not chosen:
@@ -189,7 +203,7 @@ def main() -> int:
             print(f"{f.route:7} {f.name} ({f.where})")
         return 0
 
-    tree = copy_tree()
+    tree = copy_tree(switched(batches_of([f for f in FAULTS if f.compiled])[0], numbers))
     memory = WORK / "found.json"
     found = json.loads(memory.read_text()) if memory.is_file() and not options.fresh else {}
     if found.get("tree") != tree:
@@ -197,16 +211,16 @@ def main() -> int:
     start = time.monotonic()
     red: list[str] = []
     python = [f for f in chosen if not f.compiled]
-    for faults in [python, *plant_together([f for f in chosen if f.compiled], numbers)]:
+    # Builds hold all faults, not only the chosen: they are the same every time.
+    builds = batches_of([f for f in FAULTS if f.compiled])
+    for planted, faults in [(builds[0], python), *((b, [f for f in b if f in chosen]) for b in builds)]:
         faults = [f for f in faults if f.name not in found["faults"]]
         if not faults:
             continue
-        copy_tree()
-        switch([f for f in faults if f.compiled], numbers)
+        copy_tree(switched(planted, numbers))
         print(f"building, then the tests of {len(faults)} faults without any …", flush=True)
         build()
-        clean = found["clean"] if faults[0] in python else {}
-        red += check_clean(faults, clean)
+        red += check_clean(faults, found["clean"])
         save(memory, found)
         for fault in faults:
             began = time.monotonic()

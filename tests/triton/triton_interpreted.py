@@ -7,7 +7,7 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_interpreted.py
 import functools
 import itertools
 
-import edges
+from tests.conformance import edges
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,6 @@
-"""tests/edges.py on the CPU's kernels."""
+"""edges.py on the CPU's kernels."""
 
-import edges
+from tests.conformance import edges
 import pytest
 import torch
 
