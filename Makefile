@@ -23,7 +23,7 @@ KERNEL_TESTS := tests/ops
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 VERIFY := $(BIN)/fastda verify --out
 
-.PHONY: help demo test build wheel lint format check isa triton-check cuda-check gpu abi-check sanitize bench docs clean
+.PHONY: help demo test build wheel lint format check isa triton-check cuda-check gpu abi-check sanitize bench docs mutation clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -136,6 +136,9 @@ sanitize: build ## the kernel tests under AddressSanitizer and UndefinedBehavior
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize:. OMP_NUM_THREADS=2 \
 	  $(BIN)/pytest -o pythonpath= -p no:cacheprovider -m "not slow and not isa_independent" $(KERNEL_TESTS)
+
+mutation: build ## faults planted one by one in a copy of the tree: do the tests see them? (about an hour)
+	$(BIN)/python -m tests.mutation --out $(OUT)/mutation.json
 
 clean: ## remove build products, but not the environment
 	rm -rf build dist out site *.egg-info fastda/*.so $(VENV)/.built

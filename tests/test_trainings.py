@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from examples.dann.data import Images as Labelled
 from examples.dann.data import Pair
 from examples.dann.train import Settings as DannSettings
 from examples.dann.train import Trainer as DannTrainer
 from examples.dann.train import train as train_dann
-from examples.simgan import models
 from examples.simgan.data import Domains, Images
 from examples.simgan.train import Settings, Trainer
+
+from examples.simgan import models
 
 pytestmark = pytest.mark.isa_independent
 

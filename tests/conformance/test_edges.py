@@ -1,10 +1,10 @@
 """edges.py on the CPU's kernels."""
 
-from tests.conformance import edges
 import pytest
 import torch
 
 from fastda import backend
+from tests.conformance import edges
 
 pytestmark = pytest.mark.skipif(backend.native is None, reason="the native extension is not built")
 

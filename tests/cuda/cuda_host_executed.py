@@ -15,13 +15,13 @@ import subprocess
 import sys
 
 import cuda_host
-from tests.conformance import edges
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastda import _torch, backend, reference, testing, verify
+from tests.conformance import edges
 
 OPERATORS = (
     *("grad_reverse_backward", "conv_same", "conv_same_backward", "refiner_block", "refiner_block_backward"),

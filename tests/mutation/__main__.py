@@ -84,19 +84,21 @@ def switched(faults: list[Fault], numbers: dict[str, int]) -> dict[Path, str]:
     return {path: SWITCH + text for path, text in texts.items()}
 
 
-def environment(route: str, extra: dict[str, str]) -> dict[str, str]:
+def environment(route: str) -> dict[str, str]:
     env = {**os.environ, "PYTHONPATH": str(TREE), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if route == "triton":
         env["TRITON_INTERPRET"] = "1"
     if route == "cuda":
         env |= emulated_device(tuple(env.items()))
-    return env | extra
+    return env
 
 
 @functools.cache
 def emulated_device(env: tuple[tuple[str, str], ...]) -> dict[str, str]:
     """Builds it; what its tests need in the environment."""
-    script = "import json; from tests.cuda_host import build as b; b.build(); print(json.dumps(b.environment()))"
+    script = (
+        "import json; from tests.cuda_host import build as b; b.build(); print(json.dumps(b.environment()))"
+    )
     found: dict[str, str] = json.loads(
         run([sys.executable, "-c", script], env=dict(env), cwd=TREE).splitlines()[-1]
     )
@@ -110,33 +112,45 @@ def run(command: list[str], **options: object) -> str:
     return str(done.stdout)
 
 
-def build() -> None:
-    """The copy's extension, without the device's kernels: those are built for the emulated device."""
-    emulated_device.cache_clear()
-    env = {**environment("cpp", {}), "FASTDA_REQUIRE_NATIVE": "1", "FASTDA_CUDA": "0"}
+def build(faults: list[Fault]) -> None:
+    """The copy's extension without the device's kernels, which are built for the emulated device."""
+    env = {**environment("cpp"), "FASTDA_REQUIRE_NATIVE": "1", "FASTDA_CUDA": "0"}
     run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], env=env, cwd=TREE)
+    if any(fault.route == "cuda" for fault in faults):
+        emulated_device.cache_clear()
+        environment("cuda")
+
+
+@functools.cache
+def server(route: str) -> subprocess.Popen[str]:
+    """One process for each route, as it wants to be started."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.mutation.forks"],
+        cwd=TREE, env=environment(route), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
 def run_tests(tests: tuple[str, ...], route: str, extra: dict[str, str]) -> tuple[int, str]:
     """pytest's status for one test after another until one fails, and which failed or what went wrong."""
-    env = environment(route, extra)
+    process = server("python" if route == "cpp" else route)
+    assert process.stdin and process.stdout
     for test in tests:
         node, cases = find_test(ROOT, route, test)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider"]
-        command += ["-p", "no:xdist", node, *(["-k", cases] if cases else [])]
-        try:
-            done = subprocess.run(command, cwd=TREE, env=env, capture_output=True, text=True, timeout=LIMIT)
-        except subprocess.TimeoutExpired:
+        arguments = ["-x", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "-p", "no:xdist", node]
+        arguments += ["-k", cases] if cases else []
+        request = {"arguments": arguments, "environment": extra, "limit": LIMIT}
+        print(json.dumps(request), file=process.stdin, flush=True)
+        answer = json.loads(process.stdout.readline())
+        status, output = answer["status"], answer["output"]
+        if status is None:
             return 1, f"{test}, which took longer than {LIMIT} s"
-        if done.returncode < 0:
-            return 1, f"{test}, which was killed by signal {-done.returncode}"
-        if done.returncode == 1:
-            failed = re.search(r"^FAILED \S*::(\S+)", done.stdout, re.M)
+        if status < 0:
+            return 1, f"{test}, which was killed by signal {-status}"
+        if status == 1:
+            failed = re.search(r"^FAILED \S*::(\S+)", output, re.M)
             return 1, failed[1] if failed else test
-        if done.returncode != 0:
-            return done.returncode, (done.stdout + done.stderr)[-2000:]
-        if not re.search(r"\b[1-9]\d* passed", done.stdout):
-            return 5, f"{test}: nothing ran\n{done.stdout[-500:]}"
+        if status != 0 or not re.search(r"^[.sx]*\.", output, re.M):
+            return status or 5, f"{test}: {output[-2000:]}"
     return 0, ""
 
 
@@ -219,7 +233,7 @@ def main() -> int:
             continue
         copy_tree(switched(planted, numbers))
         print(f"building, then the tests of {len(faults)} faults without any …", flush=True)
-        build()
+        build(faults)
         red += check_clean(faults, found["clean"])
         save(memory, found)
         for fault in faults:

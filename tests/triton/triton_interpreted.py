@@ -7,7 +7,6 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/triton/triton_interpreted.py
 import functools
 import itertools
 
-from tests.conformance import edges
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ import fastda
 import fastda.triton
 from fastda import reference, testing, verify
 from fastda.triton import common, patch_loss, refiner_conv
+from tests.conformance import edges
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
