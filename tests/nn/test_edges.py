@@ -23,6 +23,14 @@ def test_history_replaces_other_entries_than_it_drew():
     assert abs(both / 300 - 2) < 0.3
 
 
+def test_history_leaves_its_argument_alone():
+    history = nn.ImageHistoryBuffer(4, seed=0)
+    for i in range(6):
+        batch = torch.full((4, 1, 2, 2), float(i))
+        history.query(batch)
+        assert torch.equal(batch, torch.full((4, 1, 2, 2), float(i)))
+
+
 def test_patchgan_is_never_wider_than_eight_times_its_first_layer():
     widths = [
         m.out_channels

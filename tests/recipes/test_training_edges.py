@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from examples.dann.data import Images as Labelled
-from examples.dann.data import Pair
-from examples.dann.train import Settings as DannSettings
-from examples.dann.train import Trainer as DannTrainer
-from examples.dann.train import train as train_dann
-from examples.simgan.data import Domains, Images
-from examples.simgan.train import Settings, Trainer
 
-from examples.simgan import models
+from fastda.recipes.dann.data import Images as Labelled
+from fastda.recipes.dann.data import Pair
+from fastda.recipes.dann.train import Settings as DannSettings
+from fastda.recipes.dann.train import Trainer as DannTrainer
+from fastda.recipes.dann.train import train as train_dann
+from fastda.recipes.simgan import models
+from fastda.recipes.simgan.data import Domains, Images
+from fastda.recipes.simgan.train import Settings, Trainer
 
 pytestmark = pytest.mark.isa_independent
 
