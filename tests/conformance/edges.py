@@ -58,6 +58,21 @@ def hinge_at_its_margin(ops):
 
 
 @everywhere
+def softmax_of_infinite_logits(ops):
+    values = torch.tensor([torch.inf, -torch.inf, 0.5])
+    logits = torch.cartesian_prod(values, values).T.reshape(1, 2, 3, 3)
+    for real in (True, False):
+        exact = logits.double().requires_grad_()
+        other = torch.zeros(1, 2, 3, 3, dtype=torch.float64)
+        pair = (exact, other) if real else (other, exact)
+        expected = reference.patch_discriminator_loss(*pair, reduction="none")[0 if real else 1]
+        (by_logits,) = torch.autograd.grad(expected.sum(), exact)
+        terms, _, grad = ops.patch_loss_map(logits, None, 0, real, 0.0, True)
+        for got, right in ((terms, expected.detach()), (grad, by_logits)):
+            torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@everywhere
 def l1_where_both_agree(ops):
     a, b = torch.tensor([1.0, 2.0, 3.0, 0.0, -1.0]), torch.tensor([1.0, 2.5, 2.0, -0.0, -1.0])
     loss, by_a, by_b = ops.self_regularization(a, b, None, 2.0, SUM, True, True)

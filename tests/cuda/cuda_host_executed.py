@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from fastda import _torch, backend, reference, testing, verify
+from tests.conformance import edges
 
 OPERATORS = (
     *("grad_reverse_backward", "conv_same", "conv_same_backward", "refiner_block", "refiner_block_backward"),
@@ -191,6 +192,14 @@ def test_executor_refuses_what_a_device_would():
     for threads, shared, message in ((33, 0, "32, 64"), (2048, 0, "32, 64"), (32, H100 + 1, "shared memory")):
         with pytest.raises(RuntimeError, match=message):
             cuda_host.launch_bad(threads, shared)
+
+
+# -- what most inputs do not show
+
+
+@pytest.mark.parametrize("check", edges.EVERYWHERE, ids=lambda check: check.__name__)
+def test_edge(check):
+    check(ops)
 
 
 # -- gradient reversal ---------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def run_tests(tests: tuple[str, ...], route: str, extra: dict[str, str]) -> tupl
         if status < 0:
             return 1, f"{test}, which was killed by signal {-status}"
         if status == 1:
-            failed = re.search(r"^FAILED \S*::(\S+)", output, re.M)
+            failed = re.search(r"^FAILED \S*?::(.+?)(?: - |$)", output, re.M)
             return 1, failed[1] if failed else test
         if status != 0 or not re.search(r"^[.sx]*\.", output, re.M):
             return status or 5, f"{test}: {output[-2000:]}"

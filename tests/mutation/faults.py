@@ -392,7 +392,7 @@ DEVICE = (
     fault(
         "CUDA: softmax of an infinite logit has a value", CUDA,
         "real == infinity || fake == infinity", "real == infinity",
-        "test_patch_loss_of_extreme_logits[softmax]",
+        "test_edge[softmax_of_infinite_logits]",
     ),
     fault(
         "CUDA: a sum of weighted patches is divided by their weight", CUDA,
@@ -470,7 +470,7 @@ TRITON_FAULTS = (
     fault(
         "Triton: softmax of an infinite logit has a value", TRITON,
         '(real == float("inf")) | (fake == float("inf"))', '(real == float("inf"))',
-        "test_extreme_logits[softmax]",
+        "test_edge[softmax_of_infinite_logits]",
     ),
     fault(
         "Triton: log(1 + e) with the cancellation", TRITON,
