@@ -2,9 +2,12 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 
@@ -50,14 +53,26 @@ inline int64_t shared_bytes_per_block() {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
+// Lets a kernel have all the shared memory that a block may have, once on each device: with the size
+// of a launch, two threads with different sizes would undo each other's.
+inline void allow_shared_memory(const void* kernel, const char* name) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> allowed;
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  const std::lock_guard lock(mutex);
+  if (!allowed.emplace(kernel, device).second) return;
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes_per_block()));
+  if (status != cudaSuccess) allowed.erase({kernel, device});
+  check(status, name);
+}
+
 // No synchronisation and no allocation: what it does can be captured into a CUDA graph.
 template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
             size_t shared_bytes, void* stream, std::type_identity_t<Parameters>... arguments) {
-  if (shared_bytes > (48 << 10))
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(shared_bytes)),
-          name);
+  if (shared_bytes > (48 << 10)) allow_shared_memory(reinterpret_cast<const void*>(kernel), name);
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments...);
   check(cudaGetLastError(), name);
 }
@@ -72,7 +87,9 @@ inline int64_t shared_bytes_per_block() {
 template <typename... Parameters>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
             size_t shared_bytes, void*, std::type_identity_t<Parameters>... arguments) {
-  cuda_host::launch(name, grid, threads, shared_bytes, [&] { kernel(arguments...); });
+  cuda_host::launch(
+      name, grid, threads, shared_bytes, [&] { kernel(arguments...); },
+      reinterpret_cast<const void*>(kernel), cuda_host::packed(arguments...));
 }
 
 #endif

@@ -11,8 +11,10 @@ import functools
 import importlib
 import itertools
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import cuda_host
 import numpy as np
@@ -32,6 +34,10 @@ library = torch.library.Library("fastda_cuda_host", "DEF")
 for name in OPERATORS:
     library.define(str(getattr(torch.ops.fastda, name).default._schema).removeprefix("fastda::"))
 ops = torch.ops.fastda_cuda_host
+# What runs in the place of the kernels that g++ compiled: nvcc's PTX of the same sources.
+PTX = os.environ.get("FASTDA_TEST_PTX", "")
+if PTX:
+    cuda_host.load_ptx(Path(PTX).read_text())
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 KINDS, REDUCTIONS = ("softmax", "bce", "lsgan", "hinge", "wgan"), ("mean", "sum", "batchmean")
@@ -49,6 +55,7 @@ def device():
     cuda_host.plant("")
     cuda_host.skip_barrier("", 0)
     cuda_host.forget()
+    cuda_host.ptx_forget()
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
     yield
@@ -815,6 +822,13 @@ def losses():
     check_discriminator(torch.randn(3, 2, 61, 53), torch.randn(5, 2, 37, 53), "softmax")
 
 
+def weighted_losses():
+    weight = torch.rand(3, 1, 9, 14) + 0.1
+    check_discriminator(
+        torch.randn(3, 2, 9, 14), torch.randn(3, 2, 9, 14), "softmax", "mean", 0.0, weight, weight
+    )
+
+
 def head():
     x, y, weight = torch.randn(3, 32, 9, 14), torch.randn(2, 32, 9, 14), torch.randn(2, 32, 1, 1)
     exact = [t.double().requires_grad_() for t in (x, y, weight)]
@@ -886,3 +900,42 @@ def test_planted_removal_of_any_barrier_is_caught(check):
         if survives(check, range(12)):
             harmless.append(f"{file}:{line}")
     assert not harmless, harmless
+
+
+SYNCHRONISES = re.compile(r"bar\.sync|cp\.async\.wait_group")
+
+
+@pytest.mark.skipif(not PTX, reason="runs on PTX")
+def test_planted_removal_of_any_barrier_or_wait_from_the_ptx_is_caught():
+    """Races are seen whatever they do to the result, so that one order is enough."""
+    checks = [
+        losses,
+        weighted_losses,
+        head,
+        conv_exact,
+        conv_many_channels,
+        conv_scalar,
+        weight_gradient,
+        block,
+    ]
+    met, caught = {}, set()
+    for check in checks:
+        cuda_host.ptx_forget()
+        check()
+        for kernel, lines in cuda_host.ptx_executed().items():
+            here = {(kernel, n): text for n, text, *_ in lines if SYNCHRONISES.match(text)}
+            met |= here
+            for kernel, number in here.keys() - caught:
+                cuda_host.ptx_skip(kernel, number)
+                try:
+                    check()
+                except (AssertionError, RuntimeError):
+                    caught.add((kernel, number))
+        cuda_host.ptx_skip("", -1)
+        check()
+    kernels = {"loss", "finish", "head", "head_weight", "conv", "filter_grad", "refiner_block"}
+    assert all(any(f"{name}_kernel" in kernel for kernel, _ in met) for name in kernels)
+    # A block_sum waits for those before it, of which a kernel's first has none.
+    sums = {kernel for kernel, _ in met if re.search("(loss|finish|weight_sum|head)_kernel", kernel)}
+    first = {(kernel, min(n for k, n in met if k == kernel)) for kernel in sums}
+    assert met.keys() - caught <= first

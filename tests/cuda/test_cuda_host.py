@@ -1,4 +1,4 @@
-"""CUDA device code without a GPU: executed on the CPU under AddressSanitizer (tests/cuda_host)."""
+"""CUDA device code without a GPU: executed on the CPU (tests/cuda_host), as g++ compiles it and as PTX."""
 
 import os
 import shutil
@@ -23,41 +23,39 @@ pytestmark = [
 ]
 
 
-# Groups run side by side.
+# Groups run side by side: what g++ compiled, then nvcc's PTX of the same kernels.
 GROUPS = {
     "planted": "planted",
     "block": "refiner_block and not planted",
     "conv": "conv and not planted",
     "rest": "not (planted or refiner_block or conv)",
 }
+PTX_GROUPS = {
+    "ptx-conv": "(conv or refiner_block) and not (planted or executor)",
+    "ptx-rest": "from_the_ptx or not (conv or refiner_block or planted or executor)",
+}
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", [*GROUPS, *(pytest.param(g, marks=needs_nvcc) for g in PTX_GROUPS)])
 def test_executed_on_the_cpu(group):
     build.build()
-    file = str(HERE / "cuda_host_executed.py")
+    environment = {**os.environ, **build.environment()}
+    if group in PTX_GROUPS:
+        environment["FASTDA_TEST_PTX"] = str(build.PTX)
+    selected = (GROUPS | PTX_GROUPS)[group]
+    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", selected]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-            "-k",
-            GROUPS[group],
-            file,
-        ],
+        [sys.executable, "-m", "pytest", *options, str(HERE / "cuda_host_executed.py")],
         capture_output=True,
         text=True,
-        env={**os.environ, **build.environment()},
+        env=environment,
         cwd=HERE.parents[1],
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+@needs_nvcc
 def test_the_ahead_of_time_check_can_fail(tmp_path):
     from tests.cuda import compile_all as c
 

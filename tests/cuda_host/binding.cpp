@@ -6,6 +6,7 @@
 
 #include "cuda/kernels/device.cuh"
 #include "cuda_host/control.h"
+#include "cuda_host/ptx.h"
 
 namespace py = pybind11;
 
@@ -125,6 +126,26 @@ PYBIND11_MODULE(cuda_host, m) {
                                  l.shared_bytes));
     return rows;
   });
+
+  m.def("load_ptx", &ptx::load, "Every launch from now on runs this PTX; \"\" goes back.");
+  m.def("ptx_forget", &ptx::forget);
+  m.def("ptx_skip", &ptx::skip);
+  m.def(
+      "ptx_executed",
+      [] {
+        py::dict kernels;
+        for (const auto& [name, lines] : ptx::executed()) {
+          py::list rows;
+          for (const auto& [number, line] : lines)
+            rows.append(py::make_tuple(number, line.text, line.count.runs, line.count.passes,
+                                       line.count.least));
+          kernels[py::str(name)] = rows;
+        }
+        return kernels;
+      },
+      "By kernel: (number, text, executions by a warp, passes over the banks, least passes) of "
+      "every "
+      "instruction that ran.");
 
   m.def("mma", [](int kind, Words a, Words b, Floats d) {
     py::array_t<float> out({32, 4});

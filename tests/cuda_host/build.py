@@ -9,6 +9,7 @@ import fcntl
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -16,8 +17,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / f"cuda_host-{sys.implementation.cache_tag}"
+PTX = FOLDER / "kernels.ptx"  # of all kernels, where nvcc is
+NVCC = shutil.which("nvcc")
 CXX = shlex.split(os.environ.get("CXX", "c++"))
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-fsanitize=address"]
+# All symbols visible: ptx.cpp finds the PTX of a kernel by its name.
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fsanitize=address"]
 FLAGS += ["-fno-omit-frame-pointer", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 # Launches and the host side of the operators; the executor; its binding, which needs all of Python's C API.
 SOURCES = [*sorted((ROOT / "csrc" / "cuda").glob("*.c*")), *sorted(Path(__file__).parent.glob("*.cpp"))]
@@ -37,7 +41,7 @@ def build() -> Path:
     link = ["-shared", "-fsanitize=address", *(f"-L{p}" for p in cpp_extension.library_paths())]
     lines = [
         "rule compile",
-        f"  command = {shlex.join(CXX)} -MD -MF $out.d {shlex.join(flags)} -x c++ -c $in -o $out",
+        f"  command = {shlex.join(CXX)} -MD -MF $out.d {shlex.join(flags)} $own -x c++ -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
@@ -46,7 +50,18 @@ def build() -> Path:
     for source in SOURCES:
         path = re.sub(r"([$ :])", r"$\1", str(source))
         lines.append(f"build {source.name}.o: compile {path}")
+        if source.name == "ptx.cpp":  # checks every access itself
+            lines.append("  own = -O3 -frounding-math -fno-sanitize=all")
     lines.append("build cuda_host.so: link " + " ".join(f"{source.name}.o" for source in SOURCES))
+    if NVCC:
+        options = ["-std=c++20", "-O3", "-ptx", "-arch=compute_90", f"-I{ROOT / 'csrc'}"]
+        lines += ["rule ptx", f"  command = {NVCC} -MD -MF $out.d {shlex.join(options)} $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", "rule join", "  command = cat $in > $out"]
+        kernels = [source for source in SOURCES if source.suffix == ".cu"]
+        for source in kernels:
+            path = re.sub(r"([$ :])", r"$\1", str(source))
+            lines.append(f"build {source.stem}.ptx: ptx {path}")
+        lines.append("build kernels.ptx: join " + " ".join(f"{source.stem}.ptx" for source in kernels))
     with (FOLDER / "lock").open("w") as lock:  # test processes run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         (FOLDER / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -17,6 +17,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "common/dtype.h"
 
@@ -74,8 +75,24 @@ T* aligned(T* p, size_t bytes) {
   return p;
 }
 
+// `kernel` and `parameters` are for PTX, which runs in place of `body` once it is loaded (ptx.h).
 void launch(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
-            const std::function<void()>& body);
+            const std::function<void()>& body, const void* kernel = nullptr,
+            const std::vector<unsigned char>& parameters = {});
+
+// Arguments as a kernel finds them: one after the other, each at its alignment.
+template <typename... Arguments>
+std::vector<unsigned char> packed(const Arguments&... arguments) {
+  std::vector<unsigned char> bytes;
+  const auto add = [&](const auto& a) {
+    bytes.resize((bytes.size() + alignof(decltype(a)) - 1) / alignof(decltype(a)) *
+                 alignof(decltype(a)));
+    const auto* p = reinterpret_cast<const unsigned char*>(&a);
+    bytes.insert(bytes.end(), p, p + sizeof a);
+  };
+  (add(arguments), ...);
+  return bytes;
+}
 
 // Attributes of the device that is played.
 struct Device {

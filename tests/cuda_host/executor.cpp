@@ -1,3 +1,4 @@
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 
 #include "cuda_host/control.h"
 #include "cuda_host/device.h"
+#include "cuda_host/ptx.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -486,7 +488,8 @@ void wait_copies(int pending) {
 }
 
 void launch(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
-            const std::function<void()>& body) {
+            const std::function<void()>& body, const void* kernel,
+            const std::vector<unsigned char>& parameters) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   if (threads == 0 || threads > 1024 || threads % warp_size != 0)
@@ -497,6 +500,13 @@ void launch(const char* name, dim3 grid, unsigned threads, size_t shared_bytes,
   if (shared_bytes > device.shared_bytes_per_block)
     fail(std::string(name) + ": more shared memory than the device has");
   record.launches.push_back({name, grid, threads, shared_bytes});
+
+  if (kernel && ptx::loaded()) {
+    Dl_info symbol{};
+    if (!dladdr(kernel, &symbol) || symbol.dli_saddr != kernel)
+      fail(std::string(name) + ": the kernel has no symbol");
+    return ptx::run(symbol.dli_sname, grid, threads, shared_bytes, parameters, control.seed);
+  }
 
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::vector<uint64_t> todo(blocks);

@@ -175,8 +175,7 @@ conv_kernel(ConvKernel p) {
     }
   }
 
-  wait_copies<0>();
-  __syncthreads();  // what follows overwrites rows and stages
+  __syncthreads();  // what follows overwrites rows and stages; all copies were waited for
   auto* staging = reinterpret_cast<float*>(shared);
   const int stride = p.out_packs ? staging_stride : staging_stride_scalar;
   FASTDA_UNROLL
