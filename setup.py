@@ -139,6 +139,13 @@ class Wheel(bdist_wheel):
         super().finalize_options()
 
 
+def long_description() -> str:
+    """README.md for a package index, which has no files to link to: links lead to the repository."""
+    (source,) = re.findall(r'^Source = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    text = re.sub(r"(!\[[^]]*\])\((?!https?:)", rf"\1({source}/raw/main/", (ROOT / "README.md").read_text())
+    return re.sub(r"(?<!!)(\[[^]]*\])\((?!https?:|#)", rf"\1({source}/blob/main/", text)
+
+
 def extension(name: str, *patterns: str, limited: bool) -> Extension:
     found = sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
     return Extension(name, found, py_limited_api=limited, optional=True)
@@ -149,4 +156,9 @@ extensions = [extension("fastda._C", *cpu, limited=True)]
 if WITH_AUTOGRAD and any(ROOT.glob("csrc/autograd/*.cpp")):
     version = re.sub(r"\W", "_", metadata.version("torch").split("+")[0])
     extensions.append(extension(f"fastda._autograd_{version}", "csrc/autograd/*.cpp", limited=False))
-setup(ext_modules=extensions, cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Wheel})
+setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    ext_modules=extensions,
+    cmdclass={"build_ext": NinjaBuild, "bdist_wheel": Wheel},
+)

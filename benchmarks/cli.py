@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         metavar=("A.json", "B.json"),
         help="measure nothing: how far two runs agree, by their bench.json",
     )
-    p.add_argument("--render", action="store_true", help="measure nothing: the page and README's table")
+    p.add_argument("--render", action="store_true", help="measure nothing: the page, README and docs")
     p.add_argument("--out", metavar="DIR", type=Path, default=Path("out/bench"), help="default: out/bench")
     p.add_argument("--json", metavar="FILE", help="write this run as JSON; - for standard output")
     p.add_argument("--seed", type=int, default=0, help="seed of the random inputs (default: 0)")
@@ -136,7 +136,7 @@ def _render(out: Path, readme: bool = False) -> int:
         print(f"benchmarks: no page: {error} (pip install matplotlib jinja2)", file=sys.stderr)
     if readme:
         try:
-            report.readme(out)
+            report.publish(out)
         except ValueError as error:
             raise cli.UsageError(str(error)) from None
     return 0

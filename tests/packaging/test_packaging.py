@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastda
 from fastda import backend, recipes
 
 pytestmark = pytest.mark.isa_independent
@@ -37,7 +38,7 @@ def checkout_into(target):
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for name in ("fastda", "csrc"):
         shutil.copytree(ROOT / name, target / name, ignore=ignore)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+    for name in ("setup.py", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, target / name)
     return target
 
@@ -78,6 +79,44 @@ def test_what_a_registry_checks(wheel, tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     out = run([sys.executable, "-m", "twine", "check", "--strict", wheel, sdist], tmp_path)
     assert out.count("PASSED") == 2
+
+
+def test_an_sdist_has_all_that_a_checkout_has(tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git checkout to compare with")
+    names = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).splitlines()
+    names = [name for name in names if (ROOT / name).is_file()]
+    source = tmp_path / "source"
+    for name in names:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, source / name)
+    run([sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path], source)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    of_the_host = (".ci/", ".github/", ".gitignore")  # nothing that make needs
+    assert [name for name in names if name not in packed and not name.startswith(of_the_host)] == []
+
+
+@native
+def test_links_of_the_description_work_without_the_repository(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith("dist-info/METADATA")]
+    description = archive.read(name).decode().partition("\n\n")[2]
+    links = re.findall(r"\]\(([^)]+)\)", description)
+    assert len(links) > 10
+    assert [link for link in links if not link.startswith("https://")] == []
+    local = [re.sub(r"https://[^/]+/[^/]+/fastda/(blob|raw)/main/", "", link) for link in links]
+    assert [link for link in local if not link.startswith("https:") and not (ROOT / link).exists()] == []
+
+
+def test_version_and_repository_are_the_same_everywhere():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.+)$", citation, re.MULTILINE).group(1) == fastda.__version__
+    assert f"## {fastda.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    (source,) = re.findall(r'^Source = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f"repo_url: {source}\n" in (ROOT / "mkdocs.yml").read_text()
+    assert f"repository-code: {source}\n" in citation
 
 
 def environment_without_packages(folder):

@@ -2,13 +2,14 @@ import functools
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import agreement, base, cli, growth, report
+from benchmarks import agreement, cli, growth, report
 from benchmarks.peers import PEERS
 from fastda import bench, workloads
 from fastda.workloads import Case
@@ -362,9 +363,15 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path):
         assert outside not in html.replace("http://www.w3.org", "")
 
 
-def test_the_readme_block_is_what_the_results_say():
-    text = (base.ROOT / "README.md").read_text()
-    assert report.filled(text, json.loads(report.RESULTS.read_text())) == text
+def test_readme_docs_and_chart_are_what_the_results_say():
+    runs = json.loads(report.RESULTS.read_text())
+    assert report.filled(report.README, report.short_markdown(runs[0])) == report.README.read_text()
+    assert report.filled(report.PAGE, report.markdown(runs)) == report.PAGE.read_text()
+    rows = report.short(runs[0])
+    assert [row["id"] for row in rows] == list(report.SHORT)
+    drawn = re.findall(r"(\d+\.\d\d)×", report.CHART.read_text())
+    ratios = [r["contenders"][report.best(r, "torch")][report.ratio_key(r)]["ratio"] for r in rows]
+    assert drawn == [f"{ratio:.2f}" for ratio in ratios]
 
 
 def test_exponents_are_slopes_on_log_axes():
