@@ -51,6 +51,18 @@ def test_python_runs(page, tmp_path, monkeypatch):
         exec(compile("\n" * (line - 1) + code, str(page), "exec"), namespace)
 
 
+def test_no_block_is_cut_off_in_a_window_of_1280_pixels():
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        for first, text in blocks(page, "", "python", "py", "sh", "console", "text"):
+            wide = [first + i for i, line in enumerate(text.splitlines()) if len(line) > 96]
+            assert not wide, f"{page.name}: lines {wide} have over 96 characters"
+
+
+def test_nothing_that_a_block_needs_is_hidden():
+    for page in (ROOT / "docs" / "ops").glob("*.md"):
+        assert "<!-- python" not in page.read_text(), page.name
+
+
 def makefile_targets():
     return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -119,7 +131,7 @@ def test_extras_named_in_the_pages_exist():
 
 
 def test_every_environment_variable_is_documented():
-    pattern = re.compile(r"""(?:environ(?:\.get)?[\[(]|getenv\()\s*["'](FASTDA_\w+)""")
+    pattern = re.compile(r"""(?:environ(?:\.get)?[\[(]|getenv\(|_from_environment\()\s*["'](FASTDA_\w+)""")
     sources = [ROOT / "setup.py", *(ROOT / "fastda").rglob("*.py"), *(ROOT / "csrc").rglob("*.cpp")]
     sources += [ROOT / "tests" / "conftest.py", ROOT / "csrc" / "cuda" / "build_options.py"]
     used = {name for source in sources for name in pattern.findall(source.read_text())}
