@@ -32,6 +32,11 @@ def tracing() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
+def modes_active() -> bool:
+    """True under a TorchFunctionMode or a TorchDispatchMode, which see every operator."""
+    return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
     """The dtype that autocast wants on this device, None where autocast is off."""
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

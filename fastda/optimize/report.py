@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fastda.optimize.reversal import Reversal
+from fastda.optimize.stand_in import Change, Found, StandIn
 
 
 class Entry(NamedTuple):
@@ -20,21 +25,40 @@ class Entry(NamedTuple):
     what: str
 
 
+class Calls(NamedTuple):
+    """How many calls of a replaced module were served, and how many there were."""
+
+    served: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"served {self.served} of {self.total} calls"
+
+
 class Measurement(NamedTuple):
-    """The original's time over the optimized model's, and the relative ℓ₂ errors between the two."""
+    """The original's time over the optimized model's, and the relative ℓ₂ errors between the two.
+
+    The intervals, (low, high), hold the ratio with 95 %.
+    """
 
     forward: float
     step: float | None
     value_error: float
     gradient_error: float | None
+    forward_interval: tuple[float, float]
+    step_interval: tuple[float, float] | None
 
     def __str__(self) -> str:
-        speed = f"{self.forward:.2f}× forward"
+        def speed(ratio: float, interval: tuple[float, float]) -> str:
+            gained = "" if interval[0] > 1 else ", nothing gained"
+            return f"{ratio:.2f}× ({interval[0]:.2f} … {interval[1]:.2f}{gained})"
+
+        text = f"{speed(self.forward, self.forward_interval)} forward"
         errors = f"values differ by {self.value_error:.1e}"
-        if self.step is not None:
-            speed += f", {self.step:.2f}× forward + backward"
+        if self.step is not None and self.step_interval is not None:
+            text += f", {speed(self.step, self.step_interval)} forward + backward"
             errors += f", gradients by {self.gradient_error:.1e}"
-        return f"{speed}; {errors}"
+        return f"{text}; {errors}"
 
 
 @dataclass(repr=False)
@@ -48,68 +72,111 @@ class Report:
     model: nn.Module
     replaced: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
-    _changes: list[tuple[str, str, Any, Any]] = field(default_factory=list)
+    _entries: list[Entry] = field(default_factory=list)
+    _changes: list[tuple[str, Change]] = field(default_factory=list)
 
-    def change(self, path: str, module: nn.Module, name: str, value: Any) -> None:
-        """Set an attribute of a module (its `__class__`, mostly) so that `undo` can set it back."""
-        self._changes.append((path, name, getattr(module, name), value))
-        object.__setattr__(module, name, value)
+    def add(self, path: str, module: nn.Module, found: Found) -> None:
+        """Install what was found in a module, or note why there is nothing."""
+        entry = Entry(path, type(module).__name__, found.what)
+        if found.change is None:
+            self.left.append(entry)
+        else:
+            found.change.install()
+            self._changes.append((path, found.change))
+            self.replaced.append(entry)
+        self._entries.append(entry)
 
     def undo(self) -> None:
         """Make `model` what it was. Raises RuntimeError where a replaced module was changed again since."""
-        for path, name, _, now in self._changes:
-            current = getattr(self.model.get_submodule(path), name)
-            if current is not now:
-                raise RuntimeError(
-                    f"undo: {name} of {path or 'the model'} was changed after fastda.optimize, to {current}"
-                )
-        self._restore(self.model)
+        for path, change in self._changes:
+            if problem := change.problem():
+                raise RuntimeError(f"undo: {path or 'the model'}: {problem}")
+        for _, change in self._changes:
+            change.remove()
         self._changes.clear()
         self.replaced.clear()
+        self._entries = list(self.left)
 
-    def _restore(self, model: nn.Module) -> None:
-        for path, name, before, _ in reversed(self._changes):
-            object.__setattr__(model.get_submodule(path), name, before)
+    def calls(self) -> dict[str, Calls]:
+        """By path of a replaced module: how many calls since optimize were served, of how many.
+
+        A call is one of torch's layer; for a gradient reversal it is one of the Function's backward,
+        whichever module it is for. What torch.compile has compiled is not counted.
+        """
+        calls: dict[str, Calls] = {}
+        for path, change in self._changes:
+            before = calls.get(path, Calls(0, 0))
+            calls[path] = Calls(before.served + change.served, before.total + change.calls)
+        return calls
 
     def measure(self, *inputs: Any, rounds: int = 20, seed: int = 0) -> Measurement:
         """Time `model(*inputs)` against what it was before, in turn in one process, on copies of both.
 
-        The step is forward and backward of the sum of all outputs. The model's mode (train or eval) is taken
-        as it is; both start from the same random state, so that dropout compares too.
+        The step is forward and backward of the sum of all outputs. Short calls are repeated until they take
+        5 ms. The model's mode (train or eval) is taken as it is; both start from the same random state, so
+        that dropout compares too.
         """
         from fastda import bench
 
         models = {"fastda": copy.deepcopy(self.model), "original": copy.deepcopy(self.model)}
-        self._restore(models["original"])
+        for module in models["original"].modules():
+            for value in list(vars(module).values()):
+                if isinstance(value, StandIn):
+                    value.remove()
+        # What is replaced in a Function is replaced for both.
+        around: dict[str, Callable[[], Any]] = {"fastda": contextlib.nullcontext, "original": Reversal.paused}
 
-        def ratio(call: Callable[[nn.Module], object]) -> float:
-            calls = {name: functools.partial(call, model) for name, model in models.items()}
-            samples = bench.interleave(
-                {n: bench.timed(c) for n, c in calls.items()}, rounds=rounds, seed=seed
-            )
-            return bench.compare(samples["original"], samples["fastda"]).ratio
+        def ratio(function: Callable[[nn.Module], object]) -> bench.Ratio:
+            def call(name: str) -> None:
+                with around[name]():
+                    function(models[name])
+
+            samplers = {name: bench.timed(functools.partial(call, name)) for name in models}
+            samples = bench.interleave(samplers, rounds=rounds, seed=seed)
+            return bench.compare(samples["original"], samples["fastda"])
 
         with torch.random.fork_rng():
             results = []
-            for model in models.values():
+            for name, model in models.items():
                 torch.manual_seed(seed)
-                results.append(_step(model, inputs))
+                with around[name]():
+                    results.append(_step(model, inputs))
             (values, gradients), (expected, expected_gradients) = results
             with torch.no_grad():
                 forward = ratio(lambda model: model(*inputs))
             step = ratio(lambda model: _step(model, inputs)) if gradients else None
         gradient_error = _error(gradients, expected_gradients) if gradients else None
-        return Measurement(forward, step, _error(values, expected), gradient_error)
+        return Measurement(
+            forward.ratio,
+            step and step.ratio,
+            _error(values, expected),
+            gradient_error,
+            forward[1:],
+            step and step[1:],
+        )
 
     def __str__(self) -> str:
-        name = type(self.model).__name__.removeprefix("Optimized")
+        name = type(self.model).__name__
         lines = [f"fastda.optimize({name}): {len(self.replaced)} replaced, {len(self.left)} left"]
         for title, entries in (("replaced", self.replaced), ("left as it was", self.left)):
             if entries:
-                lines += [title, *_lines(entries)]
+                lines += [title, *self._lines(entries)]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _lines(self, entries: Sequence[Entry]) -> list[str]:
+        """Entries that differ in their path alone share a line; a range spans no entry of another line."""
+        ranges: dict[tuple[str, str, bool], list[str]] = {}
+        left = {id(entry) for entry in self.left}
+        for key, group in itertools.groupby(self._entries, key=lambda e: (e.type, e.what, id(e) in left)):
+            paths = [entry.path or "(the model)" for entry in group]
+            both = f"{paths[0]} … {paths[-1]} ({len(paths)})"
+            ranges.setdefault(key, []).append(paths[0] if len(paths) == 1 else both)
+        keys = dict.fromkeys((entry.type, entry.what, id(entry) in left) for entry in entries)
+        rows = [(", ".join(ranges[key]), *key[:2]) for key in keys]
+        first, second = (max(len(row[i]) for row in rows) for i in range(2))
+        return [f"  {where:<{first}}  {name:<{second}}  {what}" for where, name, what in rows]
 
 
 def _step(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -131,16 +198,3 @@ def _error(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     a, e = (torch.cat([t.flatten().cpu().double() for t in tensors]) for tensors in (actual, expected))
     error = testing.error(a, e)
     return error.relative_l2 if error.nonfinite_equal else float("inf")
-
-
-def _lines(entries: Sequence[Entry]) -> list[str]:
-    """Entries that differ in their path alone share a line."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for path, name, what in entries:
-        groups.setdefault((name, what), []).append(path or "(the model)")
-    rows = []
-    for (name, what), paths in groups.items():
-        where = paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]} ({len(paths)})"
-        rows.append((where, name, what))
-    first, second = (max(len(row[i]) for row in rows) for i in range(2))
-    return [f"  {where:<{first}}  {name:<{second}}  {what}" for where, name, what in rows]

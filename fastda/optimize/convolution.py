@@ -1,0 +1,182 @@
+"""Convolutions in a model that exists: what `nn.Conv2d.forward` calls with its input, weight and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from fastda import _torch
+from fastda.ops.refiner_conv import conv_same
+from fastda.optimize.stand_in import PLAIN, Found, StandIn, copies_of_its_own, is_torchs, not_on_cpu, watched
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_CONV_FORWARD, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
+
+# Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
+FAST_KERNELS = (3, 7)
+LEAST_CHANNELS = 16
+LEAST_SIZE = 4
+# They go by tiles of 4×4 pixels, of which one pixel in so many must be wanted. And they have a fixed cost:
+# a call must be of so many products of a tap.
+WANTED_OF = 2
+LEAST_PRODUCTS = 1 << 18
+
+
+def find(module: nn.Module) -> Iterator[Found]:
+    """A convolution's stand-in, or why it is left."""
+    if isinstance(module, nn.Conv2d) and "_conv_forward" not in vars(module):
+        reason = _reason(module)
+        if reason is None:
+            yield Found("convolution → conv_same", Convolution(module))
+        else:
+            yield Found(reason)
+
+
+def _reason(conv: nn.Conv2d) -> str | None:
+    """Why this layer is left. Its weight is not looked at: reading a parametrised one may change it."""
+    if isinstance(conv, nn.LazyConv2d):
+        return "has no weight yet: call the model once before fastda.optimize"
+    if not (is_torchs(_CONV_FORWARD) and is_torchs(_CONV2D)):
+        return "torch's convolution was patched before fastda was imported"
+    if type(conv)._conv_forward is not _CONV_FORWARD:
+        return "its class has a _conv_forward of its own"
+    kind = type(conv)
+    if nn.utils.parametrize.is_parametrized(conv):
+        kind = kind.__bases__[0]
+    if own := copies_of_its_own(kind, nn.Conv2d):
+        return f"its class has a {own} of its own"
+    shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
+    reason = _refusal(conv, shape) or not_on_cpu(conv)
+    dtypes = {parameter.dtype for parameter in conv.parameters()}
+    return reason or next((f"dtype {dtype}" for dtype in dtypes if dtype not in _DTYPES), None)
+
+
+def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
+    """Why `conv_same` does not serve this layer with a weight of this shape; None if it does."""
+    out_channels, in_channels, k, width = weight
+    if k != width or k % 2 == 0:
+        return f"kernel ({k}, {width}) is not square and odd"
+    if not _is_pair_of(conv.stride, 1):
+        return f"stride {conv.stride}"
+    if not _is_pair_of(conv.dilation, 1):
+        return f"dilation {conv.dilation}"
+    if type(conv.groups) is not int or conv.groups != 1:
+        return f"groups {conv.groups}"
+    padding = _padding(conv, k)
+    if padding is None or padding > k // 2:
+        return (
+            f"padding {conv.padding} is more than half of the {k}×{k} kernel, or not the same on every side"
+        )
+    if k not in FAST_KERNELS:
+        return f"no faster with {k}×{k} kernels"
+    if min(out_channels, in_channels) < LEAST_CHANNELS:
+        return f"no faster with less than {LEAST_CHANNELS} channels"
+    return None
+
+
+def _padding(conv: nn.Conv2d, k: int) -> int | None:
+    """How many pixels the layer pads on every side; None if not everywhere the same."""
+    padding: Any = conv.padding
+    if conv.padding_mode != "zeros":
+        padding, *others = conv._reversed_padding_repeated_twice
+        return padding if type(padding) is int and others == [padding] * 3 else None
+    if type(padding) is str:
+        return {"same": k // 2, "valid": 0}.get(padding)
+    return padding[0] if _is_pair_of(padding) else None
+
+
+def _is_pair_of(value: Any, number: int | None = None) -> bool:
+    """Whether torch's setting is two equal ints, not of those that torch refuses or takes otherwise."""
+    if type(value) is not tuple or len(value) != 2 or type(value[0]) is not int or type(value[1]) is not int:
+        return False
+    return value[0] == value[1] >= 0 and number in (None, value[0])
+
+
+class Convolution(StandIn):
+    """`nn.Conv2d._conv_forward` by conv_same."""
+
+    method = "_conv_forward"
+    _fit: tuple[Any, ...] = (None,) * 6  # settings that were found to be served
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+        conv = self.module
+        if self.count(self._serves(conv, input, weight, bias)):
+            return _convolve(conv, input, weight, bias)
+        return type(conv)._conv_forward(conv, input, weight, bias)
+
+    def _serves(self, conv: Any, x: Any, weight: Any, bias: Any) -> bool:
+        """Whether this call is one that was measured to be faster, and whose result is torch's."""
+        if type(x) not in PLAIN or type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
+            return False
+        compiling = is_compiling()
+        # A small call is to lose no more than this much. A compiler may not know yet how large it is.
+        if not compiling and (torch.jit.is_tracing() or x.numel() * weight.shape[0] < LEAST_PRODUCTS):
+            return False
+        if (
+            type(conv)._conv_forward is not _CONV_FORWARD
+            or F.conv2d is not _CONV2D
+            or watched()
+            or x.layout is not torch.strided
+            or x.is_nested
+            or x.dim() != 4
+            or weight.dim() != 4
+        ):
+            return False
+        shape, dtype, fit = weight.shape, weight.dtype, self._fit
+        if not (
+            fit[0] == shape
+            and fit[1] is conv.stride
+            and fit[2] is conv.dilation
+            and fit[3] is conv.groups
+            and fit[4] is conv.padding
+            and fit[5] is conv.padding_mode
+        ):
+            if _refusal(conv, shape) is not None:
+                return False
+            if not compiling and conv.padding_mode == "zeros":
+                self._fit = (shape, conv.stride, conv.dilation, conv.groups, conv.padding, conv.padding_mode)
+        if (
+            x.shape[1] != shape[1]
+            or not (x.is_cpu and weight.is_cpu)
+            or x.dtype not in _DTYPES
+            or (x.dtype != dtype and _torch.autocast_dtype("cpu") is None)
+            or not (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.is_cpu))
+        ):
+            return False
+        # Either operand may make torch's result channels_last; conv_same goes by x alone.
+        if not weight.is_contiguous() and (
+            conv.padding_mode != "zeros" or _torch.memory_format(x) is torch.contiguous_format
+        ):
+            return False
+        return _pays(x.shape, shape, shape[2] // 2 - (_padding(conv, shape[2]) or 0))
+
+
+def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int) -> bool:
+    """Whether a convolution of x is faster than PyTorch's, where a border of the result is not wanted."""
+    n, _, height, width = x
+    h, w = height - 2 * border, width - 2 * border
+    tiles = n * (-(-height // 4)) * (-(-width // 4))
+    # Sizes that are open to a compiler are taken to be large enough.
+    return not (
+        _torch.known(h < LEAST_SIZE)
+        or _torch.known(w < LEAST_SIZE)
+        or _torch.known(WANTED_OF * n * h * w < 16 * tiles)
+        or _torch.known(n * h * w * weight[0] * weight[1] < LEAST_PRODUCTS)
+    )
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer's result. What `conv_same` pads more than the layer does is a border that is cut off."""
+    k = weight.shape[2]
+    padding = _padding(conv, k) or 0
+    border = k // 2 - padding
+    if padding and conv.padding_mode != "zeros":
+        x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
+        border += padding
+    y = conv_same(x, weight, bias)
+    return torch.constant_pad_nd(y, (-border,) * 4) if border else y

@@ -1,0 +1,150 @@
+"""What the families share: what was found, counted calls, what stands in for a method of a module."""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling, is_exporting
+
+from fastda import _torch
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+class Change(Protocol):
+    """Something that can be put in its place and taken back; it counts its calls."""
+
+    calls: int
+    served: int
+
+    def install(self) -> None: ...
+
+    def remove(self) -> None: ...
+
+    def problem(self) -> str | None:
+        """What stands there by now, if it is something else."""
+
+
+class Found(NamedTuple):
+    """What was found in a module: its replacement, or only why there is none."""
+
+    what: str
+    change: Change | None = None
+
+
+@dataclass(eq=False)
+class Counted:
+    """Calls since optimize, and those that were served. A compiled call is not counted."""
+
+    calls: int = 0
+    served: int = 0
+
+    def count(self, served: bool) -> bool:
+        if not is_compiling():
+            self.calls += 1
+            self.served += served
+        return served
+
+
+class StandIn(Counted):
+    """Stands in the attributes of one module for a method of its class, which serves what this one does not.
+
+    Copies and pickles of the module have one of their own: its `__reduce_ex__`, from which all of them are
+    made, is in its attributes, too. The module is referred to weakly, since a cycle would keep its memory
+    until the next garbage collection.
+    """
+
+    method: str
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> Any:
+        if (module := self._module()) is not None:
+            return module
+        raise RuntimeError("fastda.optimize: called for a module that is gone")
+
+    def install(self) -> None:
+        self.module.__dict__ |= {self.method: self, "__reduce_ex__": self.reduce}
+
+    def remove(self) -> None:
+        for name in (self.method, "__reduce_ex__"):
+            self.module.__dict__.pop(name)
+
+    def problem(self) -> str | None:
+        there = vars(self.module).get(self.method)
+        return None if there is self else f"{self.method} was changed after fastda.optimize, to {there}"
+
+    def reduce(self, protocol: Any) -> Any:
+        """The module's own way of being copied, without this and with another of its kind."""
+        own: Any = type(self.module).__reduce_ex__
+        make, arguments, state, *rest = own(self.module, protocol)
+        state = {name: v for name, v in state.items() if name not in (self.method, "__reduce_ex__")}
+        return _made_again, (type(self), make, arguments), state, *rest
+
+    def __deepcopy__(self, memo: Any) -> StandIn:
+        # A module that was parametrized since is copied attribute by attribute.
+        return type(self)(copy.deepcopy(self.module, memo))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    @property
+    def __wrapped__(self) -> Any:
+        """The method of the module's class: what inspect.signature shows."""
+        return getattr(type(self.module), self.method).__get__(self.module)
+
+    @property
+    def __globals__(self) -> Any:
+        raise RuntimeError("fastda.optimize: call report.undo() before torch.jit.script")
+
+
+def _made_again(kind: type[StandIn], make: Any, arguments: Any) -> nn.Module:
+    module = make(*arguments)
+    kind(module).install()
+    return module
+
+
+def is_torchs(function: Any) -> bool:
+    """Whether what was found under a name of torch is torch's own, not somebody's patch."""
+    if isinstance(function, types.BuiltinFunctionType):
+        return True
+    return isinstance(function, types.FunctionType) and function.__code__.co_filename.startswith(_TORCH)
+
+
+def copies_of_its_own(kind: type, base: type) -> str | None:
+    """The method by which a class copies or pickles otherwise than its base, if there is one."""
+    names = ("__copy__", "__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+    return next((n for n in names if getattr(kind, n, None) is not getattr(base, n, None)), None)
+
+
+# Not served are subclasses: quantized, distributed and fake tensors.
+PLAIN = (Tensor, nn.Parameter)
+
+
+def watched() -> bool:
+    """Whether someone is to see torch's own operators.
+
+    That is so under torch-function and dispatch modes (FLOP counters, FakeTensorMode), in torch.jit.trace and
+    in exporters.
+    """
+    if is_compiling():
+        return is_exporting()
+    return _torch.modes_active() or torch.jit.is_tracing()
+
+
+def not_on_cpu(module: nn.Module) -> str | None:
+    """Why a module is left because of where its tensors are; None if they are on the CPU or it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type != "cpu":
+            return f"on {tensor.device.type}, where nothing was measured"
+    return None

@@ -1,0 +1,18 @@
+import importlib
+
+import pytest
+
+convolution = importlib.import_module("fastda.optimize.convolution")
+loss = importlib.import_module("fastda.optimize.loss")
+
+
+@pytest.fixture(autouse=True)
+def even_where_nothing_is_gained(monkeypatch, request):
+    """What is recognised is tested on small layers, whether or not that makes them faster."""
+    if not request.node.get_closest_marker("gain"):
+        monkeypatch.setattr(convolution, "FAST_KERNELS", (1, 3, 5, 7))
+        monkeypatch.setattr(convolution, "LEAST_CHANNELS", 1)
+        monkeypatch.setattr(convolution, "LEAST_SIZE", 1)
+        monkeypatch.setattr(convolution, "WANTED_OF", 1 << 20)
+        monkeypatch.setattr(convolution, "LEAST_PRODUCTS", 0)
+        monkeypatch.setattr(loss, "LEAST_PATCHES", dict.fromkeys(loss.LEAST_PATCHES, 1))

@@ -1,0 +1,421 @@
+"""Served convolutions: every setting, every change made later, and what other tools do with such a model."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastda
+from tests.optimize.helpers import assert_same, outcome, results, served
+
+pytestmark = pytest.mark.isa_independent
+module = importlib.import_module("fastda.optimize.convolution")
+
+
+def pair(*layers, dtype=torch.float64):
+    """A Sequential as it is, the same optimized, and the report."""
+    original = nn.Sequential(*layers).to(dtype)
+    model = copy.deepcopy(original)
+    return model, original, fastda.optimize(model)
+
+
+def image(*shape, dtype=torch.float64):
+    return torch.randn(*(shape or (2, 8, 9, 7)), dtype=dtype)
+
+
+SETTINGS = {
+    "same size": {"padding": 1},
+    "no bias": {"padding": 1, "bias": False},
+    "no padding": {"padding": 0},
+    "valid": {"padding": "valid"},
+    "same": {"padding": "same"},
+    "reflected": {"padding": 1, "padding_mode": "reflect"},
+    "replicated": {"padding": "same", "padding_mode": "replicate"},
+    "circular": {"padding": 1, "padding_mode": "circular"},
+    "5×5 padded by 1": {"kernel_size": 5, "padding": 1},
+    "7×7 mirrored by 2": {"kernel_size": 7, "padding": 2, "padding_mode": "reflect"},
+}
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.contiguous_format, torch.channels_last], ids=["weights", "weights last"]
+)
+@pytest.mark.parametrize(
+    "layout", [torch.contiguous_format, torch.channels_last], ids=["images", "images last"]
+)
+@pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
+def test_every_setting(setting, layout, weights):
+    model, original, report = pair(nn.Conv2d(8, 6, **{"kernel_size": 3, **setting}))
+    assert [e.what for e in report.replaced] == ["convolution → conv_same"]
+    model, original = (m.to(memory_format=weights) for m in (model, original))
+    for shape in ((2, 8, 9, 7), (1, 8, 8, 8), (3, 8, 12, 5)):
+        assert_same(model, original, image(*shape).to(memory_format=layout))
+    last = weights is torch.channels_last
+    mixed = last and (layout is torch.contiguous_format or "padding_mode" in setting)
+    assert served(report) == (0 if mixed else 3)
+
+
+REFUSED = {
+    "kernel (3, 5) is not square and odd": {"kernel_size": (3, 5)},
+    "kernel (4, 4) is not square and odd": {"kernel_size": 4},
+    "stride (2, 2)": {"stride": 2},
+    "dilation (2, 2)": {"dilation": 2, "padding": 2},
+    "groups 2": {"groups": 2},
+    "padding (2, 2) is more than half of the 3×3 kernel, or not the same on every side": {"padding": 2},
+    "padding (1, 0) is more than half of the 3×3 kernel, or not the same on every side": {"padding": (1, 0)},
+    "dtype torch.complex64": {"dtype": torch.complex64},
+    "on meta, where nothing was measured": {"device": "meta"},
+}
+
+
+@pytest.mark.parametrize(("reason", "setting"), REFUSED.items(), ids=REFUSED.keys())
+def test_what_is_left_and_why(reason, setting):
+    report = fastda.optimize(nn.Conv2d(8, 8, **{"kernel_size": 3, **setting}))
+    assert [e.what for e in report.left] == [reason]
+    assert not report.replaced
+
+
+def test_lazy_layers_and_other_classes():
+    class Own(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight, bias) * 2
+
+    class Copies(nn.Conv2d):
+        def __deepcopy__(self, memo):
+            return self
+
+    class Standardized(nn.Conv2d):
+        def forward(self, x):
+            return self._conv_forward(x, self.weight - self.weight.mean(), self.bias)
+
+    layers = (nn.LazyConv2d(4, 3), Own(8, 8, 3), Copies(8, 8, 3), Standardized(8, 8, 3, padding=1))
+    report = fastda.optimize(nn.ModuleList(layers))
+    assert [e.path for e in report.replaced] == ["3"]
+    assert [e.what for e in report.left] == [
+        "has no weight yet: call the model once before fastda.optimize",
+        "its class has a _conv_forward of its own",
+        "its class has a __deepcopy__ of its own",
+    ]
+    assert_same(*pair(Standardized(8, 8, 3, padding=1))[:2], image())
+
+
+# -- what is changed later -----------------------------------------------------------------------------------
+
+
+def adds_one(module, inputs, output):
+    return output + 1
+
+
+def replace_weight(conv):
+    conv.weight = nn.Parameter(conv.weight.detach()[:, :, 1:2, 1:2].clone())
+    conv.padding = (0, 0)
+
+
+def patch_forward(conv):
+    conv.forward = lambda x: F.conv2d(x, conv.weight) * 2
+
+
+def patch_conv_forward(conv):
+    conv._conv_forward = lambda x, weight, bias: F.conv2d(x, weight) * 3
+
+
+def halve(conv):
+    class Half(nn.Module):
+        def forward(self, weight):
+            return weight / 2
+
+    torch.nn.utils.parametrize.register_parametrization(conv, "weight", Half())
+
+
+CHANGES = {
+    "hook": lambda conv: conv.register_forward_hook(adds_one),
+    "pre-hook": lambda conv: conv.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,)),
+    "stride": lambda conv: setattr(conv, "stride", (2, 2)),
+    "float stride": lambda conv: setattr(conv, "stride", (1.0, 1.0)),
+    "dilation": lambda conv: setattr(conv, "dilation", (2, 2)),
+    "groups": lambda conv: setattr(conv, "groups", 2),
+    "bool groups": lambda conv: setattr(conv, "groups", True),
+    "padding": lambda conv: setattr(conv, "padding", (0, 0)),
+    "int padding": lambda conv: setattr(conv, "padding", 1),
+    "three paddings": lambda conv: setattr(conv, "padding", (1, 1, 1)),
+    "negative padding": lambda conv: setattr(conv, "padding", (-1, -1)),
+    "padding mode": lambda conv: setattr(conv, "padding_mode", "circular"),
+    "frozen": lambda conv: conv.requires_grad_(False),
+    "no bias": lambda conv: setattr(conv, "bias", None),
+    "wrong bias": lambda conv: setattr(conv, "bias", nn.Parameter(torch.ones(5, dtype=torch.float64))),
+    "a bias of another dtype": lambda conv: setattr(conv, "bias", nn.Parameter(torch.ones(8))),
+    "another kernel": replace_weight,
+    "forward": patch_forward,
+    "_conv_forward": patch_conv_forward,
+    "pruning": lambda conv: prune.l1_unstructured(conv, "weight", 0.5),
+    "weight norm": parametrizations.weight_norm,
+    "spectral norm": parametrizations.spectral_norm,
+    "the older spectral norm": torch.nn.utils.spectral_norm,
+    "another parametrization": halve,
+    "dtype": lambda conv: conv.float(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_later_change_does_what_it_does_to_the_original(change):
+    model, original, _ = pair(nn.Conv2d(8, 8, 3, padding=1))
+    x = image()
+    model(x)
+    for each in (model, original):
+        torch.manual_seed(0)
+        change(each[0])
+    for dtype in (torch.float64, torch.float32):
+        inputs = x.to(dtype)
+        got, expected = (outcome(lambda m=m, x=inputs: results(m, x)) for m in (model, original))
+        if isinstance(expected[0], type):
+            assert got == expected
+        else:
+            assert_same(model, original, inputs)
+    for name, value in original.state_dict().items():  # the power iteration went on by as many steps
+        torch.testing.assert_close(model.state_dict()[name], value)
+
+
+def test_the_weight_of_a_parametrized_layer_is_computed_once_a_call():
+    computed = []
+
+    class Counts(nn.Module):
+        def forward(self, weight):
+            computed.append(1)
+            return weight * 2
+
+    conv = nn.Conv2d(8, 8, 3, padding=1)
+    torch.nn.utils.parametrize.register_parametrization(conv, "weight", Counts())
+    computed.clear()
+    report = fastda.optimize(conv)
+    assert [e.what for e in report.replaced] == ["convolution → conv_same"]
+    assert computed == []
+    conv(torch.randn(1, 8, 6, 6))
+    assert computed == [1]
+    assert served(report) == 1
+
+
+def test_patches_of_torch_are_honoured(monkeypatch):
+    model, original, report = pair(nn.Conv2d(8, 8, 3, padding=1))
+    x = image()
+    for owner, name in ((F, "conv2d"), (nn.Conv2d, "_conv_forward"), (nn.Conv2d, "forward")):
+        with monkeypatch.context() as patched:
+            before = getattr(owner, name)
+            patched.setattr(owner, name, lambda *args, before=before: before(*args) + 1)
+            torch.testing.assert_close(model(x), original(x))
+    assert served(report) == 1  # forward was patched around it
+    monkeypatch.setattr(module, "_CONV2D", lambda *args: None)
+    (entry,) = fastda.optimize(nn.Conv2d(8, 8, 3)).left
+    assert entry.what == "torch's convolution was patched before fastda was imported"
+
+
+class Sees(TorchFunctionMode):
+    def __init__(self):
+        self.functions = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.functions.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_modes_see_torchs_operators():
+    model, original, report = pair(nn.Conv2d(8, 8, 3, padding=1), dtype=torch.float32)
+    x = torch.randn(2, 8, 9, 7)
+    with Sees() as mode:
+        model(x)
+    assert F.conv2d in mode.functions
+    flops = []
+    for each in (model, original):
+        with FlopCounterMode(display=False) as counter:
+            each(x).sum().backward()
+        flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1] > 0
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert model(fake.from_tensor(x)).shape == x.shape
+    assert served(report) == 0
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        lambda: image(8, 6, 5),
+        lambda: image(2, 7, 6, 5),
+        lambda: image(0, 8, 6, 5),
+        lambda: image(2, 8, 0, 5),
+        lambda: torch.randn(2, 8, 6, 5),
+        lambda: torch.ones(2, 8, 6, 5, dtype=torch.int64),
+        lambda: image(2, 8, 6, 5).to_sparse(),
+        lambda: torch.randn(2, 8, 6, 5, device="meta", dtype=torch.float64),
+        lambda: None,
+    ],
+    ids=["unbatched", "channels", "no images", "no rows", "dtype", "int", "sparse", "meta", "None"],
+)
+def test_inputs_that_do_not_fit_do_what_they_did(odd):
+    model, original, _ = pair(nn.Conv2d(8, 8, 3, padding=1))
+    x = odd()
+    got, expected = outcome(lambda: model(x)), outcome(lambda: original(x))
+    if isinstance(expected, torch.Tensor) and not expected.is_meta:
+        assert torch.equal(got, expected)
+    elif not isinstance(expected, torch.Tensor):
+        assert got == expected
+
+
+# -- copies, and other tools ---------------------------------------------------------------------------------
+
+
+def shallow(model):
+    again = copy.copy(model)
+    again._modules = {name: copy.copy(child) for name, child in model._modules.items()}
+    return again
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, shallow, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_and_pickles_are_served_by_their_own(copied):
+    model, original, report = pair(nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=0))
+    again = copied(model)
+    x = image()
+    assert_same(again, original, x)
+    assert served(report) == 0
+    assert again[0]._conv_forward.served == 1
+    for each in (again, original):
+        each[0].stride = (2, 2)
+        each[1].padding = (1, 1)
+    assert_same(again, original, x)
+    assert model[0].stride == (1, 1)
+    expected = model(x)
+    del model, report
+    assert_same(again, original, x)
+    assert not torch.equal(expected[:, :, :1, :1], again(x)[:, :, :1, :1])
+
+
+def test_replicas_of_data_parallel_use_their_own_weights():
+    model, original, _ = pair(nn.Conv2d(8, 8, 3, padding=1))
+    x = image()
+    replica = model[0]._replicate_for_data_parallel()
+    replica.weight = original[0].weight.detach() * 2
+    replica.bias = original[0].bias.detach()
+    torch.testing.assert_close(replica(x), F.conv2d(x, replica.weight, replica.bias, padding=1))
+
+
+def test_types_names_and_state_stay_what_they_were():
+    model, original, report = pair(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    before = list(model.parameters())
+    assert [type(m) for m in model.modules()] == [type(m) for m in original.modules()]
+    assert str(model) == str(original)
+    assert list(model.state_dict()) == list(original.state_dict())
+    report.undo()
+    assert all(a is b for a, b in zip(before, model.parameters(), strict=True))
+    assert [vars(m).keys() for m in model.modules()] == [vars(m).keys() for m in original.modules()]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", ["script", "trace", "export", "fx", "compile"])
+def test_compilers_and_exporters(tool):
+    model, original, report = pair(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), dtype=torch.float32)
+    x = torch.randn(2, 8, 9, 7)
+    made = {
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, x),
+        "export": lambda: torch.export.export(model, (x,)).module(),
+        "fx": lambda: torch.fx.symbolic_trace(model),
+        "compile": lambda: torch.compile(model, fullgraph=True, backend="aot_eager"),
+    }[tool]()
+    torch.testing.assert_close(made(x), original(x), rtol=1e-5, atol=1e-5)
+    if tool in ("script", "trace", "export"):
+        assert "fastda" not in str(made.graph)
+        assert "PythonOp" not in str(made.graph)
+    if tool == "fx":
+        made(x)
+        assert served(report) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_fusion_and_low_rank_adapters():
+    layers = (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+    model, original, _ = pair(*layers, dtype=torch.float32)
+    x = torch.randn(2, 8, 9, 7)
+    results_ = []
+    for each in (model, original):
+        fused = torch.ao.quantization.fuse_modules(copy.deepcopy(each).eval(), [["0", "1", "2"]])
+        prepared = copy.deepcopy(each).train()
+        prepared.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+        prepared = torch.ao.quantization.prepare_qat(prepared)
+        kinds = [type(m) for m in (*fused.modules(), *prepared.modules())]
+        results_.append((kinds, fused(x)))
+    assert results_[0][0] == results_[1][0]
+    torch.testing.assert_close(results_[0][1], results_[1][1])
+
+    class Adapter(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.down, self.up = base, nn.Conv2d(8, 2, 3, padding=1), nn.Conv2d(2, 8, 1)
+            nn.init.ones_(self.up.weight)
+            nn.init.ones_(self.down.weight)
+            nn.init.zeros_(self.down.bias), nn.init.zeros_(self.up.bias)
+
+        def forward(self, x):
+            return self.base(x) + self.up(self.down(x))
+
+    for each in (model, original):
+        each[0] = Adapter(each[0])
+        each.eval()
+    assert_same(model, original, x)
+
+
+def test_second_derivatives():
+    model, original, report = pair(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())
+    x = image(1, 4, 5, 6)
+    penalties = []
+    for each in (model, original):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(each(leaf).sum(), leaf, create_graph=True)
+        penalties.append(torch.autograd.grad(grad.square().sum(), list(each.parameters())))
+    assert served(report) == 1
+    for actual, expected in zip(*penalties, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
+# -- where something is gained -------------------------------------------------------------------------------
+
+
+@pytest.mark.gain
+def test_only_what_gains_is_replaced():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 5, padding=2)),
+        nn.Conv2d(16, 16, 7, padding=3),
+    )
+    report = fastda.optimize(model)
+    assert [e.path for e in report.replaced] == ["1", "3"]
+    assert [e.what for e in report.left] == [
+        "no faster with less than 16 channels",
+        "no faster with 5×5 kernels",
+    ]
+
+
+@pytest.mark.gain
+@pytest.mark.parametrize(
+    ("channels", "shape", "padding", "is_served"),
+    [
+        (64, (1, 8, 8), 1, True),
+        (16, (1, 8, 8), 1, False),
+        (16, (16, 8, 8), 1, True),
+        (64, (64, 3, 3), 1, False),
+        (64, (16, 5, 5), 1, False),  # four tiles for 25 pixels
+        (64, (16, 6, 6), 1, True),
+        (64, (16, 10, 10), 0, False),  # nine tiles for 64 pixels
+        (64, (1, 18, 18), 0, True),
+        (512, (1, 7, 7), 1, True),
+    ],
+)
+def test_a_convolution_of_little_work_takes_pytorchs(channels, shape, padding, is_served):
+    with torch.no_grad():
+        model = nn.Conv2d(channels, channels, 3, padding=padding, bias=False)
+        report = fastda.optimize(model)
+        model(torch.zeros(shape[0], channels, *shape[1:]))
+    assert report.calls() == {"": (int(is_served), 1)}
