@@ -71,19 +71,22 @@ def claimed(folder: Path) -> Iterator[None]:
     Raises WriteError where it takes no file, FolderError where another process has it.
     """
     check_writable(folder)
-    with open(folder / ".lock", "a") as lock:
+    try:
+        import fcntl
+    except ImportError:  # not a Unix: nothing holds two runs apart
+        yield
+        return
+    lock = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            import fcntl
-        except ImportError:  # not a Unix: nothing holds two runs apart
-            pass
-        else:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FolderError(f"{folder}: another run is writing there") from None
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise FolderError(f"{folder}: another run is writing there") from None
         for left in folder.rglob(f".*{UNFINISHED}"):
             left.unlink(missing_ok=True)
         yield
+    finally:
+        os.close(lock)
 
 
 def _cause(error: OSError) -> str:

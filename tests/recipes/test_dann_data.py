@@ -79,7 +79,7 @@ def test_folders_hold_out_some_of_every_class(trees):
 
 def _tree_without_images(root):
     (root / "s").mkdir()
-    return ["--source", root / "s", "--target", root / "s"], f"{root / 's'}: empty"
+    return ["--source", root / "s", "--target", root / "s"], f"{root / 's'}: holds no images"
 
 
 def _no_such_folder(root):
@@ -89,7 +89,7 @@ def _no_such_folder(root):
 def _empty_class(root):
     tree = write_tree(root / "s", shapes(3, 0))
     (tree / "zebra").mkdir()
-    return ["--source", tree, "--target", tree], f"{tree / 'zebra'}: needs at least two images"
+    return ["--source", tree, "--target", tree], f"{tree / 'zebra'}: holds no images"
 
 
 def _other_classes(root):
@@ -100,7 +100,7 @@ def _other_classes(root):
         source,
         "--target",
         target,
-    ], "only in the source: ['box'], only in the target: ['ball']"
+    ], "only in s: ['box'], only in t: ['ball']"
 
 
 def _not_an_image(root):
@@ -150,7 +150,7 @@ def _text_for_idx(root):
 def _cut_gzip(root):
     path = write_mnist(root / "m", ".gz") / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:200])
-    return ["--mnist", root / "m"], f"{path}: cannot be read"
+    return ["--mnist", root / "m"], f"{path}: not a file that can be read"
 
 
 def _unequal_idx(root):
@@ -166,7 +166,7 @@ def _no_photos(root):
         write_mnist(root / "m"),
         "--photos",
         root / "p",
-    ], f"{root / 'p'}: needs at least two photos"
+    ], f"{root / 'p'}: holds no images"
 
 
 def _small_photo(root):

@@ -13,6 +13,7 @@ import torch
 
 from fastda.recipes.common import checkpoint
 from fastda.recipes.common.checkpoint import CheckpointError
+from fastda.recipes.common.images import open_image
 from fastda.recipes.simgan import data, digits, evaluate, eyes, report
 from fastda.recipes.simgan.cli import arguments, main, settings_of
 from fastda.recipes.simgan.train import (
@@ -20,7 +21,7 @@ from fastda.recipes.simgan.train import (
     Trainer,
     load_refiner,
     to_float,
-    to_uint8,
+    to_pixels,
     train,
 )
 from tests.recipes.common import QUICK_SIMGAN as QUICK
@@ -167,8 +168,8 @@ def test_measures_of_a_refiner_that_thickens(domains):
 
 def test_images_survive_the_way_to_floats_and_back():
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    assert torch.equal(to_uint8(to_float(x)), x)
-    assert to_uint8(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
+    assert torch.equal(to_pixels(to_float(x)), x)
+    assert to_pixels(torch.tensor([-7.0, 7.0])).tolist() == [0, 255]
 
 
 def test_the_grid_shows_four_rows(domains):
@@ -194,11 +195,13 @@ def test_refine_keeps_names_labels_and_folders(domains, tmp_path, capsys):
     assert found == ["3/x.png", "5/y.json", "5/y.png", "labels.csv"]
     assert (tmp_path / "out" / "5" / "y.json").read_text() == '{"label": 5}'
     net, _ = load_refiner(trained)
-    x = data.read_image(tmp_path / "in" / "3" / "x.png", None, False)
-    written = data.read_image(tmp_path / "out" / "3" / "x.png", None, False)
+    x, written = (
+        torch.from_numpy(open_image(tmp_path / folder / "3" / "x.png", grey=True)) for folder in ("in", "out")
+    )
     with torch.no_grad():
-        assert torch.equal(written[None], to_uint8(net(to_float(x[None]))))
+        assert torch.equal(written[None, None], to_pixels(net(to_float(x[None, None]))))
     write(tmp_path / "in" / "z.png", 30, 28)
+    command += ["--overwrite"]
     assert main(command) == 2
     assert "z.png: 28×30, but the refiner was trained on 28×28; --resize" in capsys.readouterr().err
     assert main([*command, "--resize"]) == 0
@@ -220,7 +223,7 @@ def test_drawn_folders_can_be_read_again(tmp_path):
 
 def test_wrong_commands_say_what_is_wrong(tmp_path, capsys):
     assert main(["train", "--data", "eyes", "--real", str(tmp_path), "--out", str(tmp_path / "o")]) == 2
-    assert "neither MPIIGaze's .mat files nor images" in capsys.readouterr().err
+    assert "holds no images" in capsys.readouterr().err
     assert main(["train", "--batch", "0", "--out", str(tmp_path / "o")]) == 2
     assert "batch must be at least 1" in capsys.readouterr().err
     for command in (["train", "--data", "eyes"], ["train", "--data", "folders"], ["train", "--jobs", "0"]):

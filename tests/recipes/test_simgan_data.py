@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastda.recipes.common.images import DataError
+from fastda.recipes.common.folders import DataError
 from fastda.recipes.simgan import data, digits, eyes
 from tests.recipes.common import write_image as write
 
@@ -79,10 +79,11 @@ def test_equalised_images_use_all_greys_evenly():
 
 
 def test_syntheyes_names_carry_the_gaze(tmp_path):
-    write(tmp_path / "f01_122_-0.3927_0.1963.png", 80, 120, "RGBA")
+    for frame in (122, 124):
+        write(tmp_path / f"f01_{frame}_-0.3927_0.1963.png", 80, 120, "RGBA")
     x, gaze = eyes.read_labelled(tmp_path)
-    assert x.shape == (1, 1, 35, 55)
-    torch.testing.assert_close(eyes.angles(gaze), torch.tensor([[-0.3927, 0.1963]]))
+    assert x.shape == (2, 1, 35, 55)
+    torch.testing.assert_close(eyes.angles(gaze), torch.tensor([[-0.3927, 0.1963]] * 2))
     write(tmp_path / "f01_123.png")
     with pytest.raises(DataError, match=r"f01_123\.png: not labelled"):
         eyes.read_labelled(tmp_path)
@@ -94,19 +95,20 @@ def unity_label(look="(0.1000, -0.2000, -0.9700, 0.0000)"):
 
 
 def test_unityeyes_images_are_cut_by_their_labels(tmp_path):
-    write(tmp_path / "1.jpg", 300, 400)
-    (tmp_path / "1.json").write_text(json.dumps(unity_label()))
+    for name in "01":
+        write(tmp_path / f"{name}.jpg", 300, 400)
+        (tmp_path / f"{name}.json").write_text(json.dumps(unity_label()))
     x, gaze = eyes.read_labelled(tmp_path)
-    assert x.shape == (1, 1, 35, 55)
+    assert x.shape == (2, 1, 35, 55)
     expected = torch.nn.functional.normalize(torch.tensor([[0.1, 0.2, -0.97]]))  # y points downwards here
-    torch.testing.assert_close(gaze, expected)
+    torch.testing.assert_close(gaze, expected.expand(2, 3))
     write(tmp_path / "2.jpg", 300, 400)
-    with pytest.raises(DataError, match=r"2\.jpg: not labelled: 2\.json"):
+    with pytest.raises(DataError, match=r"2\.jpg: not labelled: there is no 2\.json"):
         eyes.read_labelled(tmp_path)
     for broken, message in (
         ("{", "not a label of UnityEyes"),
         (json.dumps({"eye_details": {}}), "interior_margin_2d"),
-        (json.dumps(unity_label("(1, 2)")), "incomplete"),
+        (json.dumps(unity_label("(1, 2)")), "three or four finite numbers"),
     ):
         (tmp_path / "2.json").write_text(broken)
         with pytest.raises(DataError, match=message):
@@ -150,7 +152,9 @@ def test_any_two_folders(tmp_path):
         and len(pair.synthetic_test) == 2
         and pair.synthetic.x.shape[1:] == (1, 20, 24)
     )
-    assert data.folders(tmp_path / "synthetic", tmp_path / "real", (12, 16), True).real.x.shape[1:] == (
+    assert data.folders(
+        tmp_path / "synthetic", tmp_path / "real", data.Preparation((12, 16), True)
+    ).real.x.shape[1:] == (
         3,
         12,
         16,

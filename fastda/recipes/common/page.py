@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import math
 import re
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -49,3 +52,21 @@ def png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def as_json(value: Any) -> str:
+    """JSON text; numbers that JSON has no words for become null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(v) for key, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(value), indent=1, allow_nan=False) + "\n"
+
+
+def spread(count: int, wanted: int) -> torch.Tensor:
+    """At most `wanted` of the indices 0 to count − 1, evenly, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, wanted)).round().long()

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
-import json
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,16 +17,10 @@ from typing import Any
 import torch
 
 from fastda import files
+from fastda.recipes.common import command, page
 from fastda.recipes.dann import data, sda
-from fastda.recipes.dann.models import NORMALISATIONS, SOURCE, TARGET, SettingsError
-from fastda.recipes.dann.train import (
-    METHODS,
-    CheckpointError,
-    Settings,
-    Trainer,
-    embed,
-    train,
-)
+from fastda.recipes.dann.models import NORMALISATIONS, SOURCE, TARGET
+from fastda.recipes.dann.train import METHODS, Settings, Trainer, embed, train
 
 PRESETS = {
     # The published net and schedule, with a batch normalisation per domain that bears ten times the learning
@@ -52,22 +43,25 @@ NAMES = {
 }
 
 
+# What the pairs take besides --mnist; any two folders take --size alone.
+KNOWN = {"mnist-mnistm": {"photos", "redraw"}, "digits-mnist": set[str]()}
+
+
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fastda dann", description=__doc__)
+    parser = command.Parser(prog="fastda dann", description=__doc__)
     add = parser.add_argument
-    add("--pair", choices=("mnist-mnistm", "digits-mnist"), default="mnist-mnistm")
+    add("--pair", choices=tuple(KNOWN), help="default: mnist-mnistm")
     add("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files, gzipped or not")
     add("--photos", type=Path, metavar="DIR", help="folder of photos to blend digits with, such as BSDS500")
     add("--source", type=Path, metavar="DIR", help="source domain: one folder of images per class")
     add("--target", type=Path, metavar="DIR", help="target domain: the same classes")
-    add(
-        "--size", type=int, default=28, help="side of the square images of --source and --target (default 28)"
-    )
+    add("--size", type=int, help="side of the square images of --source and --target (default 28)")
     add("--methods", nargs="+", choices=(*METHODS, "sda"), default=["source", "dann", "target"])
     add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2 (demo: 0)")
     add("--preset", choices=tuple(PRESETS), default="tuned")
     add("--out", type=Path, default=Path("out/dann"))
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
+    add("--overwrite", action="store_true", help="remove the results that --out holds")
     add(
         "--jobs",
         type=int,
@@ -133,8 +127,22 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if (options.source is None) != (options.target is None):
         parser.error("--source and --target go together")
+    if options.source is not None:
+        refused, of = {"pair", "mnist", "photos", "redraw"}, "--source and --target"
+    else:
+        options.pair = options.pair or "mnist-mnistm"
+        known = KNOWN[options.pair]
+        refused, of = {"size", "photos", "redraw"} - known, f"--pair {options.pair}"
+    for name in sorted(refused):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name} does not go with {of}")
+    options.size = 28 if options.size is None else options.size
     if options.jobs < 1:
-        parser.error("--jobs must be at least 1")
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    for name in ("seeds", "methods"):
+        given = getattr(options, name) or []
+        if len(set(given)) < len(given):
+            parser.error(f"--{name}: each once, got {' '.join(map(str, given))}")
     if options.preset == "demo":
         options.compare_reference = True
     options.seeds = options.seeds or ([0] if options.preset == "demo" else [0, 1, 2])
@@ -162,12 +170,8 @@ def load_pair(options: argparse.Namespace) -> data.Pair:
 _pair: data.Pair | None = None
 
 
-def _start_worker(options: argparse.Namespace, lock: Any) -> None:
-    from tqdm import tqdm
-
+def _start(options: argparse.Namespace) -> None:
     global _pair
-    tqdm.set_lock(lock)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the workers; the parent alone speaks of it
     torch.set_num_threads(1)
     _pair = load_pair(options)
 
@@ -180,20 +184,23 @@ def run_one(options: argparse.Namespace, settings: Settings | None, seed: int, i
         return sda.train_sda(pair, seed)
     label = NAMES[settings.method] + (" (reference)" if settings.backend == "reference" else "")
     name = f"{settings.method}{'-reference' if settings.backend == 'reference' else ''}-{seed}"
-    result = train(
-        pair,
-        settings,
-        folder=options.out / name,
-        resume=options.resume,
-        progress=True,
-        position=index,
-        label=f"{label:<17} seed {seed}",
-        tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
-    )
+    try:
+        result = train(
+            pair,
+            settings,
+            folder=options.out / name,
+            resume=options.resume,
+            progress=True,
+            position=index,
+            label=f"{label:<17} seed {seed}",
+            tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
+        )
+    except command.Diverged as error:
+        return {**asdict(settings), "history": error.curves, "diverged": str(error)}
     # For the report: features of some held-out images, from the weights that are used.
-    picked = torch.arange(0, len(pair.source_test), max(1, len(pair.source_test) // 400))[:400]
+    picked = page.spread(len(pair.source_test), 400)
     source = embed(result.net, pair.source_test.x[picked], SOURCE)
-    chosen = torch.arange(0, len(pair.target_test), max(1, len(pair.target_test) // 400))[:400]
+    chosen = page.spread(len(pair.target_test), 400)
     domain = SOURCE if settings.method == "source" and settings.batch_norm else TARGET
     target = embed(result.net, pair.target_test.x[chosen], domain)
     assert result.predictions is not None
@@ -223,15 +230,10 @@ def all_runs(options: argparse.Namespace) -> list[tuple[Settings | None, int]]:
 def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     runs = all_runs(options)
     jobs = 1 if distributed() else min(options.jobs, len(runs))
-    if jobs == 1:
-        for index, (settings, seed) in enumerate(runs):
-            yield run_one(options, settings, seed, index)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _start_worker, (options, context.RLock())) as pool:
-        futures = [pool.submit(run_one, options, s, seed, i) for i, (s, seed) in enumerate(runs)]
-        for future in futures:
-            yield future.result()
+    results = command.side_by_side(jobs, run_one, [(options, *one) for one in runs], _start, options)
+    for number, result in enumerate(results, 1):
+        command.in_log(f"training {number} of {len(runs)}: {result.get('diverged', 'done')}")
+        yield result
 
 
 def distributed() -> bool:
@@ -262,7 +264,7 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Accuracies by method, and the share of the gap from source-only to train-on-target that each covers."""
     accuracy: dict[str, dict[int, float]] = {}
     for r in results:
-        if r.get("backend") != "reference":
+        if r.get("backend") != "reference" and "diverged" not in r:
             accuracy.setdefault(r["method"], {})[r["seed"]] = r["target_accuracy"]
     summary: dict[str, Any] = {"accuracy": accuracy, "gap_covered": {}}
     for method, by_seed in accuracy.items():
@@ -271,10 +273,16 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
                 seed: (value - accuracy["source"][seed])
                 / (accuracy["target"][seed] - accuracy["source"][seed])
                 for seed, value in by_seed.items()
-                if accuracy["target"][seed] != accuracy["source"][seed]
+                if seed in accuracy["source"].keys() & accuracy["target"].keys()
+                and accuracy["target"][seed] != accuracy["source"][seed]
             }
-            summary["gap_covered"][method] = {"by_seed": shares, "median": median(shares.values())}
-    both = {r.get("backend"): r for r in results if r["method"] == "dann" and r["seed"] == results[0]["seed"]}
+            if shares:
+                summary["gap_covered"][method] = {"by_seed": shares, "median": median(shares.values())}
+    both = {
+        r.get("backend"): r
+        for r in results
+        if r["method"] == "dann" and r["seed"] == results[0]["seed"] and "diverged" not in r
+    }
     if "reference" in both and None in both:
         fused, reference = both[None], both["reference"]
         summary["reference"] = {
@@ -306,6 +314,9 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
             f"{median(values.values()):.3f}",
             f"{covered['median']:.2f}" if covered else "",
         )
+    for method in dict.fromkeys(r["method"] for r in results if "diverged" in r):
+        if method not in summary["accuracy"]:
+            table.add_row(NAMES[method], *["diverged"] * len(seeds))
     sda = {r["seed"]: r["baseline"] for r in results if r["method"] == "sda"}
     if sda:
         values = [f"{sda[s]:.3f}" if s in sda else "" for s in seeds]
@@ -323,42 +334,45 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
         )
 
 
+def run(options: argparse.Namespace) -> int:
+    global _pair
+    start = time.perf_counter()
+    rank = torch.distributed.get_rank() if distributed() else 0
+    claim = command.results_in(options.out, options.resume, options.overwrite)
+    with contextlib.nullcontext() if rank else claim:
+        pair = _pair = load_pair(options)
+        for settings, _ in all_runs(options):
+            if settings is not None:
+                Trainer(pair, settings)  # tells now what does not fit
+        results = list(run_all(options))
+        if rank:
+            return 0
+        summary = summarise(results)
+        if "reference" in summary:
+            ratio, low, high = step_ratio(pair, settings_of(options))
+            summary["reference"] |= {"step_ratio": ratio, "step_ratio_interval": [low, high]}
+        summary["seconds"] = round(time.perf_counter() - start, 1)
+        print_table(pair, results, summary)
+        plain = [{k: v for k, v in r.items() if k not in ("features", "predictions")} for r in results]
+        written = {"pair": pair.name, "summary": summary, "trainings": plain}
+        files.write(options.out / "results.json", page.as_json(written))
+        from fastda.recipes.dann.report import write_report
+
+        report = write_report(options.out / "report.html", pair, results, summary)
+    print(f"{report} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")
+    diverged = [r["diverged"] for r in results if "diverged" in r]
+    if diverged:
+        print(f"fastda dann: {diverged[0]}; try a smaller --lr, or a larger --batch", file=sys.stderr)
+    return 1 if diverged else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
-    start = time.perf_counter()
     torch.set_num_threads(1)
-    rank = 0
     if distributed():
         torch.distributed.init_process_group("gloo")
-        rank = torch.distributed.get_rank()
-    global _pair
     try:
-        pair = _pair = load_pair(options)
-        settings_of(options)
-        results = list(run_all(options))
-    except (data.DataError, CheckpointError, SettingsError) as error:
-        print(f"fastda dann: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"fastda dann: interrupted; the same command with --resume goes on from {options.out}",
-              file=sys.stderr)  # fmt: skip
-        return 130
+        return command.run("fastda dann", lambda: run(options))
     finally:
         if distributed():
             torch.distributed.destroy_process_group()
-    if rank:
-        return 0
-    summary = summarise(results)
-    if "reference" in summary:
-        ratio, low, high = step_ratio(pair, settings_of(options))
-        summary["reference"] |= {"step_ratio": ratio, "step_ratio_interval": [low, high]}
-    summary["seconds"] = round(time.perf_counter() - start, 1)
-    print_table(pair, results, summary)
-    plain = [{k: v for k, v in r.items() if k not in ("features", "predictions")} for r in results]
-    written = {"pair": pair.name, "summary": summary, "trainings": plain}
-    files.write(options.out / "results.json", json.dumps(written, indent=1) + "\n")
-    from fastda.recipes.dann.report import write_report
-
-    report = write_report(options.out / "report.html", pair, results, summary)
-    print(f"{report} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")
-    return 0

@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastda.recipes.common.images import IMAGE_SUFFIXES, DataError, mnist, open_image, split
+from fastda.recipes.common.command import SettingsError
+from fastda.recipes.common.folders import DataError, class_folders, image_files, same_classes
+from fastda.recipes.common.images import open_image
+from fastda.recipes.common.mnist import mnist, split
+from fastda.recipes.dann.models import LEAST_SIZE
 
 # Photos that the wheels of scikit-image and scikit-learn carry; none serves both training and test.
 TRAIN_PHOTOS = ("china", "astronaut", "coffee", "motorcycle")
@@ -63,13 +67,9 @@ def photos(folder: Path | None) -> tuple[list[torch.Tensor], list[torch.Tensor]]
         train = [_bundled_photo(name) for name in TRAIN_PHOTOS]
         test = [_bundled_photo(name) for name in TEST_PHOTOS]
     else:
-        if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder")
-        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        paths = image_files(folder)
         if len(paths) < 2:
-            raise DataError(
-                f"{folder}: needs at least two photos ({', '.join(IMAGE_SUFFIXES)}), found {len(paths)}"
-            )
+            raise DataError(f"{folder}: needs at least two photos, found {len(paths)}")
         images = [open_image(path) for path in paths]
         for path, image in zip(paths, images, strict=True):
             if min(image.shape[:2]) < 28:
@@ -157,41 +157,36 @@ def digits_to_mnist(mnist_folder: Path | None = None) -> Pair:
 
 
 def _image_folder(folder: Path, size: int) -> tuple[tuple[str, ...], Images]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    classes = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not classes:
-        raise DataError(f"{folder}: empty; expected one folder of images per class")
+    found = class_folders(folder)
+    if len(found) < 2:
+        raise DataError(
+            f"{folder}: expected one folder of images per class, two at least, found {len(found) or 'none'}"
+        )
     images, labels = [], []
-    for label, name in enumerate(classes):
-        paths = sorted(p for p in (folder / name).rglob("*") if p.is_file() and not p.name.startswith("."))
+    for label, (name, paths) in enumerate(found.items()):
         if len(paths) < 2:
-            raise DataError(
-                f"{folder / name}: needs at least two images (one is held out), found {len(paths)}"
-            )
+            raise DataError(f"{folder / name}: needs at least two images (one is held out), found one")
         for path in paths:
             images.append(torch.from_numpy(open_image(path, size).copy()).permute(2, 0, 1))
             labels.append(label)
-    return classes, Images(torch.stack(images), torch.tensor(labels))
+    return tuple(found), Images(torch.stack(images), torch.tensor(labels))
 
 
 def folders(source: Path, target: Path, size: int = 28) -> Pair:
     """Two ImageFolder trees (one folder a class, the same class names), middle squares resized to `size`."""
+    if size < LEAST_SIZE:
+        raise SettingsError(
+            f"size: images of {size}x{size} are too small, {LEAST_SIZE}x{LEAST_SIZE} is the least"
+        )
     source_classes, source_images = _image_folder(source, size)
     target_classes, target_images = _image_folder(target, size)
-    if source_classes != target_classes:
-        only_source = sorted(set(source_classes) - set(target_classes))
-        only_target = sorted(set(target_classes) - set(source_classes))
-        raise DataError(
-            f"{target}: its classes must be those of {source}; only in the source: {only_source or 'none'}, "
-            f"only in the target: {only_target or 'none'}"
-        )
+    same_classes(source, source_classes, target, target_classes)
     parts = []
     for images in (source_images, target_images):
         train, test = _hold_out(images.y)
         parts += [Images(images.x[train], images.y[train]), Images(images.x[test], images.y[test])]
     source_train, source_test, target_train, target_test = parts
-    name = f"{source.name} → {target.name}"
+    name = f"{source.resolve().name} → {target.resolve().name}"
     return Pair(name, source_classes, source_train, source_test, target_train, target_test)
 
 

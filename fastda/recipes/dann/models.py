@@ -10,13 +10,11 @@ from torch import Tensor, nn
 
 import fastda
 import fastda.nn
+from fastda.recipes.common.command import SettingsError
 
 SOURCE, TARGET = 0, 1
 NORMALISATIONS = ("image", "domain", "none")
-
-
-class SettingsError(ValueError):
-    """Settings that cannot be, by themselves or for the data; the message names the setting."""
+LEAST_SIZE = 16  # sides of images that two 5x5 convolutions, each halved, leave something of
 
 
 class DomainBatchNorm(nn.Module):
@@ -127,7 +125,7 @@ class DomainNet(nn.Module):
         side = ((size - 4) // 2 - 4) // 2
         if side < 1:
             raise SettingsError(
-                f"images of {size}x{size} are too small for two 5x5 convolutions: 16x16 is the least"
+                f"size: images of {size}x{size} are too small, {LEAST_SIZE}x{LEAST_SIZE} is the least"
             )
         width = 48 * side * side
         self.normalisation = normalisation

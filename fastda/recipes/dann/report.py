@@ -31,8 +31,10 @@ def _main(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The training of the first seed of each method, with fastda's own choice of ops."""
     first: dict[str, dict[str, Any]] = {}
     for r in results:
-        if r.get("backend") != "reference" and (
-            r["method"] not in first or r["seed"] < first[r["method"]]["seed"]
+        if (
+            r.get("backend") != "reference"
+            and "diverged" not in r
+            and (r["method"] not in first or r["seed"] < first[r["method"]]["seed"])
         ):
             first[r["method"]] = r
     return first
@@ -196,7 +198,7 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
     for method in (m for m in NAMES if m in summary["accuracy"]):
         values = summary["accuracy"][method]
         covered = summary["gap_covered"].get(method)
-        seconds = [r["seconds"] for r in results if r["method"] == method]
+        seconds = [r["seconds"] for r in results if r["method"] == method and "seconds" in r]
         table.append(
             {
                 "name": NAMES[method],
@@ -217,15 +219,16 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
         )
     maps, how = feature_maps(pair.classes, main)
     settings = next((r for r in results if r["method"] == "dann"), results[0])
+    said = [r["diverged"] for r in results if "diverged" in r]
     shown = {
         k: v for k, v in settings.items() if not isinstance(v, (list, dict)) and k not in ("method", "seed")
     }
-    for key in ("target_accuracy", "seconds", "backend", "predictions"):
+    for key in ("target_accuracy", "seconds", "backend", "predictions", "diverged"):
         shown.pop(key, None)
     page = templates.get_template("report.html.j2").render(
         pair=pair, seeds=seeds, table=table, summary=summary, curves=curves(results), maps=maps, how=how,
-        confusion=confusion(pair, main), rows=samples(pair, main), settings=shown, torch=torch.__version__,
-        fastda=fastda.__version__,
+        confusion=confusion(pair, main) if main else "", rows=samples(pair, main), said=said, settings=shown,
+        torch=torch.__version__, fastda=fastda.__version__,
     )  # fmt: skip
     files.write(path, page)
     return path

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import fastda
 from fastda.recipes.common import checkpoint
 from fastda.recipes.common.checkpoint import CheckpointError
+from fastda.recipes.common.command import CHECKPOINT, SettingsError, bar, check_finite
 from fastda.recipes.dann.data import Images, Pair
-from fastda.recipes.dann.models import SOURCE, TARGET, DomainNet, SettingsError
+from fastda.recipes.dann.models import SOURCE, TARGET, DomainNet
 
 METHODS = ("source", "dann", "related", "target")
 
@@ -55,6 +56,14 @@ class Settings:
             raise SettingsError(f"batch must be even (half source, half target), got {self.batch}")
         if self.epochs < 1:
             raise SettingsError(f"epochs must be at least 1, got {self.epochs}")
+        if not 0 < self.lr < math.inf:
+            raise SettingsError(f"lr must be positive, got {self.lr}")
+        for name in ("ceiling", "information", "relation", "patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
+        for name in ("average", "momentum"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     @property
     def adversarial(self) -> bool:
@@ -424,40 +433,36 @@ def train(
     """Train as `settings` says; with a `folder`, write `folder/checkpoint.safetensors` after every epoch.
 
     Returns the network with the weights to be used (averaged or selected where the settings ask for it).
-    Raises CheckpointError where `resume` meets a checkpoint that is damaged or of other settings.
+    Raises CheckpointError where `resume` meets a checkpoint that is damaged or of other settings, Diverged
+    where a logged value is no longer finite; the last checkpoint is from before.
     """
     trainer = Trainer(pair, settings)
     rank, world = rank_and_world()
     if trainer.half % world:
         raise SettingsError(f"batch: half of {settings.batch} does not divide among {world} processes")
-    path = folder / "checkpoint.safetensors" if folder is not None else None
+    path = folder / CHECKPOINT if folder is not None else None
     if resume and path is not None and path.exists():
         trainer.load(path)
-    bar = writer = None
-    if progress and rank == 0:
-        from tqdm import tqdm
+    name = label or f"{settings.method}, seed {settings.seed}"
+    steps = {"total": trainer.total_steps, "initial": trainer.step, "unit": "step"}
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(bar(progress and rank == 0, position=position, desc=name, **steps))
+        writer = None
+        if tensorboard is not None and rank == 0:
+            from torch.utils.tensorboard import SummaryWriter
 
-        bar = tqdm(
-            total=trainer.total_steps, initial=trainer.step, unit="step", position=position,
-            dynamic_ncols=True,
-            desc=label or f"{settings.method}, seed {settings.seed}", mininterval=0.5,
-        )  # fmt: skip
-    if tensorboard is not None and rank == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history) + 1)
-    while len(trainer.history) < settings.epochs and not trainer.stopped:
-        start = time.perf_counter()
-        row = trainer.epoch(bar)
-        trainer.seconds += time.perf_counter() - start
-        if writer is not None:
-            for name, value in row.items():
-                writer.add_scalar(name, value, len(trainer.history))
-        if path is not None and rank == 0:
-            trainer.save(path)
-    for closing in (bar, writer):
-        if closing is not None:
-            closing.close()
+            writer = SummaryWriter(str(tensorboard), purge_step=len(trainer.history) + 1)
+            stack.callback(writer.close)
+        while len(trainer.history) < settings.epochs and not trainer.stopped:
+            start, before = time.perf_counter(), list(trainer.history)
+            row = trainer.epoch(shown)
+            trainer.seconds += time.perf_counter() - start
+            check_finite(name.strip(), f"epoch {len(trainer.history)}", row, before)
+            if writer is not None:
+                for key, value in row.items():
+                    writer.add_scalar(key, value, len(trainer.history))
+            if path is not None and rank == 0:
+                trainer.save(path)
     weights = trainer.best or trainer.averaged
     if weights:
         trainer.net.load_state_dict(weights)

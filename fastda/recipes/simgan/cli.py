@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from statistics import median
@@ -19,9 +15,8 @@ from typing import Any
 import torch
 
 from fastda import files
-from fastda.recipes.common.checkpoint import CheckpointError
-from fastda.recipes.common.images import DataError
-from fastda.recipes.simgan import data, evaluate, eyes, models, report
+from fastda.recipes.common import command, page
+from fastda.recipes.simgan import data, evaluate, models, report
 from fastda.recipes.simgan.train import (
     KINDS,
     OPTIMISERS,
@@ -57,7 +52,7 @@ DEMO: dict[str, Any] = {"steps": 150}
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="fastda simgan", description=__doc__)
+    parser = command.Parser(prog="fastda simgan", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser(
@@ -67,20 +62,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         argument_default=argparse.SUPPRESS,
     )
     add = sub.add_argument
-    add("--data", choices=DATA, default="strokes", help="what is refined to look like what")
-    add("--synthetic", type=Path, metavar="DIR",
-        help="synthetic images; with --data eyes a SynthEyes or UnityEyes folder")  # fmt: skip
-    add("--real", type=Path, metavar="DIR",
-        help="real images: MPIIGaze's Data/Normalized or a folder of eye crops, or any folder")  # fmt: skip
-    add("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files instead of 5,000 digits")
-    add("--fonts", type=Path, metavar="DIR", help="folder of font files instead of matplotlib's")
-    add("--count", type=int, help="synthetic images to draw")
-    add("--size", type=_size, metavar="HxW", help="resize the images of --data folders")
-    add("--colour", action="store_true", help="keep the colours of --data folders")
+    _add_data(sub)
     add("--preset", choices=("tuned", "paper", "demo"), default="tuned", help="all that is not given below")
     add("--seeds", nargs="+", type=int, metavar="N", default=[0])
     add("--out", type=Path, default=Path("out/simgan"))
     add("--resume", action="store_true", help="go on from the checkpoints in --out")
+    add("--overwrite", action="store_true", help="remove the results that --out holds")
     add("--jobs", type=int, default=os.cpu_count() or 1, help="seeds at a time")
     add("--sample-every", type=int, default=200, metavar="N", help="steps from picture grid to picture grid")
     add("--save-every", type=int, default=100, metavar="N", help="steps from checkpoint to checkpoint")
@@ -114,6 +101,20 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
             )  # fmt: skip
 
     sub = commands.add_parser(
+        "evaluate",
+        help="the measures of a trained refiner, on any images",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    sub.add_argument("checkpoint", type=Path, help="checkpoint.safetensors of a training")
+    _add_data(sub)
+    sub.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0], help="of what measures")
+    sub.add_argument(
+        "--eval-steps", type=int, default=400, help="training steps of each network that measures"
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
+
+    sub = commands.add_parser(
         "refine", help="write refined copies of a folder of images, their labels beside them"
     )
     sub.add_argument("checkpoint", type=Path, help="checkpoint.safetensors of a training")
@@ -121,8 +122,14 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "images", type=Path, help="folder; subfolders and files that are not images are copied too"
     )
     sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     sub.add_argument(
-        "--resize", action="store_true", help="bring images to the size that the refiner was trained on"
+        "--resize", action="store_true",
+        help="bring images to the size that the refiner was trained on, as the training did; transforms.csv "
+        "says how",
+    )  # fmt: skip
+    sub.add_argument(
+        "--no-colour", action="store_true", help="let a refiner of grey images turn coloured ones grey"
     )
 
     sub = commands.add_parser(
@@ -133,6 +140,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--fonts", type=Path, metavar="DIR")
     sub.add_argument("--out", type=Path, required=True)
+    sub.add_argument("--overwrite", action="store_true", help="replace what --out holds")
 
     sub = commands.add_parser(
         "bench", help="time of a gaze training step: fused, as people write it, and at its best"
@@ -144,27 +152,70 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("--out", type=Path, help="folder for simgan-step.json")
 
     options = parser.parse_args(argv)
-    if options.command == "train":
-        if options.preset == "demo":  # about a minute
+    sub = commands.choices[options.command]
+    if options.command in ("train", "evaluate"):
+        _check_data(sub, options)
+    if options.command == "train" and options.preset == "demo":  # about a minute
+        options.eval_steps, options.sample_every = min(options.eval_steps, 150), min(options.sample_every, 60)
+        if "count" in KNOWN[options.data]:
             options.count = getattr(options, "count", 2000)
-            options.eval_steps, options.sample_every = (
-                min(options.eval_steps, 150),
-                min(options.sample_every, 60),
-            )
-        if options.data == "folders" and not (hasattr(options, "synthetic") and hasattr(options, "real")):
-            parser.error("--data folders needs --synthetic and --real")
-        if options.data == "eyes" and not hasattr(options, "real"):
-            parser.error("--data eyes needs --real: MPIIGaze's Data/Normalized or a folder of eye crops")
-        for name, least in (
-            ("jobs", 1),
-            ("eval_steps", 1),
-            ("sample_every", 1),
-            ("save_every", 1),
-            ("count", 10),
-        ):
-            if getattr(options, name, least) < least:
-                parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    least = {"jobs": 1, "eval_steps": 1, "sample_every": 1, "save_every": 1, "rounds": 1, "threads": 1}
+    least["count"] = 1 if options.command == "draw" else 10
+    for name, value in least.items():
+        if getattr(options, name, value) < value:
+            sub.error(f"--{name.replace('_', '-')} must be at least {value}, got {getattr(options, name)}")
+    if options.command == "draw" and options.fonts and options.data != "fonts":
+        sub.error(f"--fonts goes with fonts, not with {options.data}")
+    if len(set(getattr(options, "seeds", []))) < len(getattr(options, "seeds", [])):
+        sub.error(f"--seeds: each once, got {' '.join(map(str, options.seeds))}")
     return options
+
+
+# What the choices of --data take.
+KNOWN = {
+    "strokes": {"mnist", "count"},
+    "fonts": {"mnist", "fonts", "count"},
+    "eyes": {"synthetic", "real", "count"},
+    "folders": {"synthetic", "real", "size", "colour", "span"},
+}
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--data", choices=DATA, default="strokes", help="what is refined to look like what")
+    add("--synthetic", type=Path, metavar="DIR",
+        help="synthetic images; with --data eyes a SynthEyes or UnityEyes folder")  # fmt: skip
+    add("--real", type=Path, metavar="DIR",
+        help="real images: MPIIGaze's Data/Normalized or a folder of eye crops, or any folder")  # fmt: skip
+    add("--mnist", type=Path, metavar="DIR", help="folder of MNIST's four IDX files instead of 5,000 digits")
+    add("--fonts", type=Path, metavar="DIR", help="folder of font files instead of matplotlib's")
+    add("--count", type=int, help="synthetic images to draw")
+    add("--size", type=_size, metavar="HxW", help="bring the images of --data folders to this size, "
+        "their middle part in these proportions")  # fmt: skip
+    add("--colour", action=argparse.BooleanOptionalAction,
+        help="colours or grey for --data folders (default: as both folders are)")  # fmt: skip
+    add("--span", type=_span, metavar="LOW:HIGH",
+        help="16-bit greys of --data folders that are black and white (default: 0:65535)")  # fmt: skip
+
+
+def _check_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    given = {name for known in KNOWN.values() for name in known if hasattr(options, name)}
+    for name in sorted(given - KNOWN[options.data]):
+        fitting = " or ".join(data for data in DATA if name in KNOWN[data])
+        parser.error(f"--{name} goes with --data {fitting}, not with {options.data}")
+    if options.data == "folders" and not {"synthetic", "real"} <= given:
+        parser.error("--data folders needs --synthetic and --real")
+    if options.data == "eyes" and "real" not in given:
+        parser.error("--data eyes needs --real: MPIIGaze's Data/Normalized or a folder of eye crops")
+    if options.data == "eyes" and {"count", "synthetic"} <= given:
+        parser.error("--count says how many eyes are drawn; with --synthetic none is")
+
+
+def _span(text: str) -> tuple[int, int]:
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and high.isdigit() and int(low) < int(high) <= 65535):
+        raise argparse.ArgumentTypeError(f"expected two greys of 0 to 65535, such as 400:1500, got {text!r}")
+    return int(low), int(high)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -191,9 +242,10 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def load_domains(options: argparse.Namespace) -> data.Domains:
     given = {k: getattr(options, k) for k in ("count",) if hasattr(options, k)}
     if options.data == "folders":
-        return data.folders(
-            options.synthetic, options.real, getattr(options, "size", None), hasattr(options, "colour")
-        )
+        asked = {
+            name: getattr(options, name) for name in ("size", "colour", "span") if hasattr(options, name)
+        }
+        return data.folders(options.synthetic, options.real, data.Preparation(**asked))
     if options.data == "eyes":
         return data.eyes_to_real(options.real, getattr(options, "synthetic", None), **given)
     mnist, fonts = getattr(options, "mnist", None), getattr(options, "fonts", None)
@@ -205,19 +257,14 @@ def load_domains(options: argparse.Namespace) -> data.Domains:
 _domains: data.Domains | None = None
 
 
-def _start_worker(options: argparse.Namespace, lock: Any, threads: int) -> None:
-    from tqdm import tqdm
-
+def _start(options: argparse.Namespace, threads: int) -> None:
     global _domains
-    tqdm.set_lock(lock)
     torch.set_num_threads(threads)
     _domains = load_domains(options)
 
 
 def run_one(options: argparse.Namespace, settings: Settings, index: int) -> dict[str, Any]:
     """One training and its measures; everything that table and report need of it, as plain values."""
-    from tqdm import tqdm
-
     domains = _domains
     assert domains is not None
     reference = settings.backend == "reference"
@@ -228,29 +275,33 @@ def run_one(options: argparse.Namespace, settings: Settings, index: int) -> dict
     def sample(trainer: Trainer) -> None:
         report.write_grid(folder / f"grid-{trainer.step:06d}.png", domains, trainer.refine)
 
-    trainer = train(
-        domains, settings, folder=folder, resume=hasattr(options, "resume"), save_every=options.save_every,
-        sample_every=options.sample_every, sample=None if reference else sample, progress=True,
-        position=index, label=name.replace("-", " "),
-        tensorboard=options.out / "tensorboard" / name if hasattr(options, "tensorboard") else None,
-    )  # fmt: skip
-    trained = time.perf_counter() - start
     result: dict[str, Any] = {
         "seed": settings.seed, "backend": settings.backend, "settings": asdict(settings),
-        "curves": trainer.curves, "training_seconds": round(trained, 1),
     }  # fmt: skip
+    try:
+        trainer = train(
+            domains, settings, folder=folder, resume=hasattr(options, "resume"),
+            save_every=options.save_every, sample_every=options.sample_every,
+            sample=None if reference else sample, progress=True, position=index, label=name.replace("-", " "),
+            tensorboard=options.out / "tensorboard" / name if hasattr(options, "tensorboard") else None,
+        )  # fmt: skip
+    except command.Diverged as error:
+        return {**result, "curves": error.curves, "diverged": str(error)}
+    result |= {"curves": trainer.curves, "training_seconds": round(time.perf_counter() - start, 1)}
     if reference:
         return result
-    result["grid"] = str(report.write_grid(folder / "grid.png", domains, trainer.refine))
-    steps = {"steps": options.eval_steps, "judge_steps": max(1, options.eval_steps // 4), "judges": 2}
-    with tqdm(
-        total=evaluate.training_steps(domains, **steps), unit="step", position=index, dynamic_ncols=True,
-        desc=f"seed {settings.seed}, measures", mininterval=0.5,
-    ) as bar:  # fmt: skip
-        measures = evaluate.evaluate(domains, trainer.refine, seed=settings.seed, progress=bar, **steps)
-    result["measures"] = measures
+    report.write_grid(folder / "grid.png", domains, trainer.refine)
+    result["grid"] = f"{name}/grid.png"
+    result["measures"] = _measures(domains, trainer.refine, settings.seed, options.eval_steps, index)
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
+
+
+def _measures(domains: data.Domains, refined: Any, seed: int, steps: int, index: int = 0) -> dict[str, Any]:
+    sizes = {"steps": steps, "judge_steps": max(1, steps // 4), "judges": 2}
+    total = evaluate.training_steps(domains, **sizes)
+    with command.bar(total=total, unit="step", position=index, desc=f"seed {seed}, measures") as bar:
+        return evaluate.evaluate(domains, refined, seed=seed, progress=bar, **sizes)
 
 
 def run_all(options: argparse.Namespace, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -260,16 +311,11 @@ def run_all(options: argparse.Namespace, settings: Settings) -> Iterator[dict[st
     jobs = min(options.jobs, len(runs))
     cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     threads = max(1, cores // jobs)
-    if jobs == 1:
-        torch.set_num_threads(threads)
-        for index, run in enumerate(runs):
-            yield run_one(options, run, index)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, _start_worker, (options, context.RLock(), threads)) as pool:
-        futures = [pool.submit(run_one, options, run, i) for i, run in enumerate(runs)]
-        for future in futures:
-            yield future.result()
+    torch.set_num_threads(threads)
+    results = command.side_by_side(jobs, run_one, [(options, run) for run in runs], _start, options, threads)
+    for number, result in enumerate(results, 1):
+        command.in_log(f"training {number} of {len(runs)}: {result.get('diverged', 'done')}")
+        yield result
 
 
 def compare_curves(results: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -278,6 +324,8 @@ def compare_curves(results: list[dict[str, Any]]) -> dict[str, Any] | None:
     if reference is None:
         return None
     fused = next(r for r in results if r["backend"] is None and r["seed"] == reference["seed"])
+    if "diverged" in fused or "diverged" in reference:
+        return None
     largest = 0.0
     for a, b in zip(fused["curves"], reference["curves"], strict=True):
         largest = max([largest, *(abs(a[k] - b[k]) for k in a if k != "step")])
@@ -288,7 +336,7 @@ def print_tables(domains: data.Domains, results: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    seeds = [r["seed"] for r in results if r["backend"] is None]
+    seeds = [r["seed"] for r in results if "measures" in r]
     for made in report.tables(results):
         table = Table(title=made["title"])
         table.add_column(domains.name)
@@ -302,10 +350,10 @@ def print_tables(domains: data.Domains, results: list[dict[str, Any]]) -> None:
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over seeds."""
-    mine = [r["measures"] for r in results if r["backend"] is None]
+    """Medians over seeds that did not diverge."""
+    mine = [r["measures"] for r in results if "measures" in r]
     summary: dict[str, Any] = {}
-    for key, value in mine[0].items():
+    for key, value in mine[0].items() if mine else ():
         if isinstance(value, dict):
             summary[key] = {name: median(m[key][name] for m in mine) for name in value}
         else:
@@ -317,102 +365,68 @@ def run_train(options: argparse.Namespace) -> int:
     global _domains
     start = time.perf_counter()
     settings = settings_of(options)
-    domains = _domains = load_domains(options)
-    results = list(run_all(options, settings))
-    summary: dict[str, Any] = {"median": summarise(results), "reference": compare_curves(results)}
-    summary["seconds"] = round(time.perf_counter() - start, 1)
-    print_tables(domains, results)
-    if summary["reference"]:
-        largest = summary["reference"]["largest_difference"]
-        print(f"fused and reference ops: curves differ by at most {largest:.2g}")
-    written = {"domains": domains.name, "summary": summary, "trainings": results, "torch": torch.__version__}
-    files.write(options.out / "results.json", json.dumps(written, indent=1) + "\n")
-    page = report.write_report(options.out / "report.html", domains, results, summary)
-    print(f"{page} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")
-    return 0
+    with command.results_in(options.out, hasattr(options, "resume"), hasattr(options, "overwrite")):
+        domains = _domains = load_domains(options)
+        Trainer(domains, settings)  # tells now what does not fit
+        results = list(run_all(options, settings))
+        summary: dict[str, Any] = {"median": summarise(results), "reference": compare_curves(results)}
+        summary["seconds"] = round(time.perf_counter() - start, 1)
+        print_tables(domains, results)
+        if summary["reference"]:
+            largest = summary["reference"]["largest_difference"]
+            print(f"fused and reference ops: curves differ by at most {largest:.2g}")
+        written = {
+            "domains": domains.name,
+            "summary": summary,
+            "trainings": results,
+            "torch": torch.__version__,
+        }
+        files.write(options.out / "results.json", page.as_json(written))
+        written_to = report.write_report(options.out / "report.html", domains, results, summary)
+    print(f"{written_to} and {options.out / 'results.json'} written after {summary['seconds']:.0f} s")
+    diverged = [r["diverged"] for r in results if "diverged" in r]
+    if diverged:
+        print(
+            f"fastda simgan train: {diverged[0]}; try a smaller --lr and --discriminator-lr, "
+            f"or a larger --batch",
+            file=sys.stderr,
+        )
+    return 1 if diverged else 0
 
 
-# ------------------------------------------------------------------------------------------ refining, drawing
-
-
-def run_refine(options: argparse.Namespace) -> int:
-    """Refined images under the originals' names; every other file, such as labels, is copied as it is."""
-    from PIL import Image
-    from tqdm import tqdm
-
+def run_evaluate(options: argparse.Namespace) -> int:
+    domains = load_domains(options)
     net, state = load_refiner(options.checkpoint)
-    channels, *size = state["shape"]
-    files = data.image_files(options.images)
-    out = options.out.resolve()
-    if out == options.images.resolve() or options.images.resolve() in out.parents:
-        raise DataError(f"{options.out}: --out must lie outside of {options.images}")
-    for path in sorted(p for p in options.images.rglob("*") if p.is_file() and p not in set(files)):
-        target = options.out / path.relative_to(options.images)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, target)
-    for path in tqdm(files, unit="image", dynamic_ncols=True):
-        image = data.read_image(path, tuple(size) if options.resize else None, channels == 3)
-        if list(image.shape[1:]) != size:
-            raise DataError(
-                f"{path}: {image.shape[2]}×{image.shape[1]}, but the refiner was trained on "
-                f"{size[1]}×{size[0]}; --resize brings images to that size"
-            )
-        if state["task"] == "gaze":
-            image = eyes.equalise(image[None])[0]
-        refined = refine(net, image[None], state["task"])[0]
-        pixels = refined.permute(1, 2, 0).numpy() if channels == 3 else refined[0].numpy()
-        target = options.out / path.relative_to(options.images)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.tmp")
-        with Image.open(path) as original:
-            Image.fromarray(pixels).save(unfinished, format=original.format)
-        os.replace(unfinished, target)
-    print(f"{len(files)} refined images in {options.out}")
-    return 0
-
-
-def run_draw(options: argparse.Namespace) -> int:
-    """Digits as CLASS/N.png; eyes as N_PITCH_YAW.png, which `--synthetic` reads, and labels.csv."""
-    from PIL import Image
-
-    from fastda.recipes.simgan import digits
-
-    if options.count < 1:
-        raise DataError(f"--count must be at least 1, got {options.count}")
-    generator = torch.Generator().manual_seed(options.seed)
-    if options.data == "eyes":
-        images, gazes = eyes.render(options.count, generator)
-        options.out.mkdir(parents=True, exist_ok=True)
-        lines = ["file,pitch,yaw,x,y,z"]
-        for i, (image, gaze) in enumerate(zip(images, gazes, strict=True)):
-            pitch, yaw = eyes.angles(gaze[None])[0].tolist()
-            name = f"{i}_{pitch:.4f}_{yaw:.4f}.png"
-            Image.fromarray(image[0].numpy()).save(options.out / name)
-            lines.append(",".join([name, *(f"{v:.6f}" for v in (pitch, yaw, *gaze.tolist()))]))
-        files.write(options.out / "labels.csv", "\n".join(lines) + "\n")
-    else:
-        labels = digits.balanced_labels(options.count, 10, generator)
-        if options.data == "strokes":
-            images = digits.pen_strokes(labels, generator)
-        else:
-            images = digits.font_digits(labels, generator, options.fonts)
-        for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
-            folder = options.out / str(label)
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image[0].numpy()).save(folder / f"{i}.png")
-    print(f"{options.count} images in {options.out}")
+    shape = tuple(domains.synthetic.x.shape[1:])
+    if tuple(state["shape"]) != shape or state["task"] != domains.task:
+        raise command.SettingsError(
+            f"{options.checkpoint}: refines {tuple(state['shape'])}, {state['task'] or 'no'} labels; "
+            f"those given are of {shape}, {domains.task or 'no'} labels"
+        )
+    if options.eval_steps < 1:
+        raise command.SettingsError(f"eval_steps must be at least 1, got {options.eval_steps}")
+    results = []
+    for seed in options.seeds:
+        measures = _measures(domains, lambda x: refine(net, x, domains.task), seed, options.eval_steps)
+        results.append({"seed": seed, "backend": None, "measures": measures})
+    print_tables(domains, results)
+    if hasattr(options, "json"):
+        written = {"domains": domains.name, "summary": {"median": summarise(results)}, "trainings": results}
+        files.write(options.json, page.as_json(written))
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     torch.set_num_threads(1)
-    try:
-        if options.command == "bench":
-            from fastda.recipes.simgan.bench import run_bench
+    if options.command in ("refine", "draw"):
+        from fastda.recipes.simgan import refining as module
 
-            return run_bench(options)
-        return {"train": run_train, "refine": run_refine, "draw": run_draw}[options.command](options)
-    except (DataError, CheckpointError, ValueError) as error:
-        print(f"fastda simgan: {error}", file=sys.stderr)
-        return 2
+        commands = {"refine": module.run_refine, "draw": module.run_draw}
+    elif options.command == "bench":
+        from fastda.recipes.simgan.bench import run_bench
+
+        commands = {"bench": run_bench}
+    else:
+        commands = {"train": run_train, "evaluate": run_evaluate}
+    return command.run(f"fastda simgan {options.command}", lambda: commands[options.command](options))

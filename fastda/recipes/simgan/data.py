@@ -3,17 +3,58 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastda.recipes.common.images import IMAGE_SUFFIXES, DataError, mnist, open_image, split
+from fastda.recipes.common import images as files
+from fastda.recipes.common.folders import DataError, class_folders, image_files, same_classes
+from fastda.recipes.common.images import Part, Size
+from fastda.recipes.common.mnist import mnist, split
 from fastda.recipes.simgan import digits, eyes
 
-Size = tuple[int, int]  # height, width
+LEAST_LEVELS = 32
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How the images of folders become tensors. It is part of a checkpoint: `refine` reads as training did.
+
+    size: (height, width) that all are brought to, by their middle part in these proportions; None: they stay.
+    colour: three channels; None: three where both folders hold coloured images, one where neither does.
+    span: the 16-bit greys that become black and white; what lies beyond is cut off.
+    """
+
+    size: Size | None = None
+    colour: bool | None = None
+    span: tuple[int, int] = (0, 65535)
+
+    @classmethod
+    def of(cls, state: dict[str, Any]) -> Preparation:
+        """That of a checkpoint's state; checkpoints had none once."""
+        kept: dict[str, Any] = state.get("preparation", {})
+        size, low_high = kept.get("size"), kept.get("span", (0, 65535))
+        return cls(size and (size[0], size[1]), kept.get("colour"), (low_high[0], low_high[1]))
+
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """uint16 greys with `span` over the full range; other images as they are."""
+        low, high = self.span
+        if values.dtype != np.uint16 or self.span == (0, 65535):
+            return values
+        share = (values.astype(np.float64) - low) / (high - low)
+        return (share * 65535).round().clip(0, 65535).astype(np.uint16)
+
+    def unspread(self, values: np.ndarray, original: np.ndarray) -> np.ndarray:
+        """The inverse; what lay beyond `span` in the original stays what it was."""
+        low, high = self.span
+        if values.dtype != np.uint16 or self.span == (0, 65535):
+            return values
+        made = (low + values / 65535 * (high - low)).round().astype(np.uint16)
+        return np.where((original < low) | (original > high), original, made)
 
 
 @dataclass
@@ -45,6 +86,7 @@ class Domains:
     real: Images
     real_test: Images
     classes: tuple[str, ...] = ()
+    preparation: Preparation = Preparation()
 
     def __post_init__(self) -> None:
         for name in ("synthetic", "synthetic_test", "real", "real_test"):
@@ -133,71 +175,94 @@ def eyes_to_real(real: Path, synthetic: Path | None = None, count: int = 4000) -
 # -------------------------------------------------------------------------------------------------- folders
 
 
-def image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    return files
-
-
-def read_image(path: Path, size: Size | None, colour: bool) -> Tensor:
-    """uint8 (C, H, W); resized to `size` (height, width) where one is given, without keeping proportions."""
-    pixels = torch.from_numpy(np.array(open_image(path, size=size, grey=not colour)))
-    return pixels.permute(2, 0, 1) if colour else pixels[None]
-
-
-def _read_folder(folder: Path, size: Size | None, colour: bool) -> tuple[Images, tuple[str, ...]]:
-    """All images under a folder; one subfolder per class makes them labelled."""
-    files = image_files(folder)
-    first = read_image(files[0], size, colour)
-    x = torch.empty(len(files), *first.shape, dtype=torch.uint8)
-    for i, path in enumerate(files):
-        image = read_image(path, size, colour)
-        if image.shape != first.shape:
+def _read_folder(folder: Path, paths: list[Path], preparation: Preparation) -> tuple[np.ndarray, Path | None]:
+    """uint8 (N, H, W, 3) or, where none is coloured, (N, H, W); and the first that is coloured."""
+    found: list[np.ndarray] = []
+    coloured, first = None, None
+    deepest = 0
+    for path in paths:
+        picture = files.read(path)
+        if picture.seen.dtype == np.uint16:
+            picture.seen = preparation.spread(picture.seen)
+            deepest = max(deepest, int(picture.seen.max()))
+        coloured = coloured or (path if picture.coloured else None)
+        size = picture.size if preparation.size is None else preparation.size
+        first = first or (path, size)
+        if size != first[1]:
             raise DataError(
-                f"{path}: {image.shape[2]}×{image.shape[1]}, but {files[0].name} is "
-                f"{first.shape[2]}×{first.shape[1]}; --size resizes all"
+                f"{path}: {size[1]}×{size[0]}, but {first[0].name} is {first[1][1]}×{first[1][0]}; "
+                f"--size resizes all"
             )
-        x[i] = image
-    parents = [path.relative_to(folder).parts[:-1] for path in files]
-    if any(not p for p in parents):
-        return Images(x), ()
-    classes = tuple(sorted({p[0] for p in parents}))
-    return Images(x, torch.tensor([classes.index(p[0]) for p in parents])), classes
+        if preparation.size is not None:
+            picture = picture.part(Part.middle(picture.size, preparation.size))
+        found.append(files.in_bytes(picture.seen))
+    if 0 < deepest < LEAST_LEVELS * 257:
+        raise DataError(
+            f"{folder}: its 16-bit images are nearly black, none reaches above {deepest} of 65535; "
+            f"--span LOW:HIGH says which values are black and white"
+        )
+    if coloured is None:
+        return np.stack([files.greyed(values) for values in found]), None
+    return np.stack([files.coloured(values) for values in found]), coloured
 
 
-def folders(synthetic: Path, real: Path, size: Size | None = None, colour: bool = False) -> Domains:
+def folders(synthetic: Path, real: Path, preparation: Preparation | None = None) -> Domains:
     """Two folders of images of one size. Subfolders of `synthetic` are classes; those of `real` may be too.
 
     A fifth of each is held out.
     """
-    drawn, classes = _read_folder(synthetic, size, colour)
-    found, real_classes = _read_folder(real, size, colour)
-    if drawn.y is not None and found.y is not None and classes != real_classes:
+    preparation = preparation or Preparation()
+    of_synthetic, of_real = class_folders(synthetic), class_folders(real)
+    if len(of_synthetic) == 1:
         raise DataError(
-            f"{real}: its classes must be those of {synthetic}, or no subfolders at all; "
-            f"only in {real.name}: {sorted(set(real_classes) - set(classes)) or 'none'}, "
-            f"only in {synthetic.name}: {sorted(set(classes) - set(real_classes)) or 'none'}"
+            f"{synthetic}: holds one folder, {next(iter(of_synthetic))}: two or more are classes, "
+            f"none means that there are no labels"
         )
-    if drawn.y is None:
-        found = Images(found.x)
-    if drawn.x.shape[1:] != found.x.shape[1:]:
+    if of_synthetic and of_real:
+        same_classes(synthetic, of_synthetic, real, of_real)
+    read = []
+    for folder, classes in ((synthetic, of_synthetic), (real, of_real)):
+        paths = [path for members in classes.values() for path in members] or image_files(folder)
+        if len(paths) < 5:
+            raise DataError(f"{folder}: needs at least five images (a fifth is held out), found {len(paths)}")
+        read.append(_read_folder(folder, paths, preparation))
+    (drawn, drawn_colour), (found, found_colour) = read
+    colour = preparation.colour
+    if colour is None:
+        if (drawn_colour is None) != (found_colour is None):
+            grey = synthetic if drawn_colour is None else real
+            raise DataError(
+                f"{drawn_colour or found_colour}: coloured, but {grey} is all grey; "
+                f"--colour keeps the colours, --no-colour turns all grey"
+            )
+        colour = drawn_colour is not None
+    parts = []
+    for folder, values, classes in ((synthetic, drawn, of_synthetic), (real, found, of_real)):
+        x = _channels_first(values, colour)
+        y = None
+        if of_synthetic and classes:
+            y = torch.tensor([i for i, members in enumerate(classes.values()) for _ in members])
+        images = Images(x, y)
+        train, test = split(torch.zeros(len(x), dtype=torch.long) if y is None else y, 0.8)
+        if not len(test):
+            raise DataError(f"{folder}: needs at least three images of a class (a fifth is held out)")
+        parts += [images[train], images[test]]
+    if parts[0].x.shape[1:] != parts[2].x.shape[1:]:
         raise DataError(
-            f"{synthetic.name} holds images of {_size(drawn.x)}, {real.name} of {_size(found.x)}; "
+            f"{synthetic.name} holds images of {_size(parts[0].x)}, {real.name} of {_size(parts[2].x)}; "
             f"--size resizes all"
         )
-    parts = []
-    for folder, images in ((synthetic, drawn), (real, found)):
-        if len(images) < 5:
-            raise DataError(
-                f"{folder}: needs at least five images (a fifth is held out), found {len(images)}"
-            )
-        labels = images.y if images.y is not None else torch.zeros(len(images), dtype=torch.long)
-        train, test = split(labels, 0.8)
-        parts += [images[train], images[test]]
     name = f"{synthetic.resolve().name} → {real.resolve().name}"
-    synthetic_train, synthetic_test, real_train, real_test = parts
-    task = "class" if classes else ""
-    return Domains(name, task, synthetic_train, synthetic_test, real_train, real_test, classes)
+    task = "class" if of_synthetic else ""
+    preparation = replace(preparation, colour=colour)
+    a, b, c, d = parts
+    return Domains(name, task, a, b, c, d, tuple(of_synthetic), preparation)
+
+
+def _channels_first(values: np.ndarray, colour: bool) -> Tensor:
+    """uint8 (N, H, W) or (N, H, W, 3) → (N, C, H, W)."""
+    if colour:
+        wide = values if values.ndim == 4 else np.repeat(values[..., None], 3, 3)
+        return torch.from_numpy(wide).permute(0, 3, 1, 2).contiguous()
+    grey = values if values.ndim == 3 else np.stack([files.greyed(image) for image in values])
+    return torch.from_numpy(grey)[:, None]

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastda.recipes.common.images import DataError
+from fastda.recipes.common.folders import DataError, reading, with_suffix
 
 SIZE = 28
 
@@ -217,9 +217,7 @@ def font_files(folder: Path | None = None) -> list[Path]:
         import matplotlib
 
         return [Path(matplotlib.get_data_path(), "fonts", "ttf", f"{name}.ttf") for name in FONTS]
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".ttf", ".otf", ".ttc"))
+    files = with_suffix(folder, ".ttf", ".otf", ".ttc")
     if not files:
         raise DataError(f"{folder}: holds no font (.ttf, .otf, .ttc)")
     return files
@@ -232,10 +230,8 @@ def _glyphs(files: tuple[Path, ...], side: int = 64) -> Tensor:
 
     sheet = np.zeros((len(files), 10, side, side), np.float32)
     for f, path in enumerate(files):
-        try:
+        with reading(path, "a font that can be read"):
             font = ImageFont.truetype(str(path), 100)
-        except OSError as error:
-            raise DataError(f"{path}: not a font that can be read ({error})") from error
         for digit in range(10):
             canvas = Image.new("L", (240, 240))
             ImageDraw.Draw(canvas).text((60, 40), str(digit), font=font, fill=255)

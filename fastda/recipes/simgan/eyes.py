@@ -8,15 +8,23 @@ asin(−y) and atan2(−x, −z), as in MPIIGaze (Zhang et al., CVPR 2015).
 from __future__ import annotations
 
 import json
+import math
+import multiprocessing
 import re
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastda.recipes.common.images import IMAGE_SUFFIXES, DataError, open_image, shifted
+from fastda.recipes.common import images as files
+from fastda.recipes.common.folders import DataError, image_files, reading, with_suffix
+from fastda.recipes.common.images import Part, Picture, open_image, shifted
 
 HEIGHT, WIDTH = 35, 55
 
@@ -228,15 +236,15 @@ def read_labelled(folder: Path) -> tuple[Tensor, Tensor]:
     UnityEyes: `N.jpg` beside `N.json`. SynthEyes (Wood et al., ICCV 2015): the file name ends in pitch and
     yaw in radians, `f01_<frame>_<pitch>_<yaw>.png`.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{folder}: holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    unity = any(path.with_suffix(".json").exists() for path in files)
-    images = torch.empty(len(files), 1, HEIGHT, WIDTH, dtype=torch.uint8)
-    gazes = torch.empty(len(files), 3)
-    for i, path in enumerate(files):
+    paths = image_files(folder)
+    if len(paths) < 2:
+        raise DataError(
+            f"{folder}: needs at least two labelled eyes (one is held out), found one, {paths[0].name}"
+        )
+    unity = any(path.with_suffix(".json").exists() for path in paths)
+    images = torch.empty(len(paths), 1, HEIGHT, WIDTH, dtype=torch.uint8)
+    gazes = torch.empty(len(paths), 3)
+    for i, path in enumerate(paths):
         pixels, gazes[i] = _unity_eye(path) if unity else _synth_eye(path)
         images[i, 0] = torch.from_numpy(pixels)
     return equalise(images), gazes
@@ -257,41 +265,81 @@ def _synth_eye(path: Path) -> tuple[np.ndarray, Tensor]:
 
 def _unity_eye(path: Path) -> tuple[np.ndarray, Tensor]:
     """The eye cut out by its corners, as wide as MPIIGaze's, and `look_vec` with y turned downwards."""
-    from PIL import Image
-
-    labels_path = path.with_suffix(".json")
-    try:
-        labels = json.loads(labels_path.read_text())
-        margin = np.array([_numbers(point)[:2] for point in labels["interior_margin_2d"]])
+    picture = files.read(path)
+    labels, part = unity_part(picture)
+    with reading(path.with_suffix(".json"), UNITY):
         look = torch.tensor(_numbers(labels["eye_details"]["look_vec"])[:3])
-        if margin.ndim != 2 or margin.shape[1:] != (2,) or look.shape != (3,) or look.norm() == 0:
-            raise ValueError("a point is incomplete")
-    except OSError as error:
-        raise DataError(f"{path}: not labelled: {labels_path.name} cannot be read ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{labels_path}: not a label of UnityEyes ({error!r})") from error
-    grey = open_image(path, grey=True)
-    margin[:, 1] = grey.shape[0] - margin[:, 1]
+        if look.norm() == 0:
+            raise ValueError("look_vec has no direction")
+    grey = files.greyed(files.in_bytes(picture.seen))
+    return part.taken(grey), F.normalize(look * torch.tensor([1.0, -1.0, 1.0]), dim=0)
+
+
+UNITY = "a label of UnityEyes"
+# Lists of points in pixels of the image, y upwards from its lower edge.
+UNITY_POINTS = ("interior_margin_2d", "caruncle_2d", "iris_2d")
+
+
+def is_unity(path: Path) -> bool:
+    """Whether a label of UnityEyes lies beside an image."""
+    labels = path.with_suffix(".json")
+    if not labels.is_file():
+        return False
+    with reading(labels, "JSON"):
+        return "interior_margin_2d" in json.loads(labels.read_text(encoding="utf-8"))
+
+
+def unity_part(picture: Picture) -> tuple[dict[str, Any], Part]:
+    """The label beside a UnityEyes image, and the eye's place in the image."""
+    labels_path = picture.path.with_suffix(".json")
+    height, width = picture.size
+    if not labels_path.is_file():
+        raise DataError(f"{picture.path}: not labelled: there is no {labels_path.name}")
+    with reading(labels_path, UNITY):
+        labels = json.loads(labels_path.read_text(encoding="utf-8"))
+        margin = np.array([_numbers(point)[:2] for point in labels["interior_margin_2d"]])
+        if len(margin) < 2:
+            raise ValueError("interior_margin_2d has less than two points")
+    margin[:, 1] = height - margin[:, 1]
     low, high = margin.min(0), margin.max(0)
     half = np.array([WIDTH, HEIGHT]) / WIDTH * 0.66 * (high[0] - low[0])
     if half[0] < 1:
         raise DataError(f"{labels_path}: interior_margin_2d has no width")
     left, top = (low + high) / 2 - half
     right, bottom = (low + high) / 2 + half
-    if left < 0 or top < 0 or right > grey.shape[1] or bottom > grey.shape[0]:
+    # By rounding alone an eye that was cut before may lie outside.
+    if min(left, top, width - right, height - bottom) < -0.01:
         raise DataError(
-            f"{path}: {grey.shape[1]}×{grey.shape[0]} pixels, but its labels place the eye at x {left:.0f} "
+            f"{picture.path}: {width}×{height} pixels, but its labels place the eye at x {left:.0f} "
             f"to {right:.0f}, y {top:.0f} to {bottom:.0f}"
         )
-    eye = Image.fromarray(grey).resize(
-        (WIDTH, HEIGHT), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
-    )
-    return np.array(eye), F.normalize(look * torch.tensor([1.0, -1.0, 1.0]), dim=0)
+    return labels, Part(float(left), float(top), float(WIDTH / (right - left)), (HEIGHT, WIDTH))
+
+
+def moved_label(labels: dict[str, Any], part: Part, height: int) -> dict[str, Any]:
+    """A UnityEyes label for the `part` of an image of that height: its points in pixels are moved with it."""
+
+    def moved(point: str) -> str:
+        x, y, *rest = _numbers(point)
+        x, y = part.scale * (x - part.left), part.size[0] - part.scale * (height - y - part.top)
+        return f"({', '.join(f'{number:.4f}' for number in (x, y, *rest))})"
+
+    return {
+        key: [moved(point) for point in value] if key in UNITY_POINTS else value
+        for key, value in labels.items()
+    }
 
 
 def _numbers(text: str) -> list[float]:
-    """The numbers of "(x, y, z)"."""
-    return [float(number) for number in text.strip("() ").split(",")]
+    """The numbers of "(x, y, z)" or "(x, y, z, w)"."""
+    if not isinstance(text, str):
+        raise ValueError(f'expected "(x, y, z)", got {text!r}')
+    numbers = [float(number) for number in text.strip().removeprefix("(").removesuffix(")").split(",")]
+    if len(numbers) not in (3, 4) or not all(map(math.isfinite, numbers)):
+        raise ValueError(
+            f"expected three or four finite numbers with points and commas between, got {text!r}"
+        )
+    return numbers
 
 
 def read_real(folder: Path) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
@@ -300,40 +348,68 @@ def read_real(folder: Path) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
     A folder of MPIIGaze's normalised `.mat` files is labelled; a group is a person, or where there is only
     one, a file (a day). In a folder of eye crops, which are equalised, each image is a group of its own.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    recordings = sorted(folder.rglob("*.mat"))
+    recordings = with_suffix(folder, ".mat")
     if recordings:
         parts = [_mpiigaze(path) for path in recordings]
         people = sorted({path.parent for path in recordings})
         numbers = [people.index(path.parent) if len(people) > 1 else i for i, path in enumerate(recordings)]
         groups = torch.cat([torch.full((len(x),), g) for g, (x, _) in zip(numbers, parts, strict=True)])
         return (torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])), groups
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise DataError(f"{folder}: holds neither MPIIGaze's .mat files nor images")
-    crops = [torch.from_numpy(open_image(path, (HEIGHT, WIDTH), grey=True)) for path in files]
-    return (equalise(torch.stack(crops)[:, None]), None), torch.arange(len(files))
+    try:
+        paths = image_files(folder)
+    except DataError as error:
+        raise DataError(f"{error}; nor MPIIGaze's .mat files") from None
+    crops = [torch.from_numpy(open_image(path, (HEIGHT, WIDTH), grey=True)) for path in paths]
+    return (equalise(torch.stack(crops)[:, None]), None), torch.arange(len(paths))
 
 
-def _mpiigaze(path: Path) -> tuple[Tensor, Tensor]:
-    """Both eyes of one `Data/Normalized/pNN/dayNN.mat`: 36×60 patches resized, gazes in their cameras."""
+@cache
+def _reader() -> ProcessPoolExecutor:
+    """A process of its own for SciPy's reader, which damaged files can crash."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
+def _loadmat(path: Path) -> dict[str, Any]:
     from scipy.io import loadmat
 
     try:
-        data = loadmat(path, squeeze_me=True, struct_as_record=False)["data"]
-        sides = [(np.asarray(side.image), np.asarray(side.gaze)) for side in (data.left, data.right)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        raise DataError(f"{path}: not a normalised MPIIGaze file ({error!r})") from error
+        return _reader().submit(loadmat, path, squeeze_me=True, struct_as_record=False).result()
+    except BrokenProcessPool:
+        _reader.cache_clear()
+        raise ValueError("SciPy's reader crashes on it") from None
+
+
+def _mpiigaze(path: Path) -> tuple[Tensor, Tensor]:
+    """All eyes of one `Data/Normalized/pNN/dayNN.mat`: 36×60 patches resized, gazes in their cameras.
+
+    A day may lack the eyes of one side.
+    """
+    with reading(path, "a normalised MPIIGaze file"):
+        data = _loadmat(path)["data"]
+        sides = {name: getattr(data, name) for name in ("left", "right")}
+        found = {name: (np.asarray(side.image), np.asarray(side.gaze)) for name, side in sides.items()}
     images, gazes = [], []
-    for image, gaze in sides:
-        image, gaze = image.reshape(-1, *image.shape[-2:]), gaze.reshape(-1, gaze.shape[-1])
+    for name, (image, gaze) in found.items():
+        if image.size == gaze.size == 0:
+            continue
+        if image.ndim == 2 and gaze.ndim == 1:  # a single eye
+            image, gaze = image[None], gaze[None]
         if image.shape[1:] != (36, 60) or image.dtype != np.uint8 or gaze.shape != (len(image), 3):
             raise DataError(
-                f"{path}: expected uint8 images n×36×60 and gazes n×3, got {image.dtype} {image.shape} and "
-                f"{gaze.shape}"
+                f"{path}: expected uint8 images n×36×60 and gazes n×3, got for the {name} eyes {image.dtype} "
+                f"{image.shape} and {gaze.shape}"
+            )
+        with reading(path, "a normalised MPIIGaze file"):
+            gaze = gaze.astype(np.float32)
+        length = np.linalg.norm(gaze, axis=1)
+        if not (np.isfinite(length) & (length > 0)).all():
+            bad = int((~(np.isfinite(length) & (length > 0))).argmax())
+            raise DataError(
+                f"{path}: gaze {bad + 1} of its {len(gaze)} {name} eyes has no direction: {gaze[bad]}"
             )
         images.append(torch.from_numpy(image[:, None].astype(np.float32)))
-        gazes.append(torch.from_numpy(gaze.astype(np.float32)))
+        gazes.append(torch.from_numpy(gaze))
+    if not images:
+        raise DataError(f"{path}: holds no eyes")
     small = F.interpolate(torch.cat(images), (HEIGHT, WIDTH), mode="bilinear", antialias=True)
     return small.round().to(torch.uint8), F.normalize(torch.cat(gazes), dim=1)

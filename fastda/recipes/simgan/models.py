@@ -10,6 +10,7 @@ import fastda.nn
 
 NETS = ("gaze", "hand", "small", "change")
 PSI = ("identity", "blur", "derivatives")
+LEAST_SIZE = 12  # sides of images that the networks that measure success leave something of
 
 
 class Refiner(fastda.nn.Refiner):

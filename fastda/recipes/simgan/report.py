@@ -50,10 +50,13 @@ def columns(domains: Domains) -> int:
 
 
 def shown(domains: Domains) -> tuple[Tensor, Tensor]:
-    """Held-out synthetic images, the first of every class in turn, and real ones."""
+    """Held-out images, synthetic and real, from all over them; one of every class in turn."""
     n = columns(domains)
     picked = []
     for images in (domains.synthetic_test, domains.real_test):
+        # What lies side by side in a folder is often of one kind.
+        shuffled = torch.randperm(len(images), generator=torch.Generator().manual_seed(2016))
+        images = images[shuffled]
         order = torch.arange(len(images))
         if domains.task == "class" and images.y is not None:
             ranks = torch.zeros(len(images), dtype=torch.long)
@@ -69,8 +72,8 @@ def write_grid(path: Path, domains: Domains, refine: Any) -> Path:
     from PIL import Image
 
     synthetic, real = shown(domains)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(grid(synthetic, refine(synthetic), real)).save(path)
+    with files.unfinished(path) as beside:
+        Image.fromarray(grid(synthetic, refine(synthetic), real)).save(beside, format="PNG")
     return path
 
 
@@ -82,7 +85,7 @@ def curves(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     panels: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         ("Losses", (("refiner_loss", "refiner"), ("discriminator_loss", "discriminator"))),
         ("Discriminator's accuracy, per patch", (("accuracy_real", "real"), ("accuracy_refined", "refined"))),
-        ("Mean change of a pixel", (("change", "|refined − synthetic|"),)),
+        ("Mean change of a pixel, grey levels of 255", (("change", "|refined − synthetic|"),)),
     )
     for axis, (title, names) in zip(axes, panels, strict=True):
         for r in results:
@@ -91,7 +94,8 @@ def curves(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
                 reference = r.get("backend") == "reference"
                 first = r is results[0]
                 axis.plot(
-                    [row["step"] - start for row in rows], [row[key] for row in rows],
+                    [row["step"] - start for row in rows],
+                    [row[key] * (127.5 if key == "change" else 1) for row in rows],
                     color="black" if reference else colour, linewidth=0.9, alpha=0.9 if first else 0.45,
                     linestyle=(0, (2, 2)) if reference else "-", label=label if first else None,
                 )  # fmt: skip
@@ -110,8 +114,10 @@ def curves(results: list[dict[str, Any]], settings: dict[str, Any]) -> str:
 
 def tables(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Measures as tables of strings: title, unit, seeds, rows of (name, values, median)."""
-    results = [r for r in results if r.get("backend") != "reference"]
-    made = []
+    results = [r for r in results if "measures" in r]
+    made: list[dict[str, Any]] = []
+    if not results:
+        return made
     for key, title in (
         ("accuracy", "Accuracy on held-out real images of a classifier trained on …, %"),
         ("error", "Error on held-out real images of a gaze regressor trained on …, degrees"),
@@ -140,6 +146,35 @@ def tables(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
+def words(results: list[dict[str, Any]]) -> list[str]:
+    """What the measures say, and what went wrong, in sentences."""
+    said = [f"{r['diverged']}." for r in results if "diverged" in r]
+    measures = [r["measures"] for r in results if "measures" in r]
+    if not measures:
+        return said
+
+    def middle(key: str, name: str) -> float:
+        return median(m[key][name] for m in measures)
+
+    told, told_refined = middle("two_sample", "raw"), middle("two_sample", "refined")
+    if told_refined >= told - 0.01:
+        said.append(
+            f"Refining did not make the images harder to tell from real ones: {100 * told:.1f} % of the raw, "
+            f"{100 * told_refined:.1f} % of the refined ones are told."
+        )
+    for key, better in (("accuracy", 1), ("error", -1)):
+        if all(key in m for m in measures):
+            raw, best = (
+                middle(key, "raw"),
+                better * max(better * middle(key, name) for name in ("refined", "raw + refined")),
+            )
+            if better * (best - raw) <= 0:
+                said.append(
+                    "What was trained on refined images does no better on real ones than what was not."
+                )
+    return said
+
+
 def write_report(
     path: Path, domains: Domains, results: list[dict[str, Any]], summary: dict[str, Any]
 ) -> Path:
@@ -148,13 +183,13 @@ def write_report(
     templates = environment(Path(__file__).parent)
     settings = results[0]["settings"]
     pictures = [
-        {"seed": r["seed"], "image": png(np.asarray(Image.open(r["grid"]).convert("RGB")))}
+        {"seed": r["seed"], "image": png(np.asarray(Image.open(path.parent / r["grid"]).convert("RGB")))}
         for r in results
         if r.get("grid")
     ]
     page = templates.get_template("report.html.j2").render(
         domains=domains, tables=tables(results), pictures=pictures, curves=curves(results, settings),
-        seeds=[r["seed"] for r in results if r.get("backend") != "reference"], settings=settings,
+        seeds=[r["seed"] for r in results if "measures" in r], settings=settings, words=words(results),
         summary=summary, torch=torch.__version__,
     )  # fmt: skip
     files.write(path, page)

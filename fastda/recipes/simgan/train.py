@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import fastda
 import fastda.nn
 from fastda.recipes.common import checkpoint
 from fastda.recipes.common.checkpoint import CheckpointError
+from fastda.recipes.common.command import CHECKPOINT, SettingsError, bar, check_finite
 from fastda.recipes.common.images import shifted
 from fastda.recipes.simgan import eyes, models
 from fastda.recipes.simgan.data import Domains
@@ -59,35 +61,59 @@ class Settings:
             ("optimiser", OPTIMISERS),
         ):  # fmt: skip
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+                raise SettingsError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (
             ("steps", 0), ("batch", 1), ("refiner_steps", 1), ("discriminator_steps", 1),
             ("pretrain_refiner", 0), ("pretrain_discriminator", 0), ("history", 0),
             ("match", 0), ("mirror", 0), ("shift", 0),
         ):  # fmt: skip
             if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+                raise SettingsError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "discriminator_lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.reg_scale < 0:
-            raise ValueError(f"reg_scale must not be negative, got {self.reg_scale}")
-        if not 0 <= self.average < 1:
-            raise ValueError(f"average must be in [0, 1), got {self.average}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise SettingsError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.reg_scale < math.inf:
+            raise SettingsError(f"reg_scale must be a number from 0 on, got {self.reg_scale}")
+        for name in ("average", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be in [0, 1), got {getattr(self, name)}")
 
     @property
     def total_steps(self) -> int:
         return self.pretrain_refiner + self.pretrain_discriminator + self.steps
 
 
+WHITE = {torch.uint8: 255, torch.uint16: 65535}
+
+
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0 to 255 → float −1 to 1."""
-    return images.to(torch.float32) / 127.5 - 1
+    """uint8 of 0 to 255, or uint16 of 0 to 65535 → float −1 to 1."""
+    return images.to(torch.float32) / (WHITE[images.dtype] / 2) - 1
 
 
-def to_uint8(images: Tensor) -> Tensor:
+def to_pixels(images: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     """The inverse of `to_float`; what lies outside of −1 to 1 is cut off."""
-    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    white = WHITE[dtype]
+    return ((images + 1) * (white / 2)).round().clamp(0, white).to(dtype)
+
+
+def _check_size(settings: Settings, shape: tuple[int, ...]) -> None:
+    """Raises SettingsError where images of that shape (C, H, W) are too small for the settings."""
+    channels, *sides = shape
+    size = f"images of {sides[1]}×{sides[0]}"
+    if min(sides) < models.LEAST_SIZE:
+        raise SettingsError(f"{size} are too small, {models.LEAST_SIZE}×{models.LEAST_SIZE} is the least")
+    if settings.mirror >= min(sides):
+        raise SettingsError(
+            f"mirror must be less than the sides of the images, got {settings.mirror} for {size}"
+        )
+    if settings.match > min(sides):
+        raise SettingsError(f"match must not exceed the images' sides, got {settings.match} for {size}")
+    discriminator = models.discriminator(settings.net, channels, settings.kind).to("meta")
+    try:
+        discriminator(torch.empty(1, *shape, device="meta"))
+    except RuntimeError as error:
+        raise SettingsError(f"{size} are too small for the discriminator of net {settings.net!r}") from error
 
 
 class Trainer:
@@ -100,6 +126,7 @@ class Trainer:
     def __init__(self, domains: Domains, settings: Settings) -> None:
         self.domains, self.settings = domains, settings
         channels = domains.synthetic.x.shape[1]
+        _check_size(settings, tuple(domains.synthetic.x.shape[1:]))
         torch.manual_seed(settings.seed)
         self.refiner = models.refiner(settings.net, channels, settings.mirror)
         self.matching = models.matching(settings.match, tuple(domains.synthetic.x.shape[1:]))
@@ -251,7 +278,7 @@ class Trainer:
         tensors["generator"] = self.generator.get_state()
         shape = list(self.domains.synthetic.x.shape[1:])
         state = {"step": self.step, "curves": self.curves, "images": self.images, "shape": shape,
-                 "task": self.domains.task}  # fmt: skip
+                 "task": self.domains.task, "preparation": asdict(self.domains.preparation)}  # fmt: skip
         checkpoint.save(path, tensors, asdict(self.settings), state)
 
     def load(self, path: Path) -> None:
@@ -288,8 +315,8 @@ def _group(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def refine(net: nn.Module, images: Tensor, task: str = "") -> Tensor:
-    """uint8 (N, C, H, W) → uint8; equalised where the task is gaze."""
-    parts = [to_uint8(net(to_float(part).contiguous(memory_format=torch.channels_last)))
+    """Images (N, C, H, W), uint8 or uint16 over its range → its dtype; equalised where the task is gaze."""
+    parts = [to_pixels(net(to_float(part).contiguous(memory_format=torch.channels_last)), images.dtype)
              for part in images.split(100)]  # fmt: skip
     refined = torch.cat(parts).contiguous() if parts else images.clone()
     return eyes.equalise(refined) if task == "gaze" else refined
@@ -330,50 +357,50 @@ def train(
 
     With a `folder`, `folder/checkpoint.safetensors` is written every `save_every` steps. `sample(trainer)` is
     called every `sample_every` adversarial steps and at the end. Raises CheckpointError where `resume` meets
-    a checkpoint that is damaged, of other settings or of other images.
+    a checkpoint that is damaged, of other settings or of other images, Diverged where a logged value is no
+    longer finite; the last checkpoint is from before.
     """
     trainer = Trainer(domains, settings)
-    path = folder / "checkpoint.safetensors" if folder is not None else None
+    path = folder / CHECKPOINT if folder is not None else None
     if resume and path is not None and path.exists():
         trainer.load(path)
-    bar = writer = None
-    if progress:
-        from tqdm import tqdm
-
-        bar = tqdm(
-            total=settings.total_steps, initial=trainer.step, unit="step", position=position,
-            dynamic_ncols=True, desc=label or f"seed {settings.seed}", mininterval=0.5,
-        )  # fmt: skip
-    if tensorboard is not None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                f"--tensorboard needs the package tensorboard (pip install tensorboard): {error}"
-            ) from error
-        writer = SummaryWriter(str(tensorboard), purge_step=trainer.step)
-    with fastda.use_backend(settings.backend) if settings.backend else contextlib.nullcontext():
+    name = label or f"seed {settings.seed}"
+    writer = _writer(tensorboard, trainer.step) if tensorboard is not None else None
+    steps = {"total": settings.total_steps, "initial": trainer.step, "unit": "step"}
+    with contextlib.ExitStack() as stack:
+        shown = stack.enter_context(bar(progress, position=position, desc=name, **steps))
+        if writer is not None:
+            stack.callback(writer.close)
+        if settings.backend:
+            stack.enter_context(fastda.use_backend(settings.backend))
         while trainer.phase != "done":
             phase = trainer.phase
             logs = trainer.advance()
             step = trainer.step
-            if step % log_every == 0 or trainer.phase != phase:
-                row = {name: float(value) for name, value in logs.items()}
+            saved_to = path if step % save_every == 0 or trainer.phase == "done" else None
+            logged = step % log_every == 0 or trainer.phase != phase
+            if logged or saved_to is not None:
+                row = {key: float(value) for key, value in logs.items()}
+                check_finite(name, f"step {step}", row, trainer.curves)
+            if logged:
                 trainer.curves.append({"step": step, **row})
                 if writer is not None:
-                    for name, value in row.items():
-                        writer.add_scalar(name, value, step)
-                if bar is not None:
-                    shown = {k.replace("_", " "): f"{v:.3f}" for k, v in row.items()}
-                    bar.set_postfix(shown, refresh=False)
-            if bar is not None:
-                bar.update()
-            if path is not None and (step % save_every == 0 or trainer.phase == "done"):
-                trainer.save(path)
+                    for key, value in row.items():
+                        writer.add_scalar(key, value, step)
+                shown.set_postfix({k.replace("_", " "): f"{v:.3f}" for k, v in row.items()}, refresh=False)
+            shown.update()
+            if saved_to is not None:
+                trainer.save(saved_to)
             sampled = phase == "adversarial" and (step % sample_every == 0 or trainer.phase == "done")
             if sample is not None and sampled:
                 sample(trainer)
-    for closing in (bar, writer):
-        if closing is not None:
-            closing.close()
     return trainer
+
+
+def _writer(folder: Path, step: int) -> Any:
+    """Of scalars for tensorboard, from `step` on."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise SettingsError(f"tensorboard: needs the package (pip install tensorboard): {error}") from error
+    return SummaryWriter(str(folder), purge_step=step)
