@@ -8,11 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_exporting
 
 from fastda import _torch
 from fastda.ops.refiner_conv import conv_same
-from fastda.optimize.stand_in import PLAIN, Found, StandIn, copies_of_its_own, is_torchs, not_on_cpu, watched
+from fastda.optimize.stand_in import PLAIN, Found, StandIn, copies_of_its_own, is_torchs, not_on_cpu
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CONV_FORWARD, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
@@ -101,34 +101,46 @@ class Convolution(StandIn):
     """`nn.Conv2d._conv_forward` by conv_same."""
 
     method = "_conv_forward"
-    _fit: tuple[Any, ...] = (None,) * 6  # settings that were found to be served
+    # Settings that were found to be served, and the padding that they mean.
+    _fit: tuple[Any, ...] = (None,) * 7
 
     def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         conv = self.module
-        if self.count(self._serves(conv, input, weight, bias)):
-            return _convolve(conv, input, weight, bias)
+        padding = self._padding(conv, input, weight, bias)
+        if self.count(padding is not None):
+            return _convolve(conv, input, weight, bias, padding)
         return type(conv)._conv_forward(conv, input, weight, bias)
 
-    def _serves(self, conv: Any, x: Any, weight: Any, bias: Any) -> bool:
-        """Whether this call is one that was measured to be faster, and whose result is torch's."""
+    def _padding(self, conv: Any, x: Any, weight: Any, bias: Any) -> int | None:
+        """The layer's padding, if this call gains and its result is torch's; None if not."""
         if type(x) not in PLAIN or type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
-            return False
+            return None
         compiling = is_compiling()
         # A small call is to lose no more than this much. A compiler may not know yet how large it is.
         if not compiling and (torch.jit.is_tracing() or x.numel() * weight.shape[0] < LEAST_PRODUCTS):
-            return False
+            return None
         if (
             type(conv)._conv_forward is not _CONV_FORWARD
             or F.conv2d is not _CONV2D
-            or watched()
+            or (is_exporting() if compiling else _torch.modes_active())
+            or not (x.is_cpu and weight.is_cpu)
             or x.layout is not torch.strided
             or x.is_nested
             or x.dim() != 4
             or weight.dim() != 4
         ):
-            return False
-        shape, dtype, fit = weight.shape, weight.dtype, self._fit
-        if not (
+            return None
+        shape, (dtype, x_dtype), fit = weight.shape, (weight.dtype, x.dtype), self._fit
+        if (
+            x.shape[1] != shape[1]
+            or x_dtype not in _DTYPES
+            or not (bias is None or (bias.dim() == 1 and bias.numel() == shape[0] and bias.is_cpu))
+            or not (bias is None or bias.dtype == dtype)
+        ):
+            return None
+        if x_dtype != dtype and (torch.float64 in (x_dtype, dtype) or _torch.autocast_dtype("cpu") is None):
+            return None
+        if (
             fit[0] == shape
             and fit[1] is conv.stride
             and fit[2] is conv.dilation
@@ -136,24 +148,20 @@ class Convolution(StandIn):
             and fit[4] is conv.padding
             and fit[5] is conv.padding_mode
         ):
+            padding = fit[6]
+        else:
             if _refusal(conv, shape) is not None:
-                return False
+                return None
+            padding = _padding(conv, shape[2])
             if not compiling and conv.padding_mode == "zeros":
-                self._fit = (shape, conv.stride, conv.dilation, conv.groups, conv.padding, conv.padding_mode)
-        if (
-            x.shape[1] != shape[1]
-            or not (x.is_cpu and weight.is_cpu)
-            or x.dtype not in _DTYPES
-            or (x.dtype != dtype and _torch.autocast_dtype("cpu") is None)
-            or not (bias is None or (bias.shape == shape[:1] and bias.dtype == dtype and bias.is_cpu))
-        ):
-            return False
+                settings = (conv.stride, conv.dilation, conv.groups, conv.padding, conv.padding_mode)
+                self._fit = (shape, *settings, padding)
         # Either operand may make torch's result channels_last; conv_same goes by x alone.
         if not weight.is_contiguous() and (
             conv.padding_mode != "zeros" or _torch.memory_format(x) is torch.contiguous_format
         ):
-            return False
-        return _pays(x.shape, shape, shape[2] // 2 - (_padding(conv, shape[2]) or 0))
+            return None
+        return padding if _pays(x.shape, shape, shape[2] // 2 - padding) else None
 
 
 def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int) -> bool:
@@ -161,20 +169,19 @@ def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int) -> bool:
     n, _, height, width = x
     h, w = height - 2 * border, width - 2 * border
     tiles = n * (-(-height // 4)) * (-(-width // 4))
-    # Sizes that are open to a compiler are taken to be large enough.
-    return not (
-        _torch.known(h < LEAST_SIZE)
-        or _torch.known(w < LEAST_SIZE)
-        or _torch.known(WANTED_OF * n * h * w < 16 * tiles)
-        or _torch.known(n * h * w * weight[0] * weight[1] < LEAST_PRODUCTS)
+    small = (
+        h < LEAST_SIZE,
+        w < LEAST_SIZE,
+        WANTED_OF * n * h * w < 16 * tiles,
+        n * h * w * weight[0] * weight[1] < LEAST_PRODUCTS,
     )
+    # Sizes that are open to a compiler are taken to be large enough.
+    return not any(map(_torch.known, small) if is_compiling() else small)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """The layer's result. What `conv_same` pads more than the layer does is a border that is cut off."""
-    k = weight.shape[2]
-    padding = _padding(conv, k) or 0
-    border = k // 2 - padding
+    border = weight.shape[2] // 2 - padding
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
         border += padding

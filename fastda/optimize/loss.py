@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 
 from fastda import _torch
 from fastda.ops.patch_loss import one_side_loss
-from fastda.optimize.stand_in import PLAIN, Found, StandIn, is_torchs, not_on_cpu, watched
+from fastda.optimize.stand_in import PLAIN, Found, StandIn, is_torchs, not_on_cpu
 
 # From how many patches on a call was measured to be faster than torch's, with all that is checked.
 LEAST_PATCHES = {"bce": 2**14, "softmax": 2**13}
@@ -71,8 +71,7 @@ class Loss(StandIn):
             and type(target) in PLAIN
             and not is_compiling()  # a compiler fuses what the original is made of
             and input.numel() >= LEAST_PATCHES[kind] * (2 if kind == "softmax" else 1)
-            and not watched()
-            and not _torch.transforms_active()
+            and not (torch.jit.is_tracing() or _torch.modes_active() or _torch.transforms_active())
             and getattr(F, name) is function
             and type(loss).forward is forward
             and _refusal(loss) is None

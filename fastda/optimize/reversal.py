@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import inspect
 import itertools
 import re
+import sys
 import textwrap
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -180,9 +182,10 @@ def _recognised(owner: type, backward: types.FunctionType) -> Reversal | str | N
             if form.passes == 2:
                 return Reversal(owner, backward, form, read)
             return "makes one pass over the gradient already; fastda.grad_reverse(x, scale) saves Python, too"
-    names = {name for each in _codes(code) for name in each.co_names}
-    opnames = {i.opname for each in _codes(code) for i in dis.get_instructions(each)}
-    if "neg" in names or "UNARY_NEGATIVE" in opnames:
+    written = list(_codes(inspect.unwrap(backward).__code__))  # below once_differentiable and the like
+    names = {name for each in written for name in each.co_names}
+    opnames = {i.opname for each in written for i in dis.get_instructions(each)}
+    if names & {"neg", "neg_", "negative"} or "UNARY_NEGATIVE" in opnames:
         return (
             "has a backward that is none of the written forms of −scale · gradient; "
             "if it is meant as that: fastda.grad_reverse(x, scale)"
@@ -202,7 +205,6 @@ class Reversal(Counted):
         attribute = next(iter(read.attributes), "")
         constant: Any = read.floats[0] if read.floats else None
         nones = (None,) * form.nones
-
         code = original.__code__
 
         @functools.wraps(original)
@@ -279,70 +281,52 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 def _is_foreign(value: Any) -> bool:
     """Whether a class, function or module is an author's: not torch's, fastda's or Python's own."""
     name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
-    return (name or "").split(".")[0] not in (
-        "torch",
-        "fastda",
-        "builtins",
-        "math",
-        "typing",
-        "numpy",
-        "functools",
-    )
+    package = (name or "").split(".")[0]
+    return package not in ("torch", "fastda", "numpy") and package not in sys.stdlib_module_names
 
 
 def _functions(module: nn.Module) -> list[type[Function]]:
-    """The Functions that methods and attributes refer to, also through functions, modules and containers.
+    """The Functions that methods and attributes refer to, also through functions, classes and containers.
 
     This only looks for them: which one is replaced is decided by the Function itself.
     """
     found: dict[type[Function], None] = {}
     seen: set[int] = set()
 
-    def visit(value: Any, names: frozenset[str], depth: int) -> None:
-        if depth == 0 or id(value) in seen or isinstance(value, (nn.Module, Tensor)):
-            return
-        if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
-            visit(value.__self__, names, depth)
-            value = getattr(value, "__func__", None)
-        elif isinstance(value, (staticmethod, classmethod)):
+    def visit(value: Any, names: frozenset[str] = frozenset(), depth: int = 6) -> None:
+        """Look into what stands somewhere in the code; `names` are all that this code uses."""
+        if isinstance(value, (staticmethod, classmethod)):
             value = value.__func__
         elif isinstance(value, property):
             value = value.fget
+        inside: Iterable[Any] = ()
+        if isinstance(value, (types.MethodType, types.BuiltinMethodType)):
+            inside = (value.__self__, getattr(value, "__func__", None))
         elif isinstance(value, functools.partial):
-            value = (value.func, *value.args, *value.keywords.values())
-        if isinstance(value, dict):
-            value = tuple(value.values())
-        if isinstance(value, (list, tuple)):
-            for each in value[:100]:
-                visit(each, names, depth - 1)
-        elif isinstance(value, type) and issubclass(value, Function):
-            if _is_foreign(value):
+            inside = (value.func, *value.args, *value.keywords.values())
+        elif type(value) in (list, tuple):
+            inside = value[:100]
+        elif type(value) is dict:
+            inside = itertools.islice(list(value.values()), 100)
+        elif isinstance(value, (type, types.ModuleType, types.FunctionType)) and _is_foreign(value):
+            if isinstance(value, type) and issubclass(value, Function):
                 found[value] = None
-        elif isinstance(value, (types.ModuleType, type)) and not issubclass_of_module(value):
-            if _is_foreign(value):
-                for name in names & vars(value).keys():
-                    visit(vars(value)[name], names, depth - 1)
-        elif isinstance(value, types.FunctionType) and _is_foreign(value):
+            elif isinstance(value, types.FunctionType):
+                names = frozenset(name for code in _codes(value.__code__) for name in code.co_names)
+                cells = inspect.getclosurevars(value).nonlocals.values()
+                used = (value.__globals__[name] for name in names & value.__globals__.keys())
+                inside = (*used, *cells, value.__defaults__ or (), value.__kwdefaults__ or {})
+            elif not (isinstance(value, type) and issubclass(value, nn.Module)):
+                inner = vars(value)
+                inside = [inner[name] for name in (names & inner.keys() if names else inner)]
+        if depth and inside and id(value) not in seen:
             seen.add(id(value))
-            used = frozenset(name for code in _codes(value.__code__) for name in code.co_names)
-            for name in used & value.__globals__.keys():
-                visit(value.__globals__[name], used, depth - 1)
-            for cell in value.__closure__ or ():
-                try:
-                    content = cell.cell_contents
-                except ValueError:  # without content so far
-                    continue
-                visit(content, used, depth - 1)
-            visit(value.__defaults__ or (), used, depth - 1)
-            visit(value.__kwdefaults__ or (), used, depth - 1)
-
-    def issubclass_of_module(value: Any) -> bool:
-        return isinstance(value, type) and issubclass(value, nn.Module)
+            for each in inside:
+                visit(each, names, depth - 1)
 
     for base in type(module).__mro__:
         if _is_foreign(base):
             for value in list(vars(base).values()):
-                visit(value, frozenset(), 6)
-    for value in list(vars(module).values()):
-        visit(value, frozenset(), 6)
+                visit(value)
+    visit(dict(vars(module)))
     return list(found)

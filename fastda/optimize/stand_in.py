@@ -11,9 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
-
-from fastda import _torch
+from torch.compiler import is_compiling
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -129,17 +127,6 @@ def copies_of_its_own(kind: type, base: type) -> str | None:
 
 # Not served are subclasses: quantized, distributed and fake tensors.
 PLAIN = (Tensor, nn.Parameter)
-
-
-def watched() -> bool:
-    """Whether someone is to see torch's own operators.
-
-    That is so under torch-function and dispatch modes (FLOP counters, FakeTensorMode), in torch.jit.trace and
-    in exporters.
-    """
-    if is_compiling():
-        return is_exporting()
-    return _torch.modes_active() or torch.jit.is_tracing()
 
 
 def not_on_cpu(module: nn.Module) -> str | None:

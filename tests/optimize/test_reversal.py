@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 import fastda
@@ -182,8 +183,19 @@ def printing(ctx, grad):
     return -grad * ctx.s, None
 
 
+@once_differentiable
+def decorated(ctx, grad):
+    return -grad * ctx.s, None
+
+
+def in_place(ctx, grad):
+    return grad.neg_().mul_(ctx.s), None
+
+
 GLOBAL = 1.0
 OTHERS = [
+    decorated,
+    in_place,
     not_negative,
     negative_constant_copied,
     clamped,
@@ -401,6 +413,19 @@ class OfAStaticMethod(nn.Module):
         return self.reversed(x)
 
 
+class Holder:
+    apply = staticmethod(lambda x, s: ReverseLayerF.apply(x, s))
+
+
+class OfAHolder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.grl = Holder
+
+    def forward(self, x):
+        return self.grl.apply(x, 0.5)
+
+
 class InABase(InForward):
     def forward(self, x):
         return super().forward(x)
@@ -432,6 +457,7 @@ PLACES = {
         for c in (InForward, AppliesGlobal, CallsFunction, CallsHelper, OfAModule, OfAStaticMethod)
     },
     "in a base class": InABase,
+    "in a class that is an attribute": OfAHolder,
     "in a closure": in_a_closure,
     "attribute": lambda: AsAttribute(ReverseLayerF.apply),
     "lambda": lambda: AsAttribute(lambda x, s: ReverseLayerF.apply(x, s)),
