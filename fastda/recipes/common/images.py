@@ -230,11 +230,10 @@ def open_image(path: Path, size: int | Size | None = None, *, grey: bool = False
     With a `size` (height, width), the middle part of those proportions, resized to it.
     """
     picture = read(path)
+    if size is not None:
+        picture = picture.part(Part.middle(picture.size, (size, size) if isinstance(size, int) else size))
     values = in_bytes(picture.seen)
-    values = greyed(values) if grey else coloured(values)
-    if size is None:
-        return values
-    return Part.middle(picture.size, (size, size) if isinstance(size, int) else size).taken(values)
+    return greyed(values) if grey else coloured(values)
 
 
 def shifted(images: torch.Tensor, by: int, generator: torch.Generator) -> torch.Tensor:

@@ -227,8 +227,7 @@ def all_runs(options: argparse.Namespace) -> list[tuple[Settings | None, int]]:
     return runs
 
 
-def run_all(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    runs = all_runs(options)
+def run_all(options: argparse.Namespace, runs: list[tuple[Settings | None, int]]) -> Iterator[dict[str, Any]]:
     jobs = 1 if distributed() else min(options.jobs, len(runs))
     results = command.side_by_side(jobs, run_one, [(options, *one) for one in runs], _start, options)
     for number, result in enumerate(results, 1):
@@ -338,13 +337,14 @@ def run(options: argparse.Namespace) -> int:
     global _pair
     start = time.perf_counter()
     rank = torch.distributed.get_rank() if distributed() else 0
+    runs = all_runs(options)
     claim = command.results_in(options.out, options.resume, options.overwrite)
     with contextlib.nullcontext() if rank else claim:
         pair = _pair = load_pair(options)
-        for settings, _ in all_runs(options):
+        for settings, _ in runs:
             if settings is not None:
                 Trainer(pair, settings)  # tells now what does not fit
-        results = list(run_all(options))
+        results = list(run_all(options, runs))
         if rank:
             return 0
         summary = summarise(results)

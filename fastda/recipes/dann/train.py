@@ -169,6 +169,8 @@ class Trainer:
             raise SettingsError(
                 f"batch: half of {settings.batch} exceeds a domain of {smaller} training images"
             )
+        if settings.batch_norm and self.half == 1 and pair.source_train.x.shape[-1] < 20:
+            raise SettingsError("batch: normalising a map of 1x1 takes at least 2 images of a domain, got 1")
         # An epoch passes over the larger domain once; the smaller one repeats.
         self.steps_per_epoch = max(len(pair.source_train), len(pair.target_train)) // self.half
         self.total_steps = self.steps_per_epoch * settings.epochs

@@ -271,8 +271,8 @@ def _unity_eye(path: Path) -> tuple[np.ndarray, Tensor]:
         look = torch.tensor(_numbers(labels["eye_details"]["look_vec"])[:3])
         if look.norm() == 0:
             raise ValueError("look_vec has no direction")
-    grey = files.greyed(files.in_bytes(picture.seen))
-    return part.taken(grey), F.normalize(look * torch.tensor([1.0, -1.0, 1.0]), dim=0)
+    grey = files.greyed(files.in_bytes(picture.part(part).seen))
+    return grey, F.normalize(look * torch.tensor([1.0, -1.0, 1.0]), dim=0)
 
 
 UNITY = "a label of UnityEyes"

@@ -99,7 +99,7 @@ def to_pixels(images: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
 
 def _check_size(settings: Settings, shape: tuple[int, ...]) -> None:
     """Raises SettingsError where images of that shape (C, H, W) are too small for the settings."""
-    channels, *sides = shape
+    _, *sides = shape
     size = f"images of {sides[1]}×{sides[0]}"
     if min(sides) < models.LEAST_SIZE:
         raise SettingsError(f"{size} are too small, {models.LEAST_SIZE}×{models.LEAST_SIZE} is the least")
@@ -109,11 +109,6 @@ def _check_size(settings: Settings, shape: tuple[int, ...]) -> None:
         )
     if settings.match > min(sides):
         raise SettingsError(f"match must not exceed the images' sides, got {settings.match} for {size}")
-    discriminator = models.discriminator(settings.net, channels, settings.kind).to("meta")
-    try:
-        discriminator(torch.empty(1, *shape, device="meta"))
-    except RuntimeError as error:
-        raise SettingsError(f"{size} are too small for the discriminator of net {settings.net!r}") from error
 
 
 class Trainer:
