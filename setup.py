@@ -37,11 +37,7 @@ TORCH_FLOOR = "0x020b000000000000"  # 2.11
 PYTHON_FLOOR = "0x030a0000"  # 3.10
 SANITIZE = os.environ.get("FASTDA_SANITIZE", "")
 WITH_AUTOGRAD = os.environ.get("FASTDA_AUTOGRAD_EXTENSION", "1") != "0"
-ISA_FLAGS = {"base": []}
-if platform.machine().lower() in ("x86_64", "amd64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    avx512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-    ISA_FLAGS["avx512"] = [*ISA_FLAGS["avx2"], *avx512]
+instruction_sets = runpy.run_path(str(ROOT / "csrc/common/instruction_sets.py"))["instruction_sets"]
 # Comparisons and NaN behave as written; only errno and floating-point traps, which nobody reads, are gone.
 FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
@@ -120,11 +116,12 @@ class NinjaBuild(build_ext):
         lines += ["rule link", f"  command = {compiler} $in -o $out {for_shell(link)}"]
         objects = []
         for source in sources:
-            for isa, isa_flags in (ISA_FLAGS if source.endswith(".inl") else {"": []}).items():
+            kernels = source.endswith(".inl")
+            variants = instruction_sets(platform.machine()) if kernels else {"": []}
+            for isa, isa_flags in variants.items():
                 objects.append(for_ninja(".".join(filter(None, [source.replace("/", "-"), isa, "o"]))))
                 lines.append(f"build {objects[-1]}: compile{Path(source).suffix} {for_ninja(ROOT / source)}")
-                if isa:
-                    lines.append(f"  isa = -DFASTDA_ISA={isa} {' '.join(isa_flags)}")
+                lines.append(f"  isa = {' '.join(isa_flags)}")
         lines.append(f"build {for_ninja(target)}: link {' '.join(objects)}")
         (work / "build.ninja").write_text("\n".join(lines) + "\n")
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []

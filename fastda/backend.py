@@ -20,7 +20,9 @@ import torch
 from fastda import _torch
 
 BACKENDS = ("reference", "cpp", "cuda", "triton")
-CPU_ISAS = ("base", "avx2", "avx512")
+# Of this architecture, as csrc/common/isa.h has them, the best last.
+_ARM = platform.machine().lower() in ("aarch64", "arm64")
+CPU_ISAS = ("base", "neon") if _ARM else ("base", "avx2", "avx512")
 # Without --no-cache-dir pip takes the wheel without kernels that it built before.
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir fastda-kernels"
 

@@ -2,43 +2,39 @@
 
 #include <cstdlib>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 namespace fastda {
 namespace {
 
-Isa hardware_isa() {
-#if FASTDA_X86
+#define FASTDA_NAME_STRING(isa, ...) #isa,
+constexpr const char* names[] = {FASTDA_INSTRUCTION_SETS(FASTDA_NAME_STRING, )};
+constexpr int count = sizeof names / sizeof *names;
+
+int best_of_this_cpu() {
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
-  return Isa::base;
+#define FASTDA_SUPPORTED(isa, header, flags, supported, ...) bool(supported),
+  const bool has[] = {FASTDA_INSTRUCTION_SETS(FASTDA_SUPPORTED, )};
+  int best = count - 1;
+  while (!has[best]) --best;
+  return best;
 }
 
 Isa choose() {
-  const Isa best = hardware_isa();
+  const int best = best_of_this_cpu();
   const char* wanted = std::getenv("FASTDA_CPU_ISA");
-  if (wanted == nullptr || *wanted == '\0') return best;
-  for (Isa isa : {Isa::base, Isa::avx2, Isa::avx512})
-    if (std::strcmp(wanted, isa_name(isa)) == 0) return isa < best ? isa : best;
+  if (wanted != nullptr)
+    for (int isa = 0; isa < best; ++isa)
+      if (std::strcmp(wanted, names[isa]) == 0) return Isa(isa);
   // An unknown name is reported by fastda/backend.py, which reads the same variable before it loads
   // this library.
-  return best;
+  return Isa(best);
 }
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  switch (isa) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "base";
-  }
-}
+const char* isa_name(Isa isa) { return names[int(isa)]; }
 
 Isa cpu_isa() {
   static const Isa isa = choose();

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/kernels/refiner_conv.h"
-#include "cpu/kernels/vec.h"
+#include "cpu/simd/generic.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -44,9 +44,7 @@ void micro_kernel(const S* a, const int64_t* row, int valid, const int64_t* offs
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         Vec<S> x = broadcast(p[r][i]);
-#if FASTDA_X86
-        asm("" : "+v"(x));  // one broadcast into a register, not one per multiplication
-#endif
+        in_register(x);
 #pragma GCC unroll 4
         for (int v = 0; v < KV; ++v) sum[r][v] += x * w[v];
       }
@@ -138,15 +136,6 @@ void multiply_transposed(const S* x, int64_t x_stride, int64_t pixels, const int
   }
 }
 
-template <typename S>
-inline Vec<S> gated(Vec<S> v, Vec<S> g) {
-  return g <= S(0) ? Vec<S>{} : v;
-}
-template <typename S>
-inline Vec<S> relu(Vec<S> v) {
-  return v < S(0) ? Vec<S>{} : v;
-}
-
 // A rectangle of one image.
 struct Block {
   int64_t n, h, w, rows, columns;
@@ -181,7 +170,7 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
         for (int64_t c = 0; c < stride; c += L) {
           const int valid = int(min(L, channels - c));
           Vec<S> v = valid > 0 ? load_first<S>(from + c, valid) : Vec<S>{};
-          if (g && valid > 0) v = gated<S>(v, load_first<S>(g + c, valid));
+          if (g && valid > 0) v = relu_mask(v, load_first<S>(g + c, valid));
           if (stride - c >= L) {
             store_vec(to + c, v);
           } else {
@@ -198,7 +187,7 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
         if (into == 1) {  // one channel: nothing to turn
           Vec<S> v = load_first<S>(at<T>(x, block.n, c0, h, block.w + q), valid);
           if (gate.data)
-            v = gated<S>(v, load_first<S>(at<T>(gate, block.n, c0, h, block.w + q), valid));
+            v = relu_mask(v, load_first<S>(at<T>(gate, block.n, c0, h, block.w + q), valid));
           for (int i = 0; i < valid; ++i) out[(q + i) * stride + c0] = v[i];
           continue;
         }
@@ -208,8 +197,8 @@ void pack(const View& x, const View& gate, bool channels_last, int64_t channels,
           if (c >= from_channels) continue;
           tile[c] = load_first<S>(at<T>(x, block.n, c0 + c, h, block.w + q), valid);
           if (gate.data)
-            tile[c] = gated<S>(tile[c],
-                               load_first<S>(at<T>(gate, block.n, c0 + c, h, block.w + q), valid));
+            tile[c] = relu_mask(tile[c],
+                                load_first<S>(at<T>(gate, block.n, c0 + c, h, block.w + q), valid));
         }
         transpose<S>(tile);
         for (int i = 0; i < valid; ++i) {
@@ -232,11 +221,11 @@ inline void finish(const ConvArgs& a, Vec<S> v, int valid, int64_t n, int64_t c,
   if (a.residual.data) {
     Vec<S> add = load_first<S>(at<T>(a.residual, n, c, h, w), valid);
     if (a.residual_gate.data)
-      add = gated<S>(add, load_first<S>(at<T>(a.residual_gate, n, c, h, w), valid));
+      add = relu_mask(add, load_first<S>(at<T>(a.residual_gate, n, c, h, w), valid));
     v += add;
   }
-  if (a.relu) v = relu<S>(v);
-  if (a.out_gate.data) v = gated<S>(v, load_first<S>(at<T>(a.out_gate, n, c, h, w), valid));
+  if (a.relu) v = clamp_min(v, Vec<S>{});
+  if (a.out_gate.data) v = relu_mask(v, load_first<S>(at<T>(a.out_gate, n, c, h, w), valid));
   store_first<S>(const_cast<T*>(at<T>(a.out, n, c, h, w)), v, valid);
 }
 

@@ -10,7 +10,7 @@
 // Sums are kept in the accumulator type within a block and in double from block to block.
 #include "cpu/kernels/patch_loss.h"
 
-#include "cpu/kernels/vec.h"
+#include "cpu/simd/generic.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {

@@ -8,15 +8,17 @@
 #pragma once
 
 #include "cpu/kernels/refiner_conv.h"
-#include "cpu/kernels/simd.h"
+#include "cpu/simd/generic.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 #if FASTDA_SIMD
 namespace {
 
-constexpr int TILES = 6;              // per group: rows of the micro-kernel
-constexpr int NV = VL == 16 ? 4 : 2;  // vectors of output channels in a micro-kernel
-constexpr int RUN = 15;               // tiles transformed together, neighbours in a row
+constexpr int VL = lanes<float>;
+constexpr int TILES = 6;  // per group: rows of the micro-kernel
+// Vectors of output channels in a micro-kernel.
+constexpr int NV = vector_registers == 32 ? 4 : 2;
+constexpr int RUN = 15;  // tiles transformed together, neighbours in a row
 // Input columns of a run, and room for the last vector's rest.
 constexpr int COLUMNS = 4 * RUN + 2 + (VL - 2);
 
@@ -57,41 +59,43 @@ struct Workspace {
   }
 };
 
-FASTDA_INLINE void input_1d(const Vec* d, Vec* v) {
-  const Vec e1 = fnma(splat(2.0f), d[2], d[4]), o1 = fnma(splat(2.0f), d[1], d[3]);
-  const Vec e2 = fnma(splat(0.5f), d[2], d[4]), o2 = fnma(splat(0.5f), d[1], d[3]);
-  v[0] = fnma(splat(2.5f), d[2], d[0] + d[4]);
-  v[1] = fma(splat(A), o1, e1);
-  v[2] = fnma(splat(A), o1, e1);
-  v[3] = fma(splat(B), o2, e2);
-  v[4] = fnma(splat(B), o2, e2);
-  v[5] = fnma(splat(2.5f), d[3], d[1] + d[5]);
+FASTDA_INLINE void input_1d(const F32* d, F32* v) {
+  const F32 e1 = fnma(broadcast(2.0f), d[2], d[4]), o1 = fnma(broadcast(2.0f), d[1], d[3]);
+  const F32 e2 = fnma(broadcast(0.5f), d[2], d[4]), o2 = fnma(broadcast(0.5f), d[1], d[3]);
+  v[0] = fnma(broadcast(2.5f), d[2], d[0] + d[4]);
+  v[1] = fma(broadcast(A), o1, e1);
+  v[2] = fnma(broadcast(A), o1, e1);
+  v[3] = fma(broadcast(B), o2, e2);
+  v[4] = fnma(broadcast(B), o2, e2);
+  v[5] = fnma(broadcast(2.5f), d[3], d[1] + d[5]);
 }
 
-FASTDA_INLINE void output_1d(const Vec* m, Vec* y) {
-  const Vec s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
+FASTDA_INLINE void output_1d(const F32* m, F32* y) {
+  const F32 s1 = m[1] + m[2], d1 = m[1] - m[2], s2 = m[3] + m[4], d2 = m[3] - m[4];
   y[0] = m[0] + s1 + s2;
-  y[1] = splat(A) * fma(splat(2.0f), d2, d1);
-  y[2] = fma(splat(0.5f), s1, splat(2.0f) * s2);
-  y[3] = fma(splat(A), fma(splat(0.5f), d1, splat(4.0f) * d2), m[5]);
+  y[1] = broadcast(A) * fma(broadcast(2.0f), d2, d1);
+  y[2] = fma(broadcast(0.5f), s1, broadcast(2.0f) * s2);
+  y[3] = fma(broadcast(A), fma(broadcast(0.5f), d1, broadcast(4.0f) * d2), m[5]);
 }
 
 // Transpose of output_1d: 4 -> 6.
-FASTDA_INLINE void gradient_1d(const Vec* g, Vec* z) {
-  const Vec e1 = fma(splat(0.5f), g[2], g[0]), o1 = fma(splat(0.5f), g[3], g[1]);
-  const Vec e2 = fma(splat(2.0f), g[2], g[0]), o2 = fma(splat(2.0f), g[3], g[1]);
+FASTDA_INLINE void gradient_1d(const F32* g, F32* z) {
+  const F32 e1 = fma(broadcast(0.5f), g[2], g[0]), o1 = fma(broadcast(0.5f), g[3], g[1]);
+  const F32 e2 = fma(broadcast(2.0f), g[2], g[0]), o2 = fma(broadcast(2.0f), g[3], g[1]);
   z[0] = g[0];
-  z[1] = fma(splat(A), o1, e1);
-  z[2] = fnma(splat(A), o1, e1);
-  z[3] = fma(splat(B), o2, e2);
-  z[4] = fnma(splat(B), o2, e2);
+  z[1] = fma(broadcast(A), o1, e1);
+  z[2] = fnma(broadcast(A), o1, e1);
+  z[3] = fma(broadcast(B), o2, e2);
+  z[4] = fnma(broadcast(B), o2, e2);
   z[5] = g[3];
 }
 
 // Filter, 3 -> 6.
-FASTDA_INLINE void weight_1d(const Vec* w, Vec* u) {
-  const Vec ea = splat(-2.0f / 3) * fma(splat(0.5f), w[2], w[0]), oa = splat(-2.0f / 3 * A) * w[1];
-  const Vec eb = splat(1.0f / 6) * fma(splat(2.0f), w[2], w[0]), ob = splat(1.0f / 6 * B) * w[1];
+FASTDA_INLINE void weight_1d(const F32* w, F32* u) {
+  const F32 ea = broadcast(-2.0f / 3) * fma(broadcast(0.5f), w[2], w[0]),
+            oa = broadcast(-2.0f / 3 * A) * w[1];
+  const F32 eb = broadcast(1.0f / 6) * fma(broadcast(2.0f), w[2], w[0]),
+            ob = broadcast(1.0f / 6 * B) * w[1];
   u[0] = w[0];
   u[1] = ea + oa;
   u[2] = ea - oa;
@@ -101,12 +105,13 @@ FASTDA_INLINE void weight_1d(const Vec* w, Vec* u) {
 }
 
 // Transpose of weight_1d: 6 -> 3.
-FASTDA_INLINE void weight_gradient_1d(const Vec* u, Vec* w) {
-  const Vec sa = splat(-2.0f / 3) * (u[1] + u[2]), da = splat(-2.0f / 3 * A) * (u[1] - u[2]);
-  const Vec sb = splat(1.0f / 6) * (u[3] + u[4]), db = splat(1.0f / 6 * B) * (u[3] - u[4]);
+FASTDA_INLINE void weight_gradient_1d(const F32* u, F32* w) {
+  const F32 sa = broadcast(-2.0f / 3) * (u[1] + u[2]),
+            da = broadcast(-2.0f / 3 * A) * (u[1] - u[2]);
+  const F32 sb = broadcast(1.0f / 6) * (u[3] + u[4]), db = broadcast(1.0f / 6 * B) * (u[3] - u[4]);
   w[0] = u[0] + sa + sb;
   w[1] = da + db;
-  w[2] = u[5] + fma(splat(0.5f), sa, splat(2.0f) * sb);
+  w[2] = u[5] + fma(broadcast(0.5f), sa, broadcast(2.0f) * sb);
 }
 
 // --- tiles of the input (6 x 6 pixels, overlapping) or of the output's gradient (4 x 4) into V
@@ -130,8 +135,8 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
   const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, grid.height - y0);
   if (s.channels_last) {
     const int64_t first = max(x0, 0), last = min(x0 + columns, grid.width);
-    Vec d[R];
-    for (int r = 0; r < R; ++r) d[r] = splat(0.0f);
+    F32 d[R];
+    for (int r = 0; r < R; ++r) d[r] = broadcast(0.0f);
     for (int64_t i = x0; i < first; ++i) f(i - x0, d);
     for (int64_t i = last; i < x0 + columns; ++i) f(i - x0, d);
     if (r0 == 0 && r1 == R && c + VL <= s.channels) {
@@ -145,20 +150,20 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
         for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
           for (int r = 0; r < R; ++r)
-            d[r] = gate(load_vec(x + (y0 + r) * s.x.h + i * sx),
-                        load_vec(g + (y0 + r) * s.gate.h + i * sg));
+            d[r] = relu_mask(load_vec(x + (y0 + r) * s.x.h + i * sx),
+                             load_vec(g + (y0 + r) * s.gate.h + i * sg));
           f(i - x0, d);
         }
       }
     } else {
-      const Mask m = lanes(0, s.channels - c);
+      const Mask m = mask_of(0, s.channels - c);
       for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
         for (int r = 0; r < R; ++r) {
-          d[r] = splat(0.0f);
+          d[r] = broadcast(0.0f);
           if (r < r0 || r >= r1) continue;
           d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx, m);
-          if (gated) d[r] = gate(d[r], load_vec(g + (y0 + r) * s.gate.h + i * sg, m));
+          if (gated) d[r] = relu_mask(d[r], load_vec(g + (y0 + r) * s.gate.h + i * sg, m));
         }
         f(i - x0, d);
       }
@@ -169,33 +174,33 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
   for (int64_t i = 0; i < columns; i += VL) {
     const int64_t width = min(VL, columns - i);
     const int64_t first = max(0, -(x0 + i)), last = min(width, grid.width - (x0 + i));
-    const Mask m = lanes(first, last);
+    const Mask m = mask_of(first, last);
     for (int r = 0; r < R; ++r) {
-      Vec* line = reinterpret_cast<Vec*>(strip + r * VL * VL);
+      float* line = strip + r * VL * VL;
       if (r < r0 || r >= r1) {
-        for (int k = 0; k < VL; ++k) line[k] = splat(0.0f);
+        for (int k = 0; k < VL; ++k) store_vec(line + k * VL, broadcast(0.0f));
         continue;
       }
       const T* row = x + (y0 + r) * s.x.h + x0 + i;
       const T* gate_row = gated ? g + (y0 + r) * s.gate.h + x0 + i : nullptr;
-      Vec v[VL];
+      F32 v[VL];
       if (!gated) {
 #pragma GCC unroll 16
         for (int k = 0; k < VL; ++k)
-          v[k] = k < channels ? load_vec(row + k * s.x.c, m) : splat(0.0f);
+          v[k] = k < channels ? load_vec(row + k * s.x.c, m) : broadcast(0.0f);
       } else {
 #pragma GCC unroll 16
         for (int k = 0; k < VL; ++k)
           v[k] = k < channels
-                     ? gate(load_vec(row + k * s.x.c, m), load_vec(gate_row + k * s.gate.c, m))
-                     : splat(0.0f);
+                     ? relu_mask(load_vec(row + k * s.x.c, m), load_vec(gate_row + k * s.gate.c, m))
+                     : broadcast(0.0f);
       }
-      transpose(v);
+      transpose<float>(v);
 #pragma GCC unroll 16
-      for (int k = 0; k < VL; ++k) line[k] = v[k];
+      for (int k = 0; k < VL; ++k) store_vec(line + k * VL, v[k]);
     }
     for (int64_t j = 0; j < width; ++j) {
-      Vec d[R];
+      F32 d[R];
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) d[r] = load_vec(strip + (r * VL + j) * VL);
       f(i + j, d);
@@ -226,8 +231,8 @@ void transform_input_run(const Source& s, const Grid& grid, int64_t image, int64
                          int64_t count, int64_t position, int64_t c, const Workspace& v,
                          int64_t first_slot, Scratch& scratch) {
   each_column<T, 6>(s, grid, image, c, row * 4 - 1, col * 4 - 1, count * 4 + 2, scratch.strip,
-                    [&](int64_t i, const Vec* d) __attribute__((always_inline)) {
-                      Vec t[6];
+                    [&](int64_t i, const F32* d) __attribute__((always_inline)) {
+                      F32 t[6];
                       input_1d(d, t);
 #pragma GCC unroll 6
                       for (int r = 0; r < 6; ++r)
@@ -238,7 +243,7 @@ void transform_input_run(const Source& s, const Grid& grid, int64_t image, int64
     const float* in = scratch.columns + q * 4 * 6 * VL;
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) {
-      Vec d[6], t[6];
+      F32 d[6], t[6];
 #pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
       input_1d(d, t);
@@ -252,10 +257,10 @@ template <typename T>
 void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, int64_t row,
                             int64_t col, int64_t count, int64_t position, int64_t c,
                             const Workspace& v, double* sums, Scratch& scratch) {
-  Vec sum = splat(0.0f);
+  F32 sum = broadcast(0.0f);
   each_column<T, 4>(s, grid, image, c, row * 4, col * 4, count * 4, scratch.strip,
-                    [&](int64_t i, const Vec* d) __attribute__((always_inline)) {
-                      Vec t[6];
+                    [&](int64_t i, const F32* d) __attribute__((always_inline)) {
+                      F32 t[6];
                       sum += (d[0] + d[1]) + (d[2] + d[3]);
                       gradient_1d(d, t);
 #pragma GCC unroll 6
@@ -270,7 +275,7 @@ void transform_gradient_run(const Source& s, const Grid& grid, int64_t image, in
     const float* in = scratch.columns + q * 4 * 6 * VL;
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) {
-      Vec d[4], t[6];
+      F32 d[4], t[6];
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
       gradient_1d(d, t);
@@ -326,7 +331,7 @@ void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
   for (int64_t tile = tiles; tile < round_up(tiles, TILES); ++tile)
     for (int t = 0; t < 36; ++t)
       for (int64_t c = 0; c < v.channels; c += VL)
-        store_vec(v.at(tile, first_slot + t, v.first + c), splat(0.0f));
+        store_vec(v.at(tile, first_slot + t, v.first + c), broadcast(0.0f));
 }
 
 // --- 36 matrix products
@@ -344,20 +349,20 @@ template <int N, bool Add>
 [[gnu::noinline]] void multiply(const float* v, int64_t v_stride, const float* u, int64_t C,
                                 float* m, int64_t m_stride, const float* next, const float* ahead,
                                 int64_t pace, Lines far) {
-  Vec acc[TILES][N];
+  F32 acc[TILES][N];
 #pragma GCC unroll 6
   for (int r = 0; r < TILES; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[r][n] = splat(0.0f);
+    for (int n = 0; n < N; ++n) acc[r][n] = broadcast(0.0f);
   const float* w = v + 3 * v_stride;
   const auto step = [&]() __attribute__((always_inline)) {
-    Vec b[N];
+    F32 b[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) b[n] = load_vec(u + n * VL);
 #pragma GCC unroll 6
     for (int r = 0; r < TILES; ++r) {
-      Vec a = splat(r < 3 ? v[r * v_stride] : w[(r - 3) * v_stride]);
-      asm("" : "+v"(a));  // one broadcast for N products, not N products that each load it
+      F32 a = broadcast(r < 3 ? v[r * v_stride] : w[(r - 3) * v_stride]);
+      in_register(a);  // one broadcast for N products, not N products that each load it
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) acc[r][n] = fma(a, b[n], acc[r][n]);
     }
@@ -366,13 +371,13 @@ template <int N, bool Add>
   };
   int64_t c = 0;
   for (; c + 2 <= C; c += 2) {
-    _mm_prefetch(reinterpret_cast<const char*>(next), _MM_HINT_T0);
+    prefetch_first_level(next);
     next += 2 * TILES;
-    _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
+    prefetch_first_level(ahead);
     ahead += 2 * pace;
     if (c < far.count) {  // an even number
-      _mm_prefetch(far.at[c], _MM_HINT_T1);
-      _mm_prefetch(far.at[c + 1], _MM_HINT_T1);
+      prefetch_second_level(far.at[c]);
+      prefetch_second_level(far.at[c + 1]);
     }
     step();
     step();
@@ -412,28 +417,28 @@ template <typename T>
 struct Epilogue {
   const T *residual, *residual_gate, *output_gate;
   T* output;
-  Vec low;
+  F32 low;
 
   template <typename... M>
-  [[gnu::always_inline]] inline Vec apply(Vec x, int64_t at_residual, int64_t at_residual_gate,
+  [[gnu::always_inline]] inline F32 apply(F32 x, int64_t at_residual, int64_t at_residual_gate,
                                           int64_t at_output_gate, M... m) const {
     if (residual) {
-      Vec r = load_vec(residual + at_residual, m...);
-      if (residual_gate) r = gate(r, load_vec(residual_gate + at_residual_gate, m...));
+      F32 r = load_vec(residual + at_residual, m...);
+      if (residual_gate) r = relu_mask(r, load_vec(residual_gate + at_residual_gate, m...));
       x = x + r;
     }
     x = clamp_min(x, low);
-    if (output_gate) x = gate(x, load_vec(output_gate + at_output_gate, m...));
+    if (output_gate) x = relu_mask(x, load_vec(output_gate + at_output_gate, m...));
     return x;
   }
 };
 
 // 36 points of one tile, VL channels -> 4 x 4 pixels.
-FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4], Vec& finite) {
-  Vec s[4][6];
+FASTDA_INLINE void output_tile(const float* m, int64_t slot, F32 (*y)[4], F32& finite) {
+  F32 s[4][6];
 #pragma GCC unroll 6
   for (int j = 0; j < 6; ++j) {
-    Vec d[6], t[4];
+    F32 d[6], t[4];
 #pragma GCC unroll 6
     for (int i = 0; i < 6; ++i) d[i] = load_vec(m + (i * 6 + j) * slot);
     output_1d(d, t);
@@ -442,7 +447,7 @@ FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4], Vec& f
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) output_1d(s[i], y[i]);
-  finite = fma((y[0][0] + y[0][3]) + (y[3][0] + y[3][3]), splat(0.0f), finite);
+  finite = fma((y[0][0] + y[0][3]) + (y[3][0] + y[3][3]), broadcast(0.0f), finite);
 }
 
 // `finite` stays zero where every value of the block is finite, and becomes NaN otherwise: what is
@@ -450,23 +455,23 @@ FASTDA_INLINE void output_tile(const float* m, int64_t slot, Vec (*y)[4], Vec& f
 template <typename T>
 void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row, int64_t col,
                 int64_t count, int64_t position, int64_t k, const Workspace& m, Scratch& scratch,
-                Vec& finite) {
+                F32& finite) {
   const auto base = [&](const View& v) {
     return v.data ? static_cast<T*>(v.data) + image * v.n + k * v.c + row * 4 * v.h + col * 4 * v.w
                   : nullptr;
   };
   const View &vr = p.residual, &vq = p.residual_gate, &vg = p.out_gate, &vo = p.out;
   const Epilogue<T> e{base(vr), base(vq), base(vg), base(vo),
-                      splat(p.relu ? 0.0f : -__builtin_inff())};
+                      broadcast(p.relu ? 0.0f : -__builtin_inff())};
   const T* bias = static_cast<const T*>(p.bias);
   const int64_t channels = min(VL, p.out_channels - k), rows = min(4, grid.height - row * 4);
   const int64_t width = min(count * 4, grid.width - col * 4);
 
   if (p.out_channels_last) {
-    const Mask mask = lanes(0, channels);
-    const Vec b = bias ? load_vec(bias + k, mask) : splat(0.0f);
+    const Mask mask = mask_of(0, channels);
+    const F32 b = bias ? load_vec(bias + k, mask) : broadcast(0.0f);
     for (int64_t q = 0; q < count; ++q) {
-      Vec y[4][4];
+      F32 y[4][4];
       output_tile(m.at(position + q, 0, k), m.slot, y, finite);
       if (channels == VL && rows == 4 && width >= q * 4 + 4) {
 #pragma GCC unroll 4
@@ -495,24 +500,24 @@ void output_run(const ConvArgs& p, const Grid& grid, int64_t image, int64_t row,
   for (int64_t q = 0; q < count; q += VL / 4) {
     float* pixels = scratch.columns;  // [4 rows][VL pixels][VL channels]
     for (int64_t a = 0; a < min(VL / 4, count - q); ++a) {
-      Vec y[4][4];
+      F32 y[4][4];
       output_tile(m.at(position + q + a, 0, k), m.slot, y, finite);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) store_vec(pixels + ((i * VL) + a * 4 + j) * VL, y[i][j]);
     }
-    const Mask mask = lanes(0, width - q * 4);
+    const Mask mask = mask_of(0, width - q * 4);
     for (int64_t i = 0; i < rows; ++i) {
-      Vec v[VL];
+      F32 v[VL];
 #pragma GCC unroll 16
       for (int j = 0; j < VL; ++j) v[j] = load_vec(pixels + (i * VL + j) * VL);
-      transpose(v);
+      transpose<float>(v);
       const int64_t x = q * 4;
 #pragma GCC unroll 16
       for (int c = 0; c < VL; ++c) {
         if (c >= channels) break;
-        const Vec b = bias ? splat(load(bias + k + c)) : splat(0.0f);
+        const F32 b = bias ? broadcast(load(bias + k + c)) : broadcast(0.0f);
         store_vec(e.output + i * vo.h + x + c * vo.c,
                   e.apply(v[c] + b, i * vr.h + x + c * vr.c, i * vq.h + x + c * vq.c,
                           i * vg.h + x + c * vg.c, mask),
@@ -562,14 +567,14 @@ void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_
         const T* tap = from + t / 3 * filter.h + t % 3 * filter.w;
         if (filter.n == 1) {
           for (int64_t i = 0; i < count; ++i)
-            store_vec(taps[i][t], load_vec(tap + i * filter.c, lanes(0, valid)));
+            store_vec(taps[i][t], load_vec(tap + i * filter.c, mask_of(0, valid)));
           continue;
         }
-        Vec v[VL];
-        const Mask m = lanes(0, count);
+        F32 v[VL];
+        const Mask m = mask_of(0, count);
         for (int i = 0; i < VL; ++i)
-          v[i] = i < valid ? load_vec(tap + i * filter.n, m) : splat(0.0f);
-        transpose(v);
+          v[i] = i < valid ? load_vec(tap + i * filter.n, m) : broadcast(0.0f);
+        transpose<float>(v);
         for (int i = 0; i < VL; ++i) {
           if (i >= count) break;
           store_vec(taps[i][t], v[i]);
@@ -581,11 +586,11 @@ void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_
       const int64_t first = order > 0 ? 0 : -8;  // of the nine in memory
       for (int64_t i = 0; i < count; ++i) {
         const T* row = from + i * filter.c + first;
-        Vec v[VL];
-        const Mask m = lanes(0, 9);
+        F32 v[VL];
+        const Mask m = mask_of(0, 9);
         for (int j = 0; j < VL; ++j)
-          v[j] = j < valid ? load_vec(row + j * filter.n, m) : splat(0.0f);
-        transpose(v);
+          v[j] = j < valid ? load_vec(row + j * filter.n, m) : broadcast(0.0f);
+        transpose<float>(v);
         for (int t = 0; t < (VL < 9 ? VL : 9); ++t) store_vec(taps[i][order > 0 ? t : 8 - t], v[t]);
         for (int t = VL; t < 9; ++t)
           for (int64_t j = 0; j < VL; ++j)
@@ -609,12 +614,12 @@ void store_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, const
   T* to = static_cast<T*>(filter.data) + k * filter.n + c * filter.c;
   if constexpr (sizeof(T) == sizeof(float) && VL > 9) {
     if (adjacent(filter) == 1) {
-      Vec v[VL];
-      for (int t = 0; t < VL; ++t) v[t] = t < 9 ? load_vec(taps[t]) : splat(0.0f);
-      transpose(v);
+      F32 v[VL];
+      for (int t = 0; t < VL; ++t) v[t] = t < 9 ? load_vec(taps[t]) : broadcast(0.0f);
+      transpose<float>(v);
       for (int i = 0; i < VL; ++i) {
         if (i >= valid) break;
-        store_vec(to + i * filter.n, v[i], lanes(0, 9));
+        store_vec(to + i * filter.n, v[i], mask_of(0, 9));
       }
       return;
     }
@@ -626,15 +631,15 @@ void store_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, const
 
 // out[36 points], `size` floats apart.
 FASTDA_INLINE void transform_taps(const Taps& taps, float* out, int64_t size) {
-  Vec half[6][3];
+  F32 half[6][3];
   for (int s = 0; s < 3; ++s) {
-    Vec d[3], u[6];
+    F32 d[3], u[6];
     for (int r = 0; r < 3; ++r) d[r] = load_vec(taps[r * 3 + s]);
     weight_1d(d, u);
     for (int i = 0; i < 6; ++i) half[i][s] = u[i];
   }
   for (int i = 0; i < 6; ++i) {
-    Vec u[6];
+    F32 u[6];
     weight_1d(half[i], u);
     for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * size, u[j]);
   }
@@ -643,20 +648,20 @@ FASTDA_INLINE void transform_taps(const Taps& taps, float* out, int64_t size) {
 // The transpose; f(point) is the gradient of a point. `finite` stays zero where all of it is
 // finite.
 template <typename F>
-FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, Vec& finite) {
-  Vec half[3][6];
+FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, F32& finite) {
+  F32 half[3][6];
   for (int j = 0; j < 6; ++j) {
-    Vec u[6], w[3];
+    F32 u[6], w[3];
     for (int i = 0; i < 6; ++i) u[i] = f(i * 6 + j);
     weight_gradient_1d(u, w);
     for (int r = 0; r < 3; ++r) half[r][j] = w[r];
   }
   for (int r = 0; r < 3; ++r) {
-    Vec w[3];
+    F32 w[3];
     weight_gradient_1d(half[r], w);
     for (int s = 0; s < 3; ++s) {
       store_vec(taps[r * 3 + s], w[s]);
-      finite = fma(w[s], splat(0.0f), finite);
+      finite = fma(w[s], broadcast(0.0f), finite);
     }
   }
 }
@@ -670,29 +675,30 @@ template <int R, int N>
 [[gnu::noinline]] void accumulate(const float* v, const Workspace& vs, const float* z,
                                   const Workspace& zs, int64_t groups, int64_t line, float* u,
                                   bool first, Lines far) {
-  Vec acc[R][N];
+  F32 acc[R][N];
 #pragma GCC unroll 6
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int n = 0; n < N; ++n) acc[r][n] = first ? splat(0.0f) : load_vec(u + (r * N + n) * VL);
+    for (int n = 0; n < N; ++n)
+      acc[r][n] = first ? broadcast(0.0f) : load_vec(u + (r * N + n) * VL);
   const char* next = reinterpret_cast<const char*>(u + R * N * VL);
   const int64_t v_stride = vs.channels, z_stride = zs.channels;
   for (int64_t g = 0; g < groups; ++g) {
     const float *vq = v + g * vs.group, *zq = z + g * zs.group;
     for (int q = 0; q < TILES; ++q) {
-      Vec b[N];
+      F32 b[N];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) b[n] = load_vec(zq + n * VL);
-      _mm_prefetch(next, _MM_HINT_T0);
-      if (int64_t i = g * TILES + q; i < far.count) _mm_prefetch(far.at[i], _MM_HINT_T1);
+      prefetch_first_level(next);
+      if (int64_t i = g * TILES + q; i < far.count) prefetch_second_level(far.at[i]);
       if constexpr (VL == 16) {  // with AVX2 the loads leave no room for these
-        _mm_prefetch(reinterpret_cast<const char*>(vq + vs.slot), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(zq + zs.slot + line * 16), _MM_HINT_T0);
+        prefetch_first_level(vq + vs.slot);
+        prefetch_first_level(zq + zs.slot + line * 16);
       }
 #pragma GCC unroll 6
       for (int r = 0; r < R; ++r) {
-        Vec a = splat(vq[r]);
-        asm("" : "+v"(a));
+        F32 a = broadcast(vq[r]);
+        in_register(a);
 #pragma GCC unroll 4
         for (int n = 0; n < N; ++n) acc[r][n] = fma(a, b[n], acc[r][n]);
       }

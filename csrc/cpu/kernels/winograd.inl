@@ -119,7 +119,7 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
 template <typename T>
 bool transform_output(const ConvArgs& p, const Grid& grid, int64_t begin, int64_t end,
                       const Workspace& m, Scratch& scratch) {
-  Vec finite = splat(0.0f);
+  F32 finite = broadcast(0.0f);
   each_run_and_vector(
       p.out_channels_last, grid, begin, end, 0, p.out_channels,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
@@ -335,7 +335,7 @@ bool combine_chunks(const FilterGradArgs& p, const float* partials, T* d_bias) {
       store(d_bias + k, float(sum));
     }
   }
-  Vec finite = splat(0.0f);
+  F32 finite = broadcast(0.0f);
   for (int64_t vector = 0; vector < vectors; ++vector) {
     int64_t offset, stride;
     panel_of(vector, vectors, C, offset, stride);
@@ -344,7 +344,7 @@ bool combine_chunks(const FilterGradArgs& p, const float* partials, T* d_bias) {
       alignas(64) Taps taps;
       taps_gradient(
           [&](int t) __attribute__((always_inline)) {
-            Vec u = load_vec(from + t * size);
+            F32 u = load_vec(from + t * size);
             for (int64_t n = 1; n < count; ++n) u = u + load_vec(from + t * size + n * distance);
             return u;
           },

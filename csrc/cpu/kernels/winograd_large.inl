@@ -186,11 +186,11 @@ bool transform_output(const Tiles& t, const float* m, int64_t step, int64_t k, f
 }
 
 // Where the last pieces are nearly full: 7 x 7, 11 x 11, … Others save less, at the same error of a
-// piece. And where products are fused with sums (avx2, avx512), without which the error is near its
+// piece. And where products are fused with sums, without which the error is near its
 // bound.
 bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height,
             int64_t width, int64_t kernel) {
-  return vector_bytes > 16 && kernel >= 7 && kernel % TAPS == TAPS - 1 && dtype != DType::f64 &&
+  return fused_multiply_add && kernel >= 7 && kernel % TAPS == TAPS - 1 && dtype != DType::f64 &&
          in_channels >= 16 && out_channels >= 16 && min(height, width) >= 2 * TILE;
 }
 

@@ -120,7 +120,7 @@ bool conv_panel(const ConvArgs& p, int64_t task, void* workspace) {
     (i == 0 ? multiply_part<false> : multiply_part<true>)(v.part(i), m, grid.groups, u, depth,
                                                           vectors);
   });
-  Vec finite = splat(0.0f);
+  F32 finite = broadcast(0.0f);
   each_run_and_vector(
       p.out_channels_last, grid, 0, grid.tiles, m.first, end,
       [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
@@ -192,7 +192,7 @@ bool grad_panel(const FilterGradArgs& p, int64_t chunk, float* u) {
   const Workspace z = layout.grads(shared).part(chunk);
   const int64_t K = p.out_channels, vectors = ceil_div(min(PANEL, K - z.first), VL);
   const int64_t size = matrix_floats(GRAD_DEPTH, PANEL);
-  Vec finite = splat(0.0f);
+  F32 finite = broadcast(0.0f);
   each_part(p.in_channels, GRAD_DEPTH, [&](int64_t i, int64_t c0, int64_t depth) {
     const Workspace v = layout.inputs(shared).part(i);
     for (int t = 0; t < 36; ++t)

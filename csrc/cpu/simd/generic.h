@@ -1,29 +1,46 @@
-// Vectors of the instruction set being compiled for. Internal linkage throughout: see
-// common/dtype.h.
+// Vectors of the instruction set being compiled for, lanes of float or double, in plain C++.
+//
+// An instruction set with more than that has a header f32_<instruction set>.h, which the build
+// includes ahead of every kernel file (see common/isa.h). It says how wide vectors are, includes
+// this file, and adds for float, in each of these headers the same:
+//
+//   Mask, mask_of(begin, end)        lanes [begin, end)
+//   load_vec, store_vec              of 16-bit types, and of all types under a mask
+//   load_first, store_first          where a mask beats this file's loops
+//   fma, fnma, clamp_min, all_zero, transpose
+//
+// Everything has internal linkage: see common/dtype.h.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "common/dtype.h"
 
-namespace fastda {
-namespace {
+#define FASTDA_INLINE [[gnu::always_inline, maybe_unused]] static inline
 
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-constexpr int vector_registers = 32;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-constexpr int vector_registers = 16;
-#else
+#if !defined(FASTDA_SIMD)
+#define FASTDA_SIMD 0
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
 constexpr int vector_bytes = 16;
 constexpr int vector_registers = 16;
+constexpr bool fused_multiply_add = false;
+}  // namespace
+}  // namespace fastda::cpu::FASTDA_ISA
 #endif
+
+// The constraint of inline assembly that names a vector register.
+#if defined(__x86_64__)
+#define FASTDA_VECTOR_REGISTER "+v"
+#elif defined(__aarch64__)
+#define FASTDA_VECTOR_REGISTER "+w"
+#else
+#define FASTDA_VECTOR_REGISTER "+m"
+#endif
+
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
 
 template <typename S>
 struct VecOf;
@@ -37,6 +54,7 @@ struct VecOf<double> {
 };
 template <typename S>
 using Vec = typename VecOf<S>::type;
+using F32 = Vec<float>;
 template <typename S>
 constexpr int lanes = vector_bytes / int(sizeof(S));
 
@@ -54,6 +72,27 @@ template <typename S>
 inline Vec<S> broadcast(S s) {
   return s - Vec<S>{};  // not s + {}: -0 stays -0
 }
+
+// x in a register from here on: one broadcast for many products, not many products that each load
+// it.
+template <typename V>
+FASTDA_INLINE void in_register(V& x) {
+  asm("" : FASTDA_VECTOR_REGISTER(x));
+}
+
+// max(low, x), and x where x is NaN.
+template <typename V>
+inline V clamp_min(V x, V low) {
+  return x < low ? low : x;
+}
+// ReLU's backward, read off its result g: x where g > 0 or g is NaN, else 0.
+template <typename V>
+inline V relu_mask(V x, V g) {
+  return g <= V{} ? V{} : x;
+}
+
+FASTDA_INLINE void prefetch_first_level(const void* p) { __builtin_prefetch(p, 0, 3); }
+FASTDA_INLINE void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // The first n (1 to lanes) elements of any element type, widened to the accumulator type; the rest
 // is zero.
@@ -77,32 +116,6 @@ inline void store_first(T* p, Vec<S> v, int n) {
     for (int i = 0; i < n; ++i) store(p + i, lane[i]);
   }
 }
-#if defined(__AVX512F__)
-template <>
-inline Vec<float> load_first<float, float>(const float* p, int n) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p);
-}
-template <>
-inline void store_first<float, float>(float* p, Vec<float> v, int n) {
-  _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), (__m512)v);
-}
-#elif defined(__AVX2__)
-inline __m256i first_mask(int n) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-template <>
-inline Vec<float> load_first<float, float>(const float* p, int n) {
-  return (Vec<float>)(n == 8 ? _mm256_loadu_ps(p) : _mm256_maskload_ps(p, first_mask(n)));
-}
-template <>
-inline void store_first<float, float>(float* p, Vec<float> v, int n) {
-  if (n == 8) {
-    _mm256_storeu_ps(p, (__m256)v);
-  } else {
-    _mm256_maskstore_ps(p, first_mask(n), (__m256)v);
-  }
-}
-#endif
 
 template <int... I>
 struct Sequence {};
@@ -130,11 +143,11 @@ inline void transpose_stage(Vec<S>* rows) {
     transpose_stage<S, D / 2>(rows);
   }
 }
-// Transposes a lanes x lanes matrix in registers.
+// Transposes a lanes x lanes matrix in registers: rows[i][j] becomes rows[j][i].
 template <typename S>
 inline void transpose(Vec<S>* rows) {
   transpose_stage<S, lanes<S> / 2>(rows);
 }
 
 }  // namespace
-}  // namespace fastda
+}  // namespace fastda::cpu::FASTDA_ISA
