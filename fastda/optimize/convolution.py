@@ -157,8 +157,10 @@ class Convolution(StandIn):
                 settings = (conv.stride, conv.dilation, conv.groups, conv.padding, conv.padding_mode)
                 self._fit = (shape, *settings, padding)
         # Either operand may make torch's result channels_last; conv_same goes by x alone.
-        if not weight.is_contiguous() and (
-            conv.padding_mode != "zeros" or _torch.memory_format(x) is torch.contiguous_format
+        if (
+            (1 in shape or not weight.is_contiguous())
+            and _torch.memory_format(weight) is torch.channels_last
+            and (conv.padding_mode != "zeros" or _torch.memory_format(x) is not torch.channels_last)
         ):
             return None
         return padding if _pays(x.shape, shape, shape[2] // 2 - padding) else None

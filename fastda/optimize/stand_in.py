@@ -72,14 +72,16 @@ class StandIn(Counted):
         raise RuntimeError("fastda.optimize: called for a module that is gone")
 
     def install(self) -> None:
-        self.module.__dict__ |= {self.method: self, "__reduce_ex__": self.reduce}
+        vars(self.module).update({self.method: self, "__reduce_ex__": self.reduce})
 
     def remove(self) -> None:
-        for name in (self.method, "__reduce_ex__"):
-            self.module.__dict__.pop(name)
+        if (module := self._module()) is not None:
+            for name in (self.method, "__reduce_ex__"):
+                vars(module).pop(name, None)
 
     def problem(self) -> str | None:
-        there = vars(self.module).get(self.method)
+        module = self._module()
+        there = self if module is None else vars(module).get(self.method)
         return None if there is self else f"{self.method} was changed after fastda.optimize, to {there}"
 
     def reduce(self, protocol: Any) -> Any:

@@ -150,9 +150,25 @@ def test_modules_in_two_places_exchanged_ones_and_scripted_ones():
     model = nn.ModuleDict({"a": nn.ModuleList([block, block]), "b": nn.Sequential(block, scripted)})
     report = fastda.optimize(model)
     assert [e.path for e in report.replaced] == ["a.0.convs.0", "a.0.convs.2"]
-    model["a"] = model["b"] = nn.Identity()
+    model["a"] = model["b"] = block.convs[2] = nn.Identity()
+    assert report.calls()["a.0.convs.2"] == (0, 0)  # that layer is gone
     report.undo()
     assert "_conv_forward" not in vars(block.convs[0])
+
+
+def test_a_module_that_takes_no_attributes_is_served_and_restored():
+    class Strict(nn.Conv2d):
+        def __setattr__(self, name, value):
+            if "weight" in vars(self).get("_parameters", ()):
+                raise AttributeError(name)
+            super().__setattr__(name, value)
+
+    model = nn.Sequential(Strict(3, 3, 3, bias=False))
+    before = dict(vars(model[0]))
+    report = fastda.optimize(model)
+    assert [e.path for e in report.replaced] == ["0"]
+    report.undo()
+    assert vars(model[0]) == before
 
 
 def test_a_module_that_cannot_be_looked_at_is_left_and_the_rest_is_served():
