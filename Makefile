@@ -91,8 +91,8 @@ demo: build ## verify, a quick benchmark, DANN and SimGAN trained on real digits
 	$(BIN)/fastda info
 	$(VERIFY) $(OUT)/demo --backend cpp
 	$(BIN)/fastda bench --quick --out $(OUT)/demo
-	$(BIN)/fastda dann --preset demo --out $(OUT)/dann
-	$(BIN)/fastda simgan train --preset demo --out $(OUT)/simgan
+	$(BIN)/fastda dann --preset demo --overwrite --out $(OUT)/dann
+	$(BIN)/fastda simgan train --preset demo --overwrite --out $(OUT)/simgan
 
 docs: build ## the documentation as a site, in site/; any warning is an error
 	$(BIN)/pip install $(PIP_FLAGS) --no-build-isolation -e '.[docs]'

@@ -149,6 +149,16 @@ def test_texts_profiles_resolution_and_quality_stay(tmp_path):
     assert back.tag_v2[270] == "one of ten" and back.info["compression"] == "tiff_lzw"
 
 
+def test_a_telephones_picture_is_its_first(tmp_path):
+    path = tmp_path / "x.jpg"
+    Image.fromarray(COLOUR).save(
+        path, format="MPO", save_all=True, append_images=[Image.fromarray(COLOUR[:5])]
+    )
+    assert Image.open(path).format == "MPO"
+    assert images.read(path).seen.shape == COLOUR.shape
+    assert given_back(path).format == "JPEG"
+
+
 def png(bits, kind, samples, width=4, height=3):
     def chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))

@@ -132,6 +132,20 @@ def test_results_are_kept_unless_told_and_hold_no_path_of_this_machine(quick, tm
     assert path.read_bytes() != before[0] and not (out / name / "grid-000001.png").exists()
 
 
+def test_a_trained_refiner_is_measured_again(two_folders, tmp_path, capsys):
+    assert simgan.main([*two_folders, "--out", str(tmp_path / "out")]) == 0
+    trained = str(tmp_path / "out" / "seed-0" / "checkpoint.safetensors")
+    folders = two_folders[two_folders.index("--data") : two_folders.index("--steps")]
+    capsys.readouterr()
+    words = ["evaluate", trained, *folders, "--eval-steps", "1", "--seeds", "0", "1"]
+    assert simgan.main([*words, "--json", str(tmp_path / "measures.json")]) == 0
+    assert "seed 1" in capsys.readouterr().out
+    measures = json.loads((tmp_path / "measures.json").read_text())
+    of_training = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert measures["trainings"][0]["measures"] == of_training["trainings"][0]["measures"]
+    assert refused(simgan.main, capsys, *words, "--size", "14x14").endswith("(1, 14, 14), no labels")
+
+
 @pytest.mark.parametrize(
     ("main", "more"),
     [

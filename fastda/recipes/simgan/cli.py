@@ -133,7 +133,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
 
     sub = commands.add_parser(
-        "draw", help="write labelled synthetic images: digits in class folders, eyes with JSON"
+        "draw", help="write labelled synthetic images: digits in class folders, eyes with labels.csv"
     )
     sub.add_argument("data", choices=("strokes", "fonts", "eyes"))
     sub.add_argument("--count", type=int, default=100)
@@ -395,16 +395,14 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
-    domains = load_domains(options)
     net, state = load_refiner(options.checkpoint)
+    domains = load_domains(options)
     shape = tuple(domains.synthetic.x.shape[1:])
     if tuple(state["shape"]) != shape or state["task"] != domains.task:
         raise command.SettingsError(
             f"{options.checkpoint}: refines {tuple(state['shape'])}, {state['task'] or 'no'} labels; "
             f"those given are of {shape}, {domains.task or 'no'} labels"
         )
-    if options.eval_steps < 1:
-        raise command.SettingsError(f"eval_steps must be at least 1, got {options.eval_steps}")
     results = []
     for seed in options.seeds:
         measures = _measures(domains, lambda x: refine(net, x, domains.task), seed, options.eval_steps)
