@@ -58,6 +58,31 @@ def hinge_at_its_margin(ops):
 
 
 @everywhere
+def accuracies_around_the_threshold(ops):
+    """A patch at the threshold itself is right for neither side."""
+    values = torch.tensor([-1.0, -0.0, 0.0, 0.25, 0.5, 0.75, 1.0]).view(1, 1, 1, 7)
+    for code, kind in enumerate(KINDS):
+        logits = torch.cat([values, values.flip(3) * 0], 1) if kind == "softmax" else values
+        expected = reference.patch_discriminator_loss(
+            logits.double(), logits.double(), kind, return_accuracy=True
+        )
+        out = ops.patch_discriminator_loss(logits, logits, None, None, code, SUM, 0.0, False, False)
+        for got, right in zip(out[1:3], expected[1:], strict=True):
+            assert round(7 * got.item()) == round(7 * right.item()), kind
+
+
+@everywhere
+def a_mean_over_no_weight(ops):
+    """0 / 0 as a value, and patches that are taken out have no gradient all the same."""
+    for code, kind in enumerate(KINDS):
+        real, fake = (torch.randn(2, 2 if kind == "softmax" else 1, 3, 5) for _ in range(2))
+        out = ops.patch_discriminator_loss(
+            real, fake, torch.zeros(2, 1, 3, 5), None, code, 0, 0.0, True, True
+        )
+        assert out[0].isnan() and not out[3].any() and out[4].isfinite().all(), kind
+
+
+@everywhere
 def softmax_of_infinite_logits(ops):
     values = torch.tensor([torch.inf, -torch.inf, 0.5])
     logits = torch.cartesian_prod(values, values).T.reshape(1, 2, 3, 3)
@@ -174,6 +199,16 @@ def views_with_dimensions_of_size_one(ops):
                 close("conv_same", "weight", out[1], by_weight)
 
 
+@everywhere
+def one_scale_a_sample_in_any_order_of_dimensions(ops):
+    grad, scale = torch.randn(3, 4, 5, 2), torch.tensor([0.5, -2.0, 3.0])
+    right = -grad * scale.view(3, 1, 1, 1)
+    for order in itertools.permutations(range(4)):
+        back = [order.index(d) for d in range(4)]
+        exactly(ops.grad_reverse_backward(grad.permute(order).contiguous().permute(back), scale), right)
+    exactly(ops.grad_reverse_backward(torch.nn.functional.pad(grad, (1, 2))[..., 1:-2], scale), right)
+
+
 # -- rounding to 16 bits
 
 
@@ -192,6 +227,9 @@ def rounding_to_16_bits(ops):
             torch.testing.assert_close(
                 got, (values.float() * -scale).to(dtype), rtol=0, atol=0, equal_nan=True
             )
+        # A NaN whose rounding would carry into its sign.
+        nan = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+        assert ops.grad_reverse_backward(torch.ones(40, dtype=dtype), nan).isnan().all()
     # float32 sums of two 16-bit values, by the convolutions' last stage: one that turns contiguous images.
     for dtype, layout in itertools.product((torch.bfloat16, torch.float16), (torch.contiguous_format, LAST)):
         for channels in (16, 3):
@@ -224,6 +262,43 @@ def backward_matches(ops, n, c, k, kernel, h, w):
             assert testing.error(got, of, terms).within(testing.tolerance("conv_same", name, torch.float32))
 
 
+def gate_of(output):
+    """ReLU's backward keeps a gradient where its output is positive or NaN."""
+    return (~(output <= 0)).double()
+
+
+@everywhere
+def gradients_pass_where_the_output_is_nan(ops):
+    for c, k, kernel, h, w in ((3, 5, 3, 6, 7), (17, 16, 3, 9, 8), (16, 16, 7, 8, 9)):
+        x, grad, output = torch.randn(1, c, h, w), torch.randn(1, k, h, w), torch.randn(1, k, h, w)
+        output[0, 1, 2], output[0, 2, :, 3] = torch.nan, -0.0
+        weight = torch.randn(k, c, kernel, kernel) / (c * kernel**2) ** 0.5
+        exact = [t.double().requires_grad_() for t in (x, weight)]
+        masked = grad.double() * gate_of(output)
+        right = torch.autograd.grad(reference.conv_same(*exact), exact, masked)
+        for layout in (torch.contiguous_format, LAST):
+            given = [t.contiguous(memory_format=layout) for t in (grad, x)]
+            gate = output.contiguous(memory_format=layout)
+            out = ops.conv_same_backward(*given, weight, gate, True, True, True)
+            close("conv_same", "grad", out[0], right[0])
+            close("conv_same", "weight", out[1], right[1])
+            assert (out[2] - masked.sum((0, 2, 3))).abs().max() < 1e-5
+    for c, m in ((3, 3), (16, 16)):
+        x, grad, inner, output = (torch.randn(1, n, 8, 9) for n in (c, c, m, c))
+        inner[0, 1, 2], output[0, 2, 5] = torch.nan, torch.nan
+        weights = [torch.randn(*shape, 3, 3) / (9 * c) ** 0.5 for shape in ((m, c), (c, m))]
+        exact = [w.double() for w in weights]
+        masked = grad.double() * gate_of(output)
+        by_inner = torch.nn.functional.conv_transpose2d(masked, exact[1], padding=1) * gate_of(inner)
+        by_x = masked + torch.nn.functional.conv_transpose2d(by_inner, exact[0], padding=1)
+        out = ops.refiner_block_backward(
+            grad, x, inner, output, weights[0], None, weights[1], True, True, True, False, True
+        )
+        close("refiner_block", "grad", out[0], by_x)
+        assert (out[2] - by_inner.sum((0, 2, 3))).abs().max() < 1e-5
+        assert (out[4] - masked.sum((0, 2, 3))).abs().max() < 1e-5
+
+
 @everywhere
 def filter_gradients_of_many_pieces(ops):
     backward_matches(ops, 20, 3, 5, 3, 6, 7)
@@ -243,19 +318,32 @@ def images_wider_than_a_block(ops):
 
 @on_the_cpu
 def nothing_of_an_earlier_call(ops):
-    """Scratch memory is kept from call to call: NaN in it must not come back."""
-    for c, k, kernel, h, w in ((3, 5, 3, 13, 11), (16, 17, 3, 9, 30), (17, 16, 3, 5, 7), (16, 17, 7, 10, 9)):
-        x, grad = torch.full((2, c, h, w), torch.nan), torch.full((2, k, h, w), torch.nan)
+    """Scratch memory is kept from call to call: NaN that a larger one left must not come back."""
+    for c, k, kernel, h, w in ((3, 5, 3, 13, 11), (16, 17, 3, 13, 30), (17, 16, 3, 5, 7), (16, 17, 7, 10, 9)):
         weight = torch.randn(k, c, kernel, kernel)
-        ops.conv_same(x, weight, None, None, False)
-        ops.conv_same_backward(grad, x, weight, None, True, True, True)
+
+        def leave_nan(c=c, k=k, h=h, w=w, weight=weight):
+            x, grad = (torch.full((2, n, h + 9, w + 9), torch.nan) for n in (c, k))
+            ops.conv_same_backward(grad, x, weight, None, True, True, True)
+
+        x, grad = torch.randn(2, c, h, w), torch.randn(2, k, h, w)
+        exact = weight.double().requires_grad_()
+        (right,) = torch.autograd.grad(reference.conv_same(x.double(), exact), exact, grad.double())
+        leave_nan()
+        close(
+            "conv_same",
+            "weight",
+            ops.conv_same_backward(grad, x, weight, None, False, True, False)[1],
+            right,
+        )
+        leave_nan()
         backward_matches(ops, 2, c, k, kernel, h, w)
 
 
 @on_the_cpu
 def what_overflows_on_the_way(ops):
     """An odd value reaches the outputs whose filters touch it, whatever the kernel computes in between."""
-    for kernel, value in itertools.product((3, 7), (torch.inf, torch.nan, 2e38, -2e38)):
+    for kernel, value in itertools.product((3, 7), (torch.inf, torch.nan, -2e38, 3e37)):
         size = kernel + 9
         clean = torch.randn(1, 16, size, size)
         weight = torch.randn(16, 16, kernel, kernel) * 1e-3

@@ -20,6 +20,7 @@ import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+from fastda import backend
 from tests.mutation.fault import SWITCH, Fault, find_test
 from tests.mutation.faults import FAULTS
 
@@ -31,7 +32,7 @@ CAUGHT, HARMLESS, SURVIVED, FAILED = "caught", "changes nothing", "survived", "n
 
 
 def copy_tree(changed: dict[Path, str]) -> str:
-    """Bring the copy up to date, with other text in some files; the digest of all without those changes.
+    """Bring the copy up to date, with other text in some files; the digest of the tree itself.
 
     What is already there keeps its time, so that ninja compiles only what differs.
     """
@@ -58,12 +59,18 @@ def write(path: Path, content: bytes) -> None:
         path.write_bytes(content)
 
 
+@functools.cache
+def source(path: Path) -> str:
+    """As it was when it was first looked at: the tree may be edited meanwhile."""
+    return path.read_text()
+
+
 def batches_of(faults: list[Fault]) -> list[list[Fault]]:
     """Compiled faults, by builds: in one build no fault overlaps the text of another."""
     batches: list[dict[str, tuple[Path, int, int]]] = []
     for fault in faults:
         path = fault.locate(ROOT)
-        start = path.read_text().index(fault.old)
+        start = source(path).index(fault.old)
         end = start + len(fault.old)
         for batch in batches:
             if not any(p == path and start < e and s < end for p, s, e in batch.values()):
@@ -79,17 +86,20 @@ def switched(faults: list[Fault], numbers: dict[str, int]) -> dict[Path, str]:
     texts: dict[Path, str] = {}
     for fault in faults:
         path = fault.locate(ROOT)
-        text = texts.get(path) or path.read_text()
+        text = texts.get(path) or source(path)
         texts[path] = text.replace(fault.old, fault.switched(numbers[fault.name]))
     return {path: SWITCH + text for path, text in texts.items()}
 
 
 def environment(route: str) -> dict[str, str]:
     env = {**os.environ, "PYTHONPATH": str(TREE), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    # The lane that the conformance suite runs on in such a process.
     if route == "triton":
-        env["TRITON_INTERPRET"] = "1"
-    if route == "cuda":
-        env |= emulated_device(tuple(env.items()))
+        env |= {"TRITON_INTERPRET": "1", "FASTDA_TEST_LANE": "triton"}
+    elif route == "cuda":
+        env |= emulated_device(tuple(env.items())) | {"FASTDA_TEST_LANE": "emulated"}
+    else:
+        env["FASTDA_TEST_LANE"] = backend.native.cpu_isa()
     return env
 
 
@@ -154,20 +164,25 @@ def run_tests(tests: tuple[str, ...], route: str, extra: dict[str, str]) -> tupl
     return 0, ""
 
 
+def environment_of(fault: Fault) -> dict[str, str]:
+    extra = dict(fault.environment)
+    return extra | ({"FASTDA_TEST_LANE": extra["FASTDA_CPU_ISA"]} if "FASTDA_CPU_ISA" in extra else {})
+
+
 def judge(fault: Fault, number: int) -> dict[str, str]:
     """Plant one fault and run its tests."""
-    extra = dict(fault.environment)
+    extra = environment_of(fault)
     path = fault.locate(ROOT)
     target = TREE / path.relative_to(ROOT)
     if fault.compiled:
         extra["FASTDA_FAULT"] = str(number)
     else:
-        write(target, path.read_text().replace(fault.old, fault.new).encode())
+        write(target, source(path).replace(fault.old, fault.new).encode())
     try:
         status, what = run_tests(fault.tests, fault.route, extra)
     finally:
         if not fault.compiled:
-            write(target, path.read_bytes())
+            write(target, source(path).encode())
     if status not in (0, 1):
         return {"outcome": FAILED, "by": what}
     if fault.harmless:
@@ -178,13 +193,15 @@ def judge(fault: Fault, number: int) -> dict[str, str]:
 def check_clean(faults: list[Fault], known: dict[str, object]) -> list[str]:
     """The tests of these faults that fail without a fault, and so say nothing."""
     red = []
-    for route, extra, test in sorted({(f.route, f.environment, t) for f in faults for t in f.tests}):
-        key = " ".join([route, *(f"{k}={v}" for k, v in extra), test])
-        if key not in known:
-            status, what = run_tests((test,), route, dict(extra))
-            known[key] = what if status else ""
-        if known[key]:
-            red.append(f"{key}: {known[key]}")
+    for fault in faults:
+        extra = environment_of(fault)
+        for test in fault.tests:
+            key = " ".join([fault.route, *(f"{k}={v}" for k, v in extra.items()), test])
+            if key not in known:
+                status, what = run_tests((test,), fault.route, extra)
+                known[key] = what if status else ""
+            if known[key] and f"{key}: {known[key]}" not in red:
+                red.append(f"{key}: {known[key]}")
     return red
 
 
@@ -217,6 +234,10 @@ def main() -> int:
             print(f"{f.route:7} {f.name} ({f.where})")
         return 0
 
+    for f in chosen:  # before anything is built
+        source(f.locate(ROOT))
+        for test in f.tests:
+            find_test(ROOT, f.route, test)
     tree = copy_tree(switched(batches_of([f for f in FAULTS if f.compiled])[0], numbers))
     memory = WORK / "found.json"
     found = json.loads(memory.read_text()) if memory.is_file() and not options.fresh else {}
@@ -231,7 +252,9 @@ def main() -> int:
         faults = [f for f in faults if f.name not in found["faults"]]
         if not faults:
             continue
-        copy_tree(switched(planted, numbers))
+        texts = switched(planted, numbers)
+        for path in {f.locate(ROOT) for batch in builds for f in batch}:
+            write(TREE / path.relative_to(ROOT), texts.get(path, source(path)).encode())
         print(f"building, then the tests of {len(faults)} faults without any …", flush=True)
         build(faults)
         red += check_clean(faults, found["clean"])

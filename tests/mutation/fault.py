@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,8 @@ class Fault:
     In compiled sources `old` and `new` are two expressions of one type, or two statements (ending in a
     semicolon) that declare nothing.
 
-    tests: names of test functions, each with or without a choice of its cases in brackets, as pytest's -k.
+    tests: names of test functions, with a choice of cases in brackets (pytest's -k) where not all are meant,
+        and with `file::` before a name that stands in several files.
     harmless: why the fault changes no result, where that is so; then the tests must pass.
     """
 
@@ -53,6 +55,7 @@ class Fault:
                 return route
         return "python"
 
+    @functools.cache  # noqa: B019
     def locate(self, root: Path) -> Path:
         """The file that holds `old`. Raises LookupError unless exactly one does, once."""
         place = root / self.where
@@ -72,27 +75,28 @@ class Fault:
         return f"(fastda_fault == {number} ? ({self.new}) : ({self.old}))"
 
 
-def test_files(root: Path, route: str) -> list[Path]:
-    """The files whose tests can see a fault of this route."""
-    tests = root / "tests"
-    files = [p for p in sorted(tests.rglob("*.py")) if p.relative_to(tests).parts[0] != "mutation"]
-    return [p for p in files if route_of(p) == ("python" if route == "cpp" else route)]
-
-
-def route_of(test_file: Path) -> str:
-    """Tests of device code run in processes of their own, which need an environment of their own."""
-    text = test_file.read_text()
-    if re.search(r"^import cuda_host$", text, re.M):
-        return "cuda"
-    return "triton" if "TRITON_INTERPRET=1 python" in text else "python"
+@functools.cache
+def tests_of(root: Path) -> list[tuple[Path, set[str]]]:
+    """Files of tests, and the names of their functions."""
+    files = sorted(p for p in (root / "tests").rglob("*.py") if "mutation" not in p.relative_to(root).parts)
+    return [(p, set(re.findall(r"^def (test_\w+)\(", p.read_text(), re.M))) for p in files]
 
 
 def find_test(root: Path, route: str, test: str) -> tuple[str, str]:
-    """The pytest node of a test function, and the choice of its cases. Raises LookupError."""
-    match = re.fullmatch(r"(\w+)(?:\[(.*)\])?", test)
+    """The pytest node of a test function, and the choice of its cases. Raises LookupError.
+
+    A device's kernels are seen by the tests of its own folder and by the conformance suite, on its lane.
+    """
+    match = re.fullmatch(r"(?:(\w+)::)?(\w+)(?:\[(.*)\])?", test)
     assert match, test
-    name, cases = match[1], match[2] or ""
-    files = [p for p in test_files(root, route) if re.search(rf"^def {name}\(", p.read_text(), re.M)]
-    if len(files) != 1:
-        raise LookupError(f"{name}: {len(files)} files of the route {route} define this test")
-    return f"{files[0].relative_to(root)}::{name}", cases
+    file, name, cases = match[1], match[2], match[3] or ""
+    found = [p for p, names in tests_of(root) if name in names and file in (None, p.stem)]
+    folder = {p: p.relative_to(root).parts[1] for p in found}
+    if route in ("cuda", "triton"):
+        own = [p for p in found if folder[p] == route]
+        found = own or [p for p in found if folder[p] == "conformance"]
+    else:
+        found = [p for p in found if folder[p] not in ("cuda", "triton")]
+    if len(found) != 1:
+        raise LookupError(f"{test}: {len(found)} files of the route {route} define this test")
+    return f"{found[0].relative_to(root)}::{name}", cases

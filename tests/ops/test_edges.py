@@ -37,6 +37,20 @@ def test_a_gradient_is_the_same_with_and_without_a_graph_of_it(op, sizes, option
 @isa_independent
 @common.both_routes
 @calls
+def test_a_gradient_is_linear_in_what_comes_in(op, sizes, options):
+    arguments = common.draw(op, sizes, torch.float32, **options)
+    wanted = [arguments[n] for n in common.wanted(arguments)]
+    out = getattr(fastda, op)(**arguments)
+    once = torch.autograd.grad(out, wanted, torch.ones_like(out), retain_graph=True)
+    for factor in (4.0, 0.5, 0.0):
+        scaled = torch.autograd.grad(out, wanted, torch.full_like(out, factor), retain_graph=True)
+        for a, b in zip(once, scaled, strict=True):
+            torch.testing.assert_close(factor * a, b)
+
+
+@isa_independent
+@common.both_routes
+@calls
 def test_every_gradient_can_be_wanted_alone(op, sizes, options):
     arguments = common.draw(op, sizes, F64, **options)
     for name in common.wanted(arguments):
