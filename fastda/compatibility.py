@@ -22,6 +22,7 @@ __all__ = [
     "GradientReverseLayer",
     "ImageHistoryBuffer",
     "ImagePool",
+    "LocalAdversarialLoss",
     "RevGrad",
     "ReverseLayerF",
     "WarmStartGradientReverseLayer",
@@ -104,9 +105,11 @@ class WarmStartGradientReverseLayer(nn.Module):
 
 
 class GANLoss(nn.Module):
-    """CycleGAN's and pix2pix's loss: `criterion(prediction, target_is_real)`, a mean over `prediction`.
+    """CycleGAN's, pix2pix's and CUT's loss: `criterion(prediction, target_is_real)`.
 
-    gan_mode: `lsgan` (squared error to the label), `vanilla` (BCE of logits), `wgangp` (∓ the mean).
+    gan_mode: `lsgan` (squared error to the label), `vanilla` (BCE of logits), `wgangp` (∓ the mean), each a
+    mean over `prediction`; and CUT's `nonsaturating` (softplus of ∓ the logits, whatever the labels), as
+    there a mean of each image, (N,).
     target_real_label, target_fake_label: kept as 0-dim buffers, in the state_dict as there.
 
     Differs: half precision is summed in float32, and the result is then float32. Labels are read when the
@@ -119,7 +122,7 @@ class GANLoss(nn.Module):
 
     def __init__(self, gan_mode: str, target_real_label: float = 1.0, target_fake_label: float = 0.0) -> None:
         super().__init__()
-        kinds = {"lsgan": "lsgan", "vanilla": "bce", "wgangp": "wgan"}
+        kinds = {"lsgan": "lsgan", "vanilla": "bce", "wgangp": "wgan", "nonsaturating": "softplus"}
         if gan_mode not in kinds:
             raise NotImplementedError(
                 f"GANLoss: gan_mode must be one of {', '.join(kinds)}, got {gan_mode!r}"
@@ -130,6 +133,9 @@ class GANLoss(nn.Module):
         self._labels = (float(target_fake_label), float(target_real_label))
 
     def forward(self, prediction: Tensor, target_is_real: bool) -> Tensor:
+        if self._kind == "softplus":
+            wide = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+            return F.softplus(-wide if target_is_real else wide).flatten(1).mean(1)
         label = self._labels[bool(target_is_real)]
         smoothing = 0.0 if self._kind == "wgan" else 2 * abs(label - bool(target_is_real))
         if smoothing > 1 or prediction.numel() < max(1, LEAST_PATCHES[self._kind]):
@@ -148,6 +154,47 @@ class GANLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return repr(self.gan_mode)
+
+
+class LocalAdversarialLoss(nn.Module):
+    """The SimGAN repositories' `nn.CrossEntropyLoss` over patches: `loss(logits, real)`, a mean over them.
+
+    Which class is "real" differs between them: 0 where labels of real images are `torch.zeros`, 1 where they
+    are `torch.ones`. A discriminator that was trained with one needs the same again.
+
+    Differs: it takes the discriminator's map (N, 2, H, W), or rows of two logits (M, 2) that were made of one
+    by `permute(0, 2, 3, 1).reshape(-1, 2)`. Two of the repositories write `view(N, -1, 2)`, which puts two
+    neighbouring pixels of one channel in a row as if they were two classes: that is no loss of patches, and
+    nothing here computes it.
+
+    Args:
+        real_class: the channel whose logit says "real", 0 or 1.
+
+    Raises ValueError for logits of another shape.
+    """
+
+    def __init__(self, real_class: int = 0) -> None:
+        super().__init__()
+        if real_class not in (0, 1):
+            raise ValueError(f"LocalAdversarialLoss: real_class must be 0 or 1, got {real_class!r}")
+        self.real_class = real_class
+
+    def forward(self, logits: Tensor, real: bool) -> Tensor:
+        if logits.dim() not in (2, 4) or logits.shape[1] != 2:
+            raise ValueError(
+                "LocalAdversarialLoss: logits must be (N, 2, H, W) or rows of two (M, 2), "
+                f"got {tuple(logits.shape)}; view(N, -1, 2) of a map pairs pixels, not classes"
+            )
+        target = self.real_class if real else 1 - self.real_class
+        if logits.numel() < 2 * max(1, LEAST_PATCHES["softmax"]):
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            shape = (logits.shape[0], *logits.shape[2:])
+            return F.cross_entropy(wide, torch.full(shape, target, device=logits.device))
+        patches = logits if logits.dim() == 4 else logits.t()[None, :, None]
+        return one_side_loss(patches, "softmax", target == 0)
+
+    def extra_repr(self) -> str:
+        return f"real_class={self.real_class}"
 
 
 class ImagePool:

@@ -14,6 +14,7 @@ from fastda.compatibility import (
     GradientReverseLayer,
     ImageHistoryBuffer,
     ImagePool,
+    LocalAdversarialLoss,
     ReverseLayerF,
     RevGrad,
     WarmStartGradientReverseLayer,
@@ -115,9 +116,46 @@ def test_gan_loss_edges(least, monkeypatch):
     transposed = torch.randn(2, 3, 4, 5).transpose(0, 3)
     torch.testing.assert_close(GANLoss("vanilla")(transposed, True), F.softplus(-transposed).mean())
     with pytest.raises(
-        NotImplementedError, match="GANLoss: gan_mode must be one of lsgan, vanilla, wgangp, got"
+        NotImplementedError,
+        match="GANLoss: gan_mode must be one of lsgan, vanilla, wgangp, nonsaturating, got",
     ):
         GANLoss("hinge")
+
+
+def test_the_non_saturating_loss_is_cuts():
+    criterion = GANLoss("nonsaturating")
+    for shape in ((3, 1, 5, 4), (2, 7)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for is_real in (True, False):
+            sign = -1 if is_real else 1
+            expected = torch.log1p((sign * x).exp()).view(len(x), -1).mean(dim=1)
+            torch.testing.assert_close(criterion(x, is_real), expected)
+            weight = torch.arange(1.0, 1 + len(x), dtype=torch.float64)
+            grads = [torch.autograd.grad(v, x, weight)[0] for v in (criterion(x, is_real), expected)]
+            torch.testing.assert_close(*grads)
+    assert criterion(x.detach().half(), True).dtype == torch.float32
+
+
+@pytest.mark.parametrize("least", [0, 2**20], ids=["fused", "small"])
+@pytest.mark.parametrize("real_class", [0, 1])
+def test_the_local_adversarial_loss(real_class, least, monkeypatch):
+    monkeypatch.setattr(compatibility, "LEAST_PATCHES", dict.fromkeys(compatibility.LEAST_PATCHES, least))
+    criterion = LocalAdversarialLoss(real_class)
+    x = torch.randn(3, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    rows = x.permute(0, 2, 3, 1).reshape(-1, 2)
+    for real in (True, False):
+        labels = torch.full((60,), real_class if real else 1 - real_class)
+        expected = F.cross_entropy(rows, labels)
+        for got in (criterion(x, real), criterion(rows, real)):
+            torch.testing.assert_close(got, expected)
+            grads = [torch.autograd.grad(v, x, retain_graph=True)[0] for v in (got, expected)]
+            torch.testing.assert_close(*grads)
+    with pytest.raises(
+        ValueError, match=r"logits must be .* got \(3, 20, 2\); view\(N, -1, 2\) of a map pairs"
+    ):
+        criterion(x.view(3, -1, 2), True)
+    with pytest.raises(ValueError, match="real_class must be 0 or 1, got 2"):
+        LocalAdversarialLoss(2)
 
 
 def test_gan_loss_takes_labels_from_a_checkpoint():

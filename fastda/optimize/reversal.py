@@ -76,6 +76,7 @@ class _Form(NamedTuple):
     saved: how many tensors it takes from ctx.saved_tensors, of which the last is the scale.
     asks: whether it looks at ctx.needs_input_grad first.
     gradient_first: whether the gradient is the left operand, so that a NumPy number stays a number.
+    negates_scale: whether the minus is the scale's.
     nones: how many None it returns behind the product.
     """
 
@@ -83,6 +84,7 @@ class _Form(NamedTuple):
     saved: int
     asks: bool
     gradient_first: bool
+    negates_scale: bool
     nones: int
 
 
@@ -135,7 +137,7 @@ def _written() -> dict[Any, list[tuple[types.CodeType, _Form]]]:
             code = compile(source, "<form>", "exec").co_consts[0]
             saved = frame.count("saved_tensors") + frame.count("_, s")
             first = expression.lstrip("-(1.0* ").startswith("g")
-            form = _Form(passes, saved, "needs_input_grad" in frame, first, nones)
+            form = _Form(passes, saved, "needs_input_grad" in frame, first, "-s" in expression, nones)
             written.setdefault(_names(code), []).append((code, form))
     return written
 
@@ -212,6 +214,7 @@ class Reversal(Counted):
             if Reversal._paused or original.__code__ is not code:
                 self.count(False)
                 return original(ctx, grad)
+            scale: Any
             if form.saved == 0:
                 scale = getattr(ctx, attribute, None) if attribute else constant
             elif form.saved == 1:
@@ -224,7 +227,7 @@ class Reversal(Counted):
                 if self.count(factor is not None):
                     product = grad * factor
                 elif form.saved:  # never read twice: in a checkpoint that is an error
-                    product = -grad * scale
+                    product = grad * -scale if form.negates_scale else -grad * scale
                 else:
                     return original(ctx, grad)
             return (product, *nones) if nones else product

@@ -368,6 +368,21 @@ def test_quantization_fusion_and_low_rank_adapters():
     assert_same(model, original, x)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_in_float32_only_gates_differ_by_more_than_rounding(layout):
+    """Smooth activations in the place of ReLUs: there is nothing that could fall to the other side."""
+    layers = [m for _ in range(6) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Softplus())]
+    model, original, report = pair(*layers, dtype=torch.float32)
+    exact = copy.deepcopy(original).double()
+    x = torch.randn(4, 8, 12, 10)
+    model, original = (m.to(memory_format=layout) for m in (model, original))
+    found = [results(m, x.to(memory_format=layout)) for m in (model, original)] + [results(exact, x.double())]
+    (got, expected), right = [torch.cat([g.flatten() for g in grads]) for _, grads in found[:2]], found[2][1]
+    right = torch.cat([g.flatten() for g in right])
+    assert served(report) == 6
+    assert (got - right).norm() <= 10 * (expected - right).norm() <= 1e-4 * right.norm()
+
+
 def test_second_derivatives():
     model, original, report = pair(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh())
     x = image(1, 4, 5, 6)
