@@ -1,0 +1,698 @@
+"""Functions that look like a gradient reversal, wherever a module refers to them."""
+
+import functools
+import types
+
+import numpy
+import pytest
+import torch
+from torch import nn
+
+import fastda
+from tests.optimize.cases import (
+    F64,
+    Case,
+    Copying,
+    Function,
+    Reversal,
+    Reverse,
+    cases,
+    function,
+    in_places,
+    negated,
+    network,
+    rows,
+    view,
+)
+from tests.optimize.checking import check, served
+
+# -- forms that are decidable, in many spellings -------------------------------------------------------------
+
+
+def _spelling(name, forward, backward, *arguments, served=True):
+    namespace = {"function": function(forward=forward, backward=backward), "arguments": arguments}
+    return type(name, (Reversal,), {**namespace, "served": served, "__module__": __name__})
+
+
+def view_shape(ctx, x, alpha):
+    ctx.alpha = alpha
+    return x.view(x.shape)
+
+
+def itself(ctx, x, alpha):
+    ctx.alpha = alpha
+    return x
+
+
+SERVED = [
+    _spelling("NegTimesScale", view, negated, 0.3),
+    _spelling("MinusGradTimesScale", view, lambda ctx, g: (-g * ctx.alpha, None), 0.3),
+    _spelling("MinusScaleTimesGrad", view, lambda ctx, g: (-ctx.alpha * g, None), 2.0, served=False),
+    _spelling("GradTimesMinusScale", view, lambda ctx, g: (g * -ctx.alpha, None), 2, served=False),
+    _spelling("MinusOfTheProduct", itself, lambda ctx, g: (-(ctx.alpha * g), None), 0.7),
+    _spelling("ItselfForward", itself, negated, 0.0),
+    _spelling("ANegativeScale", view, negated, -2.5),
+    _spelling("ALargeScale", view, negated, 1e6),
+    _spelling("AZeroDimensionalScale", view, negated, torch.tensor(0.3, dtype=F64)),
+]
+globals().update({case.__name__: case for case in SERVED})
+
+
+class WithoutAScale(Reversal):
+    function = function(forward=lambda ctx, x: x.view_as(x), backward=lambda ctx, g: g.neg())
+
+
+class ConstantScale(Reversal):
+    """`grad.neg() * 0.1`, as Mdd's and others' constants."""
+
+    served = True
+    function = function(forward=lambda ctx, x: x.view_as(x), backward=lambda ctx, g: g.neg() * 0.1)
+
+
+class TimesANegativeWeight(Reversal):
+    """DA Faster R-CNN's, whose caller passes the negative weight."""
+
+    function = function(forward=view, backward=lambda ctx, g: (ctx.alpha * g, None))
+    arguments = (-0.1,)
+
+
+class TimesAPositiveWeight(TimesANegativeWeight):
+    arguments = (0.1,)
+
+
+class ClonedTimesMinusATenth(Reversal):
+    """A sign that the compiler folds into the constant."""
+
+    why = None
+
+    function = function(forward=lambda ctx, x: x.view_as(x), backward=lambda ctx, g: g.clone() * -0.1)
+
+
+class ClonedTimesATenth(Reversal):
+    """The same instructions, and no reversal."""
+
+    why = None
+
+    function = function(forward=lambda ctx, x: x.view_as(x), backward=lambda ctx, g: 0.1 * g.clone())
+
+
+class MinusOfAMinus(Reversal):
+    function = function(forward=lambda ctx, x: x.view_as(x), backward=lambda ctx, g: -(g * -0.1))
+
+
+class TimesTwoAfterTheScale(Reversal):
+    function = function(forward=view, backward=lambda ctx, g: (-g * ctx.alpha * 2, None))
+    arguments = (0.3,)
+
+
+class ACopy(Reversal):
+    served = True
+    function = Copying
+    arguments = (0.3,)
+
+
+class ACopyWithItsDefault(Reversal):
+    served = True
+    function = Copying
+
+
+class AClone(Reversal):
+    served = True
+    function = function(
+        forward=lambda ctx, x, a: (setattr(ctx, "a", a), x.clone())[1],
+        backward=lambda ctx, g: (-g * ctx.a, None),
+    )
+    arguments = (0.3,)
+
+
+# -- scales that are not what was passed ---------------------------------------------------------------------
+
+
+def default_of_a_tenth(ctx, x, lambd=0.1):
+    ctx.lambd = lambd
+    return x.view_as(x)
+
+
+class DefaultOfATenth(Reversal):
+    served = True
+    function = function(forward=default_of_a_tenth, backward=lambda ctx, g: (g.neg() * ctx.lambd, None))
+
+
+class DefaultOfATenthGiven(DefaultOfATenth):
+    arguments = (1.0,)
+
+
+class NegativeDefault(Reversal):
+    served = True
+
+    def forward(ctx, x, lambd=-3.0):
+        ctx.lambd = lambd
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=lambda ctx, g: (g.neg() * ctx.lambd, None))
+
+
+class NoneMeansAHalf(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha=None):
+        ctx.alpha = 0.5 if alpha is None else alpha
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+
+
+class NoneMeansAHalfGivenNone(NoneMeansAHalf):
+    arguments = (None,)
+
+
+class ZeroMeansOne(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha or 1.0
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+    arguments = (0.0,)
+
+
+class ScaleByDtype(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha if x.dtype == torch.float64 else 2 * alpha
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+    arguments = (0.4,)
+    second = False
+    tolerance = 1e-5
+
+    def change(self, model):
+        model.float()
+
+    def before(self, model):
+        return [(rows(),)]
+
+    def inputs(self):
+        return [(rows().detach().float().requires_grad_(),)]
+
+
+class ScaleByDimension(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha):
+        ctx.alpha = alpha / x.dim()
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+    arguments = (0.4,)
+
+
+class ScaleByBatch(Reversal):
+    def backward(ctx, g):
+        return g * -ctx.alpha / (len(g) if len(g) > 8 else 1), None
+
+    function = function(forward=view, backward=backward)
+    arguments = (0.4,)
+
+    def inputs(self):
+        return [(rows(3),), (rows(9),)]
+
+
+class ScaleOfOtherRanks(Reversal):
+    def backward(ctx, g):
+        return (g * -ctx.alpha if g.dim() == 2 else g * ctx.alpha), None
+
+    function = function(forward=view, backward=backward)
+    arguments = (0.4,)
+
+    def inputs(self):
+        return [(rows(),), (rows(2, 18).detach().view(2, 3, 6).requires_grad_(),)]
+
+
+DEFAULTS = {"lambd": 1.0}
+
+
+class MutableDefault(Reversal):
+    served = True
+
+    def forward(ctx, x, config=DEFAULTS):
+        ctx.alpha = config["lambd"]
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+
+    def everywhere(self, monkeypatch):
+        monkeypatch.setitem(DEFAULTS, "lambd", 0.25)
+
+
+class DefaultChangedLater(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha=1.0):
+        ctx.alpha = alpha
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+
+    def everywhere(self, monkeypatch):
+        monkeypatch.setattr(self.function.forward, "__defaults__", (0.25,))
+
+
+class AtMostTen(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha):
+        ctx.alpha = min(alpha, 10)
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+    arguments = (1000.0,)
+
+
+class SquaredAndRooted(Reversal):
+    served = True
+
+    def forward(ctx, x, alpha):
+        ctx.alpha = abs(alpha) if abs(alpha) > 100 else alpha
+        return x.view_as(x)
+
+    function = function(forward=forward, backward=negated)
+    arguments = (-200.0,)
+
+
+class ScaleOfItsClass(Reversal):
+    function = None
+
+    def build(self):
+        class Own(Function):
+            scale = 1.0
+
+            @staticmethod
+            def forward(ctx, x):
+                return x.view_as(x)
+
+            @staticmethod
+            def backward(ctx, grad):
+                return -grad * Own.scale
+
+        self.own = [*getattr(self, "own", []), Own]
+        return network(Own, (), self.place, self.after)
+
+    def everywhere(self, monkeypatch):
+        for own in self.own:
+            monkeypatch.setattr(own, "scale", 3.0)
+
+
+class ScaleByContextClass(Reversal):
+    """The ctx of a Function is an instance of a class that knows it."""
+
+    function = type(
+        "Written",
+        (Function,),
+        {
+            "scale": 0.5,
+            "forward": staticmethod(lambda ctx, x: x.view_as(x)),
+            "backward": staticmethod(lambda ctx, g: -g * ctx._forward_cls.scale),
+        },
+    )
+
+
+class ByAParameter(Reversal):
+    """The scale learns: its gradient is the author's."""
+
+    function = function(
+        forward=lambda ctx, x, a: (ctx.save_for_backward(x, a), x.view_as(x))[1],
+        backward=lambda ctx, g: (-g * ctx.saved_tensors[1], (g * ctx.saved_tensors[0]).sum()),
+    )
+
+    def build(self):
+        model = super().build()
+        model.scale = nn.Parameter(torch.tensor(0.5))
+        model.arguments = (model.scale,)
+        return model
+
+    def prepare(self, model):
+        model.arguments = (model.scale,)
+
+
+class OneElement(Reversal):
+    served = True
+    function = Reverse
+    arguments = (torch.tensor([0.5], dtype=F64),)
+
+
+class PerColumn(Reversal):
+    function = Reverse
+    arguments = (torch.tensor([0.5, 1.0, 2.0, -1.0, 0.0], dtype=F64),)
+
+
+class AnIntegerTensor(Reversal):
+    function = Reverse
+    arguments = (torch.tensor(2),)
+
+
+class ABool(Reversal):
+    function = Reverse
+    arguments = (True,)
+
+
+class ANumPyNumber(Reversal):
+    function = Reverse
+    arguments = (numpy.float64(0.3),)
+
+
+class ASmallNumPyNumber(Reversal):
+    function = Reverse
+    arguments = (numpy.float32(0.3),)
+
+
+class AnArray(Reversal):
+    function = Reverse
+    arguments = (numpy.array(0.3),)
+
+
+class ALongVectorOfOne(Reversal):
+    """Its result has more dimensions than the features."""
+
+    function = Reverse
+    arguments = (torch.full((1, 1, 1), 0.3, dtype=F64),)
+
+
+class AWiderScale(Reversal):
+    """A float64 scale of float32 features."""
+
+    function = Reverse
+    arguments = (torch.full((1,), 0.3, dtype=F64),)
+    second = False
+    tolerance = 1e-6
+
+    def prepare(self, model):
+        model.float()
+
+    def inputs(self):
+        return [(rows().detach().float().requires_grad_(),)]
+
+
+class AnInfiniteScale(Reversal):
+    function = Reverse
+    arguments = (float("inf"),)
+
+
+class AScaleThatIsNoNumber(Reversal):
+    function = Reverse
+    arguments = (float("nan"),)
+
+
+class AHugeInteger(Reversal):
+    function = Reverse
+    arguments = (10**400,)
+
+
+class AString(Reversal):
+    function = Reverse
+    arguments = ("0.5",)
+
+
+class AComplexScale(Reversal):
+    function = Reverse
+    arguments = (1j,)
+
+
+class TooManyArguments(Reversal):
+    function = Reverse
+    arguments = (0.5, 0.5)
+
+
+class TooFewArguments(Reversal):
+    function = Reverse
+    why = None
+
+
+@pytest.mark.parametrize(("case", "place"), in_places(globals()), ids=lambda v: getattr(v, "__name__", v))
+def test_the_gradient_is_the_authors(case, place, monkeypatch):
+    check(case(), monkeypatch, place=place)
+
+
+# -- how modules refer to them -------------------------------------------------------------------------------
+
+
+class HelperOnTheFunction(Function):
+    """CuthbertCai/pytorch_DANN: called as GradReverse.grad_reverse(x, constant)."""
+
+    @staticmethod
+    def forward(ctx, x, constant):
+        ctx.constant = constant
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output.neg() * ctx.constant, None
+
+    def grad_reverse(x, constant):
+        return HelperOnTheFunction.apply(x, constant)
+
+
+class _Reference(Case):
+    why = r"gradient|reversal|scale|forward|backward|refer|name"
+
+    def inputs(self):
+        return [(rows(),), (rows(1),)]
+
+
+class ByItsHelper(_Reference):
+    served = True
+
+    def build(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.Linear(6, 3)
+
+            def forward(self, x):
+                return HelperOnTheFunction.grad_reverse(self.first(x), 0.4)
+
+        return Model()
+
+
+class _Held(_Reference):
+    """The Function held by an attribute of other types than a Function."""
+
+    def build(self):
+        class Model(nn.Module):
+            def __init__(self, held):
+                super().__init__()
+                self.first, self.held = nn.Linear(6, 3), held
+
+        Model.forward = type(self).forward
+        return Model(self.hold())
+
+
+class ALambda(_Held):
+    served = True
+
+    def hold(self):
+        return lambda x: Reverse.apply(x, 0.4)
+
+    def forward(self, x):
+        return self.held(self.first(x))
+
+
+class APartial(ALambda):
+    def hold(self):
+        return functools.partial(Copying.apply, coeff=0.4)
+
+
+class APartialOfAFunction(ALambda):
+    def hold(self):
+        return functools.partial(lambda alpha, x: Reverse.apply(x, alpha), 0.4)
+
+
+class AList(_Held):
+    served = True
+
+    def hold(self):
+        return [Reverse, Copying]
+
+    def forward(self, x):
+        return self.held[1].apply(self.held[0].apply(self.first(x), 0.3), 0.2)
+
+
+class ADict(_Held):
+    served = True
+
+    def hold(self):
+        return {"grl": Reverse.apply}
+
+    def forward(self, x):
+        return self.held["grl"](self.first(x), 0.3)
+
+
+class ByStaticMethod(_Held):
+    def hold(self):
+        class GRL:
+            apply = staticmethod(lambda x, a: Reverse.apply(x, a))
+
+        return GRL
+
+    def forward(self, x):
+        return self.held.apply(self.first(x), 0.3)
+
+
+class _FromInit(_Reference):
+    """Its `__init__` names the Function; the object that the call uses has been made."""
+
+    def build(self):
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first = nn.Linear(6, 3)
+                self.a_lambda = lambda x: Reverse.apply(x, 0.4)
+                self.a_partial = functools.partial(Copying.apply)
+                self.a_list = [Reverse.apply, Copying]
+
+        Model.forward = type(self).forward
+        return Model()
+
+
+class ALambdaFromInit(_FromInit):
+    def forward(self, x):
+        return self.a_lambda(self.first(x))
+
+
+class APartialFromInit(_FromInit):
+    def forward(self, x):
+        return self.a_partial(self.first(x), 0.3)
+
+
+class AListFromInit(_FromInit):
+    def forward(self, x):
+        return self.a_list[0](self.first(x), 0.3)
+
+
+layers = types.ModuleType("layers")
+layers.GRL = Reverse
+
+
+class OfAModule(_Held):
+    """`layers.GRL.apply(x, alpha)` behind `import layers`."""
+
+    def hold(self):
+        return None
+
+    def forward(self, x):
+        return layers.GRL.apply(self.first(x), 0.3)
+
+
+class OfAModuleExchangedLater(OfAModule):
+    def everywhere(self, monkeypatch):
+        monkeypatch.setattr(layers, "GRL", Copying)
+
+
+class ComparedByIdentity(_Held):
+    """Whoever looks at the attribute finds what was put there."""
+
+    def hold(self):
+        return Reverse
+
+    def forward(self, x):
+        assert self.held is Reverse and issubclass(self.held, Function)
+        return self.held.apply(self.first(x), 0.3)
+
+
+class AsADefaultArgument(_Held):
+    def hold(self):
+        return None
+
+    def forward(self, x, reverse=Reverse.apply):
+        return reverse(self.first(x), 0.3)
+
+
+class ByGlobals(_Held):
+    why = None  # nothing names it
+
+    def hold(self):
+        return "Reverse"
+
+    def forward(self, x):
+        return globals()[self.held].apply(self.first(x), 0.3)
+
+
+class AStaticMethodOfTheModule(_Held):
+    served = True
+
+    def hold(self):
+        return None
+
+    def build(self):
+        model = super().build()
+        type(model).reverse = staticmethod(lambda x, alpha=0.1: Reverse.apply(x, alpha))
+        return model
+
+    def forward(self, x):
+        return self.reverse(self.first(x)) + type(self).reverse(self.first(x), 0.4)
+
+
+class AClassMethodOfTheModule(_Held):
+    served = True
+
+    def hold(self):
+        return None
+
+    def build(self):
+        model = super().build()
+        type(model).scale = 0.5
+        type(model).reverse = classmethod(lambda cls, x: Reverse.apply(x, cls.scale))
+        return model
+
+    def change(self, model):
+        model.scale = 7.0  # which the class method does not see
+
+    def forward(self, x):
+        return self.reverse(self.first(x))
+
+
+class AProperty(_Held):
+    served = True
+
+    def hold(self):
+        return 0.5
+
+    def build(self):
+        model = super().build()
+        type(model).scale = property(lambda self: 2 * self.held)
+        return model
+
+    def change(self, model):
+        model.held = 3.0
+
+    def forward(self, x):
+        return Reverse.apply(self.first(x), self.scale)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in cases(globals()) if issubclass(c, _Reference)], ids=lambda c: c.__name__
+)
+def test_however_a_module_refers_to_it(case, monkeypatch):
+    check(case(), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "case", [ALambdaFromInit, APartialFromInit, AListFromInit, AList, ADict], ids=lambda c: c.__name__
+)
+def test_what_is_reported_replaced_is_served(case):
+    model = case().made()
+    report = fastda.optimize(model)
+    model(rows()).sum().backward()
+    assert len(report.replaced) > 0
+    assert all(calls.served == calls.total for calls in report.calls().values())
+    assert served(report) > 0
+    report.undo()
+
+
+def test_other_layers_are_no_reversal():
+    report = fastda.optimize(nn.Sequential(nn.Linear(6, 4), nn.ReLU()))
+    assert not report.replaced
+    assert not report.left
