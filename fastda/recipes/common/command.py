@@ -139,4 +139,5 @@ def check_finite(name: str, step: str, values: dict[str, float], curves: list[di
     """Raises Diverged where a logged value is not finite."""
     bad = [key for key, value in values.items() if not math.isfinite(value)]
     if bad:
-        raise Diverged(f"{name}: diverged, {bad[0].replace('_', ' ')} is {values[bad[0]]} at {step}", curves)
+        what, value = bad[0].replace("_", " "), values[bad[0]]
+        raise Diverged(f"{' '.join(name.split())}: diverged, {what} is {value} at {step}", curves)

@@ -459,7 +459,7 @@ def train(
             start, before = time.perf_counter(), list(trainer.history)
             row = trainer.epoch(shown)
             trainer.seconds += time.perf_counter() - start
-            check_finite(name.strip(), f"epoch {len(trainer.history)}", row, before)
+            check_finite(name, f"epoch {len(trainer.history)}", row, before)
             if writer is not None:
                 for key, value in row.items():
                     writer.add_scalar(key, value, len(trainer.history))
