@@ -23,7 +23,7 @@ KERNEL_TESTS := tests/ops tests/conformance
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
 VERIFY := $(BIN)/fastda verify --out
 
-.PHONY: help demo test build wheel lint format check isa triton-check cuda-check gpu abi-check sanitize bench docs mutation clean
+.PHONY: help demo test build wheel lint format check isa triton-check cuda-check neon-check gpu abi-check sanitize bench docs mutation clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -81,6 +81,9 @@ triton-check: build ## every Triton kernel compiled for NVIDIA and AMD, no GPU n
 
 cuda-check: build ## every CUDA kernel compiled by nvcc, no GPU needed: registers, spills, occupancy
 	$(BIN)/python -m tests.cuda.compile_all
+
+neon-check: ## the CPU kernels for 64-bit Arm, cross-compiled, against double loops under qemu
+	$(PYTHON) tests/native/cross_check.py
 
 gpu: build ## on a machine with a GPU: device tests, verify and timings, into out/gpu
 	$(BIN)/python tests/gpu.py --out $(OUT)/gpu

@@ -1,7 +1,7 @@
 """Builds the native extensions with ninja.
 
 `fastda._C` holds the operators. It uses nothing but LibTorch's stable ABI and Python's limited API, so that
-one binary serves every torch from 2.11 and every Python from 3.10. Each `csrc/cpu/kernels/*.inl` is compiled
+one binary serves every torch from 2.11 and every Python from 3.10. Each `csrc/cpu/**/*.inl` is compiled
 once per instruction set into the same library; which one runs is decided when the library is loaded.
 
 `fastda._autograd_<torch version>` is a small accelerator that uses torch's C++ autograd and so fits one torch
@@ -37,10 +37,8 @@ TORCH_FLOOR = "0x020b000000000000"  # 2.11
 PYTHON_FLOOR = "0x030a0000"  # 3.10
 SANITIZE = os.environ.get("FASTDA_SANITIZE", "")
 WITH_AUTOGRAD = os.environ.get("FASTDA_AUTOGRAD_EXTENSION", "1") != "0"
-instruction_sets = runpy.run_path(str(ROOT / "csrc/common/instruction_sets.py"))["instruction_sets"]
-# Comparisons and NaN behave as written; only errno and floating-point traps, which nobody reads, are gone.
-FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
-FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+shared = runpy.run_path(str(ROOT / "csrc/common/instruction_sets.py"))
+FLAGS, instruction_sets = shared["FLAGS"], shared["instruction_sets"]
 
 
 def for_shell(words) -> str:
@@ -148,7 +146,7 @@ def extension(name: str, *patterns: str, limited: bool) -> Extension:
     return Extension(name, found, py_limited_api=limited, optional=True)
 
 
-cpu = ("csrc/*.cpp", "csrc/common/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/kernels/*.inl")
+cpu = ("csrc/*.cpp", "csrc/common/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/*/*.inl")
 extensions = [extension("fastda._C", *cpu, limited=True)]
 if WITH_AUTOGRAD and any(ROOT.glob("csrc/autograd/*.cpp")):
     version = re.sub(r"\W", "_", metadata.version("torch").split("+")[0])

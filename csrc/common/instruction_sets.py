@@ -1,11 +1,15 @@
-"""The table of instruction sets in isa.h, for what compiles the kernels: setup.py and tests/native."""
+"""Compiler arguments, for setup.py and what else compiles the kernels (tests/native)."""
 
 import re
 from pathlib import Path
 
+# Comparisons and NaN behave as written; only errno and floating-point traps, which nobody reads, are gone.
+FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
+
 
 def instruction_sets(machine: str) -> dict[str, list[str]]:
-    """Compiler arguments by name, of one architecture (as `platform.machine()` has it), the best last."""
+    """The table in isa.h as compiler arguments by name, of one architecture, the best last."""
     machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(machine.lower(), machine.lower())
     text = Path(__file__).with_name("isa.h").read_text().replace("\\\n", "")
     tables = re.split(r"^#(?:if|elif|else)\b(.*)", text.partition("#endif")[0], flags=re.MULTILINE)

@@ -79,8 +79,11 @@ Evaluated evaluate(const Tensor& logits_any, const MaybeTensor& weight_any, cons
   s.dtype = dtype_of(logits, op);
   s.term = term;
   s.logits = logits.const_data_ptr();
-  s.image = logits.stride(0), s.channel = logits.stride(1), s.patch = patch_stride(logits);
-  s.images = logits.size(0), s.patches = logits.size(2) * logits.size(3);
+  s.image = logits.stride(0);
+  s.channel = logits.stride(1);
+  s.patch = patch_stride(logits);
+  s.images = logits.size(0);
+  s.patches = logits.size(2) * logits.size(3);
   const int64_t total = s.images * s.patches;
   double count = double(total);
   MaybeTensor weight;
@@ -92,7 +95,8 @@ Evaluated evaluate(const Tensor& logits_any, const MaybeTensor& weight_any, cons
                  op, ": a weight must be (N, 1, H, W), float64 for float64 logits, else float32");
     weight = with_planes(*weight_any);
     s.weight = weight->const_data_ptr();
-    s.weight_image = weight->stride(0), s.weight_patch = patch_stride(*weight);
+    s.weight_image = weight->stride(0);
+    s.weight_patch = patch_stride(*weight);
     count = 0;
     for (double part : chunk_sums<double>(total, [&](int64_t begin, int64_t end) {
            return patch_loss_kernels().weight_sum(s, begin, end);
@@ -104,15 +108,18 @@ Evaluated evaluate(const Tensor& logits_any, const MaybeTensor& weight_any, cons
   if (need_grad) {
     grad = empty_image(logits, is_channels_last(logits));
     s.grad = grad.mutable_data_ptr();
-    s.grad_image = grad.stride(0), s.grad_channel = grad.stride(1),
+    s.grad_image = grad.stride(0);
+    s.grad_channel = grad.stride(1);
     s.grad_patch = patch_stride(grad);
   }
   if (terms) s.terms = terms->mutable_data_ptr();
   double loss = 0, right = 0;
   for (const PatchSums& part : chunk_sums<PatchSums>(total, [&](int64_t begin, int64_t end) {
          return patch_loss_kernels().side(s, begin, end);
-       }))
-    loss += part.loss, right += part.right;
+       })) {
+    loss += part.loss;
+    right += part.right;
+  }
   return {loss * s.factor, right / count, grad};
 }
 
@@ -288,10 +295,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
     h.dtype = dtype;
     h.term = term_of(kind, i == 0, label_smoothing);
     h.x = x.const_data_ptr();
-    h.image = x.stride(0), h.channel = x.stride(1), h.patch = channels_last ? channels : 1;
+    h.image = x.stride(0);
+    h.channel = x.stride(1);
+    h.patch = channels_last ? channels : 1;
     h.weight = dtype == DType::f64 ? static_cast<const void*>(filter64.data()) : filter32.data();
     h.bias = offset;
-    h.images = x.size(0), h.patches = x.size(2) * x.size(3), h.channels = channels;
+    h.images = x.size(0);
+    h.patches = x.size(2) * x.size(3);
+    h.channels = channels;
     const int64_t patches = h.images * h.patches;
     h.factor = factor_of(reduction, h.images, double(patches));
     if (i == 0 ? real_grad : fake_grad) {
@@ -305,8 +316,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
     for (const PatchSums& part : chunk_sums<PatchSums>(patches, [&](int64_t begin, int64_t end) {
            double* row = weight_grad ? parts.data() + size_t(begin / chunk) * width : nullptr;
            return patch_loss_kernels().head(h, begin, end, row);
-         }))
-      part_loss += part.loss, right += part.right;
+         })) {
+      part_loss += part.loss;
+      right += part.right;
+    }
     for (size_t j = 0; j < parts.size(); ++j) total[j % width] += parts[j];
     loss += part_loss * h.factor;
     accuracy[i] = right / double(patches);

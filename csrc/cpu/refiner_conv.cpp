@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "common/tensor.h"
-#include "cpu/kernels/refiner_conv.h"
+#include "cpu/conv/problem.h"
 
 namespace fastda::cpu {
 namespace {
@@ -55,17 +55,19 @@ View view_of(const Tensor& t) {
 }
 View view_of(const MaybeTensor& t) { return t ? view_of(*t) : View{}; }
 
-struct Shape {
-  int64_t batch, in_channels, out_channels, height, width, kernel;
-};
-
-Shape check(const Tensor& x, const Tensor& weight, const char* op) {
+ConvProblem check(const Tensor& x, const Tensor& weight, const char* op) {
   FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) &&
                    weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
                    weight.scalar_type() == x.scalar_type(),
                op,
                ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
-  return {x.size(0), x.size(1), weight.size(0), x.size(2), x.size(3), weight.size(2)};
+  return {.dtype = dtype_of(x, op),
+          .batch = x.size(0),
+          .in_channels = x.size(1),
+          .out_channels = weight.size(0),
+          .height = x.size(2),
+          .width = x.size(3),
+          .kernel = weight.size(2)};
 }
 void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
   if (t)
@@ -83,19 +85,16 @@ MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channel
   return torch::stable::contiguous(*bias);
 }
 
-template <typename Args>
-const ConvKernels& kernels_for(const Args& a) {
+const ConvKernels& kernels_for(const ConvProblem& problem) {
   for (const ConvKernels* kernels :
-       {&winograd_panels_kernels(), &winograd_kernels(), &winograd_large_kernels()})
-    if (kernels->serves && kernels->serves(a.dtype, a.batch, a.in_channels, a.out_channels,
-                                           a.height, a.width, a.kernel))
-      return *kernels;
+       {&winograd_panels_kernels(), &winograd_tiles_kernels(), &winograd_large_kernels()})
+    if (kernels->serves && kernels->serves(problem)) return *kernels;
   return direct_kernels();
 }
 
 // Everything that a convolution is fused with.
 struct Fusion {
-  MaybeTensor x_gate, bias, residual, residual_gate, out_gate;
+  MaybeTensor x_mask, bias, residual, residual_mask, out_mask;
   bool relu = false;
 };
 
@@ -107,13 +106,21 @@ ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last, const 
   const int64_t k = weight.size(2);
   ConvArgs args{};
   args.dtype = dtype_of(like, "conv_same");
-  args.x_channels_last = channels_last, args.out_channels_last = out_channels_last;
-  args.batch = like.size(0), args.height = like.size(2), args.width = like.size(3), args.kernel = k;
-  args.in_channels = weight.size(rotate ? 0 : 1), args.out_channels = weight.size(rotate ? 1 : 0);
-  args.x = x, args.x_gate = view_of(fusion.x_gate);
+  args.x_channels_last = channels_last;
+  args.out_channels_last = out_channels_last;
+  args.batch = like.size(0);
+  args.height = like.size(2);
+  args.width = like.size(3);
+  args.kernel = k;
+  args.in_channels = weight.size(rotate ? 0 : 1);
+  args.out_channels = weight.size(rotate ? 1 : 0);
+  args.x = x;
+  args.x_mask = view_of(fusion.x_mask);
   args.bias = fusion.bias ? fusion.bias->const_data_ptr() : nullptr;
-  args.residual = view_of(fusion.residual), args.residual_gate = view_of(fusion.residual_gate);
-  args.out_gate = view_of(fusion.out_gate), args.out = out;
+  args.residual = view_of(fusion.residual);
+  args.residual_mask = view_of(fusion.residual_mask);
+  args.out_mask = view_of(fusion.out_mask);
+  args.out = out;
   args.relu = fusion.relu;
 
   View& filter = args.filter;
@@ -154,20 +161,25 @@ void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool ro
   if (!run(kernels_for(args))) run(direct_kernels());
 }
 
-// channels_last: of x; grad_channels_last: of grad and its gate. d_weight and d_bias: each a
+// channels_last: of x; grad_channels_last: of grad and its mask. d_weight and d_bias: each a
 // tensor, or empty where not wanted.
 FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View& grad,
-                                const MaybeTensor& gate, bool grad_channels_last,
+                                const MaybeTensor& mask, bool grad_channels_last,
                                 int64_t out_channels, const Tensor& d_weight) {
   const bool want_weight = d_weight.dim() == 4;
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
-  args.x_channels_last = channels_last, args.grad_channels_last = grad_channels_last;
-  args.batch = x.size(0), args.in_channels = x.size(1), args.out_channels = out_channels;
-  args.height = x.size(2), args.width = x.size(3);
+  args.x_channels_last = channels_last;
+  args.grad_channels_last = grad_channels_last;
+  args.batch = x.size(0);
+  args.in_channels = x.size(1);
+  args.out_channels = out_channels;
+  args.height = x.size(2);
+  args.width = x.size(3);
   args.kernel = want_weight ? d_weight.size(2) : 1;
   if (want_weight) args.x = view_of(x);
-  args.grad = grad, args.grad_gate = view_of(gate);
+  args.grad = grad;
+  args.grad_mask = view_of(mask);
   if (want_weight) args.d_filter = view_of(d_weight);
   return args;
 }
@@ -188,7 +200,7 @@ bool sum_chunks(const ConvKernels& kernels, const FilterGradArgs& args, int64_t 
 }
 
 void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad,
-                     const MaybeTensor& gate, bool grad_channels_last, const Tensor& d_weight,
+                     const MaybeTensor& mask, bool grad_channels_last, const Tensor& d_weight,
                      const Tensor& d_bias) {
   if (d_weight.dim() != 4 && d_bias.numel() == 0) return;
   if (grad.numel() == 0) {
@@ -196,7 +208,7 @@ void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad,
     for (Tensor& t : zeros) torch::stable::zero_(t);
     return;
   }
-  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), gate, grad_channels_last,
+  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), mask, grad_channels_last,
                                          grad.size(1), d_weight);
   const auto run = [&](const ConvKernels& kernels) {
     const Tensor prepared =
@@ -244,7 +256,7 @@ MaybeTensor laid_out(const MaybeTensor& t, bool channels_last) {
 
 Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias,
                  const MaybeTensor& residual, bool relu) {
-  const Shape s = check(x_any, weight, "conv_same");
+  const ConvProblem s = check(x_any, weight, "conv_same");
   check_image(residual, x_any, s.out_channels, "conv_same");
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last);
@@ -262,14 +274,14 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, co
                                                       const Tensor& weight,
                                                       const MaybeTensor& output, bool need_x,
                                                       bool need_weight, bool need_bias) {
-  const Shape s = check(x_any, weight, "conv_same_backward");
+  const ConvProblem s = check(x_any, weight, "conv_same_backward");
   check_image(grad_any, x_any, s.out_channels, "conv_same_backward");
   check_image(output, x_any, s.out_channels, "conv_same_backward");
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last),
                grad = with_unit_stride(grad_any, channels_last);
   Fusion fusion;
-  fusion.x_gate = laid_out(output, channels_last);
+  fusion.x_mask = laid_out(output, channels_last);
   Tensor d_x = nothing(x), d_weight = nothing(x), d_bias = nothing(x);
   if (need_x) {
     d_x = empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
@@ -277,19 +289,19 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, co
   }
   if (need_weight) d_weight = empty_filter(weight);
   if (need_bias) d_bias = empty({s.out_channels}, x.scalar_type());
-  filter_gradient(x, channels_last, grad, fusion.x_gate, channels_last, d_weight, d_bias);
+  filter_gradient(x, channels_last, grad, fusion.x_mask, channels_last, d_weight, d_bias);
   return {d_x, d_weight, d_bias};
 }
 
 // Between the convolutions of a block all is channels_last, whatever x is: the kernels need not
 // turn it.
-Tensor empty_inner(const Shape& s, ScalarType dtype) {
+Tensor empty_inner(const ConvProblem& s, ScalarType dtype) {
   return empty_image(s.batch, s.out_channels, s.height, s.width, dtype, true);
 }
 
 Tensor inner_activation(const Tensor& x, const Tensor& weight1, const MaybeTensor& bias1,
                         bool channels_last, const char* op) {
-  const Shape s = check(x, weight1, op);
+  const ConvProblem s = check(x, weight1, op);
   Fusion fusion;
   fusion.bias = check_bias(bias1, x, s.out_channels, op);
   fusion.relu = true;
@@ -304,7 +316,7 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weig
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = with_unit_stride(x_any, channels_last);
   const Tensor inner = inner_activation(x, weight1, bias1, channels_last, "refiner_block");
-  const Shape s = check(inner, weight2, "refiner_block");
+  const ConvProblem s = check(inner, weight2, "refiner_block");
   FASTDA_CHECK(s.out_channels == x.size(1),
                "refiner_block: weight2 must have as many output channels as x has channels");
   Fusion fusion;
@@ -323,7 +335,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     const Tensor& weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2,
     bool need_bias2) {
   const char* op = "refiner_block_backward";
-  const Shape s = check(x_any, weight1, op);
+  const ConvProblem s = check(x_any, weight1, op);
   check_image(grad_any, x_any, s.in_channels, op);
   check_image(output_any, x_any, s.in_channels, op);
   check_image(inner_any, x_any, s.out_channels, op);
@@ -343,10 +355,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   if (need_weight1) d_weight1 = empty_filter(weight1);
   if (need_bias1) d_bias1 = empty({s.out_channels}, x.scalar_type());
   Fusion fusion, shortcut;
-  fusion.x_gate = output;
-  fusion.out_gate = std::move(inner);
+  fusion.x_mask = output;
+  fusion.out_mask = std::move(inner);
   shortcut.residual = grad;
-  shortcut.residual_gate = output;
+  shortcut.residual_mask = output;
   const auto empty_like_x = [&] {
     return empty_image(s.batch, s.in_channels, s.height, s.width, x.scalar_type(), channels_last);
   };
@@ -363,7 +375,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   if (need_x || need_weight1 || need_bias1) {
     const Tensor d_inner = empty_inner(s, x.scalar_type());
     convolve(grad, channels_last, weight2, true, fusion, d_inner, true);
-    fusion.out_gate.reset();  // a recomputed inner activation is freed before d_x is made
+    fusion.out_mask.reset();  // a recomputed inner activation is freed before d_x is made
     filter_gradient(x, channels_last, d_inner, std::nullopt, true, d_weight1, d_bias1);
     if (need_x) {
       d_x = empty_like_x();

@@ -83,7 +83,7 @@ LOSSES_CPU = (
     ),
     fault(
         "head: the second image is the first again", CPU,
-        "if (patch == h.patches) patch = 0, ++image;", "if (patch == h.patches) patch = 0;",
+        "patch = 0;\n      ++image;", "patch = 0;",
         "test_matches_the_reference[patch_head]",
     ),
     fault(

@@ -284,9 +284,15 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
         const int64_t step = s.grad_patch;
         if (pair && step == 1) {
 #pragma omp simd
-          for (int i = 0; i < count; ++i) g[i] = -slope[i], fake[i] = slope[i];
+          for (int i = 0; i < count; ++i) {
+            g[i] = -slope[i];
+            fake[i] = slope[i];
+          }
         } else if (pair) {
-          for (int i = 0; i < count; ++i) g[i * step] = -slope[i], fake[i * step] = slope[i];
+          for (int i = 0; i < count; ++i) {
+            g[i * step] = -slope[i];
+            fake[i * step] = slope[i];
+          }
         } else {
           std::memcpy(g, slope, size_t(count) * sizeof(S));  // the host side makes it dense
         }
@@ -443,7 +449,10 @@ PatchSums head_of(const PatchHead& h, int64_t begin, int64_t end, double* weight
     }
     at += n;
     patch += n;
-    if (patch == h.patches) patch = 0, ++image;
+    if (patch == h.patches) {
+      patch = 0;
+      ++image;
+    }
   }
   if (weights) weights[h.channels] += sums.slope * h.factor;
   return sums;

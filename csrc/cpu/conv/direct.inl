@@ -15,57 +15,64 @@
 // micro-kernel keeps `rows` pixels x `KV` vectors of output channels in registers. The filter
 // gradient is the same micro-kernel turned: rows are (tap, channel) pairs and the reduction runs
 // over the pixels.
-#include "cpu/kernels/blocks.h"
+#include "cpu/conv/epilogue.h"
+#include "cpu/conv/gemm.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
 
+// Bytes of a block's packed input and sums: they and a filter of 64 channels (147 KB) fit a
+// second-level cache of 1 MiB.
 constexpr int64_t block_budget = 640 << 10;
 
 template <typename S>
-Cut direct_cut(const ConvArgs& a) {
+Blocking direct_blocking(const ConvArgs& a) {
   const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
-  return cut(a.batch, a.height, a.width, bytes, block_budget);
+  return block_image(a.batch, a.height, a.width, bytes, block_budget);
 }
 template <typename S>
 struct DirectSizes {
-  Cut cuts;
+  Blocking blocking;
   int64_t columns, packed, sums, taps;
-  explicit DirectSizes(const ConvArgs& a) : cuts(direct_cut<S>(a)) {
-    columns = cuts.columns + a.kernel - 1;
-    packed = ((cuts.rows + a.kernel - 1) * columns + max_rows + a.kernel) * a.in_channels;
-    sums = (cuts.rows * columns + max_rows) * padded<S>(a.out_channels);
+  explicit DirectSizes(const ConvArgs& a) : blocking(direct_blocking<S>(a)) {
+    columns = blocking.columns + a.kernel - 1;
+    packed = ((blocking.rows + a.kernel - 1) * columns + max_rows + a.kernel) * a.in_channels;
+    sums = (blocking.rows * columns + max_rows) * padded<S>(a.out_channels);
     taps = a.kernel * a.kernel;
   }
-  int64_t bytes() const { return carved<S>(packed) + carved<S>(sums) + carved<int64_t>(taps); }
+  int64_t bytes() const {
+    return Arena::bytes<S>(packed) + Arena::bytes<S>(sums) + Arena::bytes<int64_t>(taps);
+  }
 };
 
 template <typename T, typename S>
 void prepare_direct(const ConvArgs& a, S* out) {
-  const int64_t padded_k = padded<S>(a.out_channels), taps = a.kernel * a.kernel;
-  for (int64_t k0 = 0; k0 < padded_k;) {
-    const int64_t width = panel_width<S>(k0, padded_k) * lanes<S>;
+  constexpr int L = lanes<S>;
+  const int64_t vectors = ceil_div(a.out_channels, L), taps = a.kernel * a.kernel;
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    const PanelColumn column = panel_column<S>(vector, vectors, taps * a.in_channels);
+    S* to = out + column.offset;
     for (int64_t t = 0; t < taps; ++t)
-      for (int64_t c = 0; c < a.in_channels; ++c, out += width)
-        for (int64_t k = 0; k < width; ++k)
-          out[k] = k0 + k < a.out_channels
-                       ? S(load(at<T>(a.filter, k0 + k, c, t / a.kernel, t % a.kernel)))
-                       : S(0);
-    k0 += width;
+      for (int64_t c = 0; c < a.in_channels; ++c, to += column.stride)
+        for (int64_t k = vector * L; k < (vector + 1) * L; ++k)
+          to[k - vector * L] = k < a.out_channels
+                                   ? S(load(at<T>(a.filter, k, c, t / a.kernel, t % a.kernel)))
+                                   : S(0);
   }
 }
 
 template <typename T, typename S>
-void conv_direct(const ConvArgs& a, int64_t task, char* scratch) {
+void conv_direct(const ConvArgs& a, int64_t task, void* memory) {
   const DirectSizes<S> sizes(a);
-  const Block block = sizes.cuts.block(task, a.height, a.width);
-  S* packed = carve<S>(scratch, sizes.packed);
-  S* sums = carve<S>(scratch, sizes.sums);
-  int64_t* offset = carve<int64_t>(scratch, sizes.taps);
+  const Block block = sizes.blocking.block(task, a.height, a.width);
+  Arena scratch(memory);
+  S* packed = scratch.take<S>(sizes.packed);
+  S* sums = scratch.take<S>(sizes.sums);
+  int64_t* offset = scratch.take<int64_t>(sizes.taps);
   const int64_t p = a.kernel / 2, columns = block.columns + 2 * p;
   for (int64_t t = 0; t < sizes.taps; ++t)
     offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
-  pack<T, S>(a.x, a.x_gate, a.x_channels_last, a.in_channels, a.height, a.width,
+  pack<T, S>(a.x, a.x_mask, a.x_channels_last, a.in_channels, a.height, a.width,
              {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed,
              a.in_channels);
   const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
@@ -79,7 +86,7 @@ void conv_direct(const ConvArgs& a, int64_t task, char* scratch) {
 
 int64_t prepared_bytes(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() {
-    return carved<S>(padded<S>(a.out_channels) * a.in_channels * a.kernel * a.kernel);
+    return Arena::bytes<S>(padded<S>(a.out_channels) * a.in_channels * a.kernel * a.kernel);
   });
 }
 int64_t conv_scratch_bytes(const ConvArgs& a) {
@@ -90,61 +97,60 @@ void prepare(const ConvArgs& a, void* prepared) {
              [&]<typename T, typename S>() { prepare_direct<T, S>(a, static_cast<S*>(prepared)); });
 }
 int64_t conv_tasks(const ConvArgs& a) {
-  return with_types(a.dtype, [&]<typename T, typename S>() { return direct_cut<S>(a).tasks; });
+  return with_types(a.dtype, [&]<typename T, typename S>() { return direct_blocking<S>(a).tasks; });
 }
 bool conv(const ConvArgs& a, int64_t task, void* scratch) {
-  with_types(a.dtype, [&]<typename T, typename S>() {
-    conv_direct<T, S>(a, task, static_cast<char*>(scratch));
-  });
+  with_types(a.dtype, [&]<typename T, typename S>() { conv_direct<T, S>(a, task, scratch); });
   return true;
 }
 
 // Filter gradient.
 
 template <typename S>
-Cut grad_cut(const FilterGradArgs& a) {
+Blocking grad_blocking(const FilterGradArgs& a) {
   const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
-  return cut(a.batch, a.height, a.width, bytes, block_budget);
+  return block_image(a.batch, a.height, a.width, bytes, block_budget);
 }
 template <typename S>
 struct GradSizes {
-  Cut cuts;
+  Blocking blocking;
   int64_t columns, packed, grads, taps, padded_k, sums;
-  explicit GradSizes(const FilterGradArgs& a) : cuts(grad_cut<S>(a)) {
-    columns = cuts.columns + a.kernel - 1;
-    packed = ((cuts.rows + a.kernel - 1) * columns + a.kernel) * a.in_channels;
+  explicit GradSizes(const FilterGradArgs& a) : blocking(grad_blocking<S>(a)) {
+    columns = blocking.columns + a.kernel - 1;
+    packed = ((blocking.rows + a.kernel - 1) * columns + a.kernel) * a.in_channels;
     padded_k = padded<S>(a.out_channels);
-    grads = cuts.rows * columns * padded_k;
+    grads = blocking.rows * columns * padded_k;
     taps = a.kernel * a.kernel;
     sums = taps * a.in_channels * padded_k;
   }
-  int64_t bytes() const { return carved<S>(packed) + carved<S>(grads) + carved<int64_t>(taps); }
-  int64_t sum_bytes() const { return carved<S>(sums) + carved<double>(padded_k); }
-  int64_t chunks(const FilterGradArgs& a) const {
-    return min(cuts.tasks, max(4, min(16, (8 << 20) / sum_bytes())));
+  int64_t bytes() const {
+    return Arena::bytes<S>(packed) + Arena::bytes<S>(grads) + Arena::bytes<int64_t>(taps);
   }
+  int64_t sum_bytes() const { return Arena::bytes<S>(sums) + Arena::bytes<double>(padded_k); }
+  int64_t chunks(const FilterGradArgs& a) const { return chunk_count(blocking.tasks, sum_bytes()); }
 };
 
 template <typename T, typename S>
-void grad_direct(const FilterGradArgs& a, int64_t chunk, char* sums, char* scratch) {
+void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void* memory) {
   const GradSizes<S> sizes(a);
-  S* filter = carve<S>(sums, sizes.sums);
-  double* bias = carve<double>(sums, sizes.padded_k);
-  S* packed = carve<S>(scratch, sizes.packed);
-  S* grads = carve<S>(scratch, sizes.grads);
-  int64_t* offset = carve<int64_t>(scratch, sizes.taps);
+  Arena sums(sums_memory), scratch(memory);
+  S* filter = sums.take<S>(sizes.sums);
+  double* bias = sums.take<double>(sizes.padded_k);
+  S* packed = scratch.take<S>(sizes.packed);
+  S* grads = scratch.take<S>(sizes.grads);
+  int64_t* offset = scratch.take<int64_t>(sizes.taps);
   for (int64_t i = 0; i < sizes.sums; ++i) filter[i] = S(0);
   for (int64_t i = 0; i < sizes.padded_k; ++i) bias[i] = 0;
-  const int64_t p = a.kernel / 2, tasks = sizes.cuts.tasks, count = sizes.chunks(a);
+  const int64_t p = a.kernel / 2, tasks = sizes.blocking.tasks, count = sizes.chunks(a);
   for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
-    const Block block = sizes.cuts.block(task, a.height, a.width);
+    const Block block = sizes.blocking.block(task, a.height, a.width);
     const int64_t columns = block.columns + 2 * p;
     // The gradient lies on the same grid as the packed input, with zeros where the grid has halo
     // columns.
     const int64_t pixels = block.rows * columns;
     for (int64_t r = 0; r < block.rows; ++r) {
       S* row = grads + r * columns * sizes.padded_k;
-      pack<T, S>(a.grad, a.grad_gate, a.grad_channels_last, a.out_channels, a.height, a.width,
+      pack<T, S>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.height, a.width,
                  {block.n, block.h + r, block.w, 1, block.columns}, row, sizes.padded_k);
       for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i)
         row[i] = S(0);
@@ -185,7 +191,7 @@ void combine_direct(const FilterGradArgs& a, const char* sums, T* d_bias) {
               S(total(((t * a.in_channels + c) * sizes.padded_k + k) * int64_t(sizeof(S)), S(0))));
   if (d_bias)
     for (int64_t k = 0; k < a.out_channels; ++k)
-      store(d_bias + k, S(total(carved<S>(sizes.sums) + k * int64_t(sizeof(double)), 0.0)));
+      store(d_bias + k, S(total(Arena::bytes<S>(sizes.sums) + k * int64_t(sizeof(double)), 0.0)));
 }
 
 int64_t sum_bytes(const FilterGradArgs& a) {
@@ -198,9 +204,8 @@ int64_t chunks(const FilterGradArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return GradSizes<S>(a).chunks(a); });
 }
 void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scratch) {
-  with_types(a.dtype, [&]<typename T, typename S>() {
-    grad_direct<T, S>(a, chunk, static_cast<char*>(sums), static_cast<char*>(scratch));
-  });
+  with_types(a.dtype,
+             [&]<typename T, typename S>() { grad_direct<T, S>(a, chunk, sums, scratch); });
 }
 bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
   with_types(a.dtype, [&]<typename T, typename S>() {
@@ -209,15 +214,23 @@ bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
   return true;
 }
 
-bool serves(DType, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t) { return true; }
+bool serves(const ConvProblem&) { return true; }
 
 }  // namespace
 
 extern const ConvKernels direct;
 const ConvKernels direct = {
-    serves,  prepared_bytes, prepare,   conv_scratch_bytes,        conv_tasks,  conv,    nullptr,
-    nullptr, chunks,         sum_bytes, filter_grad_scratch_bytes, filter_grad, combine, nullptr,
-    nullptr,
+    .serves = serves,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .conv_scratch_bytes = conv_scratch_bytes,
+    .conv_tasks = conv_tasks,
+    .conv = conv,
+    .chunks = chunks,
+    .sum_bytes = sum_bytes,
+    .filter_grad_scratch_bytes = filter_grad_scratch_bytes,
+    .filter_grad = filter_grad,
+    .combine = combine,
 };
 
 }  // namespace fastda::cpu::FASTDA_ISA

@@ -13,7 +13,8 @@
 //
 // Point t of every group of the block uses the same C x K matrix, which stays in the first-level
 // cache meanwhile. M of point t is written where V of point t - 1 lay.
-#include "cpu/kernels/winograd.h"
+#include "cpu/conv/epilogue.h"
+#include "cpu/conv/gemm.h"
 
 #if FASTDA_SIMD
 #include <unistd.h>
@@ -33,7 +34,8 @@ struct Prefetch {
   Piece pieces[64];
   int size = 0, piece = 0;
   int64_t row = 0, index = 0, lines = 0;
-  static constexpr int64_t BATCH = 256, LONGEST = 512;  // lines listed at a time, and of a segment
+  // Lines listed at a time, and of a segment: a list of 6 KiB, filled anew every few hundred calls.
+  static constexpr int64_t BATCH = 256, LONGEST = 512;
   const char* list[BATCH + LONGEST];
   int64_t used = 0, filled = 0;  // of the list
 
@@ -52,11 +54,18 @@ struct Prefetch {
       p.rows = min(4, grid.height - y);
       p.row_stride = x.h * size_of;
       if (channels_last) {
-        p.count = count, p.stride = 4 * x.w * size_of, p.bytes = (3 * x.w + channels) * size_of;
+        p.count = count;
+        p.stride = 4 * x.w * size_of;
+        p.bytes = (3 * x.w + channels) * size_of;
         if (width < count * 4) --p.count;  // not past the row's end
       } else {
-        p.count = channels, p.stride = x.c * size_of, p.bytes = width * size_of;
-        if (x.h == width && p.rows > 0) p.bytes *= p.rows, p.rows = 1;  // the rows touch
+        p.count = channels;
+        p.stride = x.c * size_of;
+        p.bytes = width * size_of;
+        if (x.h == width && p.rows > 0) {  // the rows touch
+          p.bytes *= p.rows;
+          p.rows = 1;
+        }
       }
       if (p.rows <= 0 || p.count <= 0) continue;
       p.bytes = min(p.bytes, 64 * LONGEST);
@@ -74,14 +83,18 @@ struct Prefetch {
   }
   void refill() {
     for (int64_t i = used; i < filled; ++i) list[i - used] = list[i];
-    filled -= used, used = 0;
+    filled -= used;
+    used = 0;
     while (filled < BATCH && piece < size) {
       const Piece& p = pieces[piece];
       const char* from = p.base + index * p.stride + row * p.row_stride;
       for (int64_t i = 0; i < p.bytes; i += 64) list[filled++] = from + i;
       if (++row == p.rows) {
         row = 0;
-        if (++index == p.count) index = 0, ++piece;
+        if (++index == p.count) {
+          index = 0;
+          ++piece;
+        }
       }
     }
   }
@@ -93,7 +106,7 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
   // Sums of at most 128 products, and then of these: one sum of 256 has half again the rounding
   // error.
   const int64_t parts = ceil_div(C, 128), depth = ceil_div(C, parts);
-  const int64_t calls = 36 * groups * ceil_div(vectors, NV) * parts;
+  const int64_t calls = 36 * groups * ceil_div(vectors, panel_vectors) * parts;
   const int64_t share = min(round_up(ceil_div(prefetch.lines, calls), 2), depth / 2 * 2);
   for (int t = 0; t < 36; ++t) {
     const float* u = weights + t * matrix_floats(C, K);
@@ -106,10 +119,10 @@ void multiply_all(const Workspace& v, const Workspace& m, int64_t groups, const 
         for (int64_t g = 0; g < groups; ++g, ahead += n * pace) {
           const float* from = v.data + g * v.group + (t + 1) * v.slot + c;
           const float* next = g + 1 < groups ? from + v.group : v.data + (t + 2) * v.slot + c;
-          (c == 0 ? multiply<N, false>
-                  : multiply<N, true>)(from, v.channels, panel, n,
-                                       m.data + g * m.group + t * m.slot + first * VL, m.channels,
-                                       next, ahead, pace, prefetch.take(share));
+          (c == 0 ? multiply_tiles<N, false>
+                  : multiply_tiles<N, true>)(from, v.channels, panel, n,
+                                             m.data + g * m.group + t * m.slot + first * VL,
+                                             m.channels, next, ahead, pace, prefetch.take(share));
         }
       }
     });
@@ -122,9 +135,7 @@ bool transform_output(const ConvArgs& p, const Grid& grid, int64_t begin, int64_
   F32 finite = broadcast(0.0f);
   each_run_and_vector(
       p.out_channels_last, grid, begin, end, 0, p.out_channels,
-      [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
-        output_run<T>(p, grid, image, row, col, count, position, k, m, scratch, finite);
-      });
+      [&](const Run& run, int64_t k) { output_run<T>(p, grid, run, k, m, scratch, finite); });
   return all_zero(finite);
 }
 
@@ -142,18 +153,18 @@ int64_t cache_floats() {
   return floats;
 }
 
-// Groups per block: enough to use each point's matrix several times, few enough for the workspace
-// to take a fifth of the second-level cache. The weights take more than a quarter, and the tensors
-// stream through the rest.
+// Groups per block. At least 4, so that each point's matrix is used several times; at most 21, the
+// most that were measured; and so many that the workspace takes about a fifth of the second-level
+// cache: filters of 64 channels take more than a quarter, and the tensors stream through the rest.
+// 22 % are 4 groups of 64 channels in 1 MiB and 7 in 2 MiB, where 14 were 10 to 40 % slower.
 int64_t block_groups(int64_t group_floats) {
   return max(4, min(21, cache_floats() * 22 / 100 / group_floats));
 }
 
 // Few channels leave the transforms alone at work, and a map of less than a tile is mostly padding.
-bool serves(DType dtype, int64_t, int64_t in_channels, int64_t out_channels, int64_t height,
-            int64_t width, int64_t kernel) {
-  return kernel == 3 && dtype != DType::f64 && in_channels >= 16 && out_channels >= 16 &&
-         height >= 4 && width >= 4;
+bool serves(const ConvProblem& p) {
+  return p.kernel == 3 && p.dtype != DType::f64 && min(p.in_channels, p.out_channels) >= 16 &&
+         min(p.height, p.width) >= 4;
 }
 
 // Blocks of a convolution, near `step` groups each.
@@ -166,7 +177,7 @@ struct Blocks {
     count = ceil_div(grid.groups, step);
   }
   int64_t begin(int64_t block) const {
-    return min(grid.groups * block / count * TILES, grid.tiles);
+    return min(grid.groups * block / count * group_tiles, grid.tiles);
   }
 };
 
@@ -179,8 +190,7 @@ void transform_filter(const ConvArgs& p, float* prepared) {
   const int64_t inputs = p.in_channels, outputs = p.out_channels, vectors = ceil_div(outputs, VL);
   const int64_t size = matrix_floats(inputs, outputs);
   for (int64_t v = 0; v < vectors; ++v) {
-    int64_t offset, stride;
-    panel_of(v, vectors, inputs, offset, stride);
+    const auto [offset, stride] = panel_column(v, vectors, inputs);
     for (int64_t c0 = 0; c0 < inputs; c0 += VL) {
       alignas(64) Taps taps[VL];
       const int64_t n = min(VL, inputs - c0);
@@ -191,7 +201,8 @@ void transform_filter(const ConvArgs& p, float* prepared) {
   }
 }
 void prepare(const ConvArgs& p, void* prepared) {
-  with_type(p.dtype, [&]<typename T>() { transform_filter<T>(p, static_cast<float*>(prepared)); });
+  with_float_type(p.dtype,
+                  [&]<typename T>() { transform_filter<T>(p, static_cast<float*>(prepared)); });
 }
 
 int64_t conv_scratch_bytes(const ConvArgs& p) {
@@ -210,17 +221,17 @@ bool conv_tiles(const ConvArgs& p, int64_t begin, int64_t end, int64_t next, voi
   Workspace v(data, max(padded(p.in_channels), padded(p.out_channels)), 37), m = v;
   v.channels = padded(p.in_channels);
   m.channels = padded(p.out_channels);
-  const Source source{p.x, p.x_gate, p.x_channels_last, p.in_channels};
-  transform_input<T>(source, grid, begin, end, v, 1, scratch);
+  const Source source{p.x, p.x_mask, p.x_channels_last, p.in_channels};
+  transform_input_tiles<T>(source, grid, begin, end, v, 1, scratch);
   clear_rest(v, end - begin, 1);
   Prefetch prefetch;
-  const View* const outputs[] = {&p.residual, &p.residual_gate, &p.out_gate, &p.out};
+  const View* const outputs[] = {&p.residual, &p.residual_mask, &p.out_mask, &p.out};
   for (const View* x : outputs)
     prefetch.add(*x, sizeof(T), p.out_channels_last, grid, p.out_channels, begin, end, 0);
-  const View* const inputs[] = {&p.x, &p.x_gate};
+  const View* const inputs[] = {&p.x, &p.x_mask};
   for (const View* x : inputs)
     prefetch.add(*x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
-  multiply_all(v, m, ceil_div(end - begin, TILES), static_cast<const float*>(p.prepared),
+  multiply_all(v, m, ceil_div(end - begin, group_tiles), static_cast<const float*>(p.prepared),
                p.in_channels, p.out_channels, prefetch);
   return transform_output<T>(p, grid, begin, end, m, scratch);
 }
@@ -228,7 +239,7 @@ bool conv(const ConvArgs& p, int64_t task, void* scratch) {
   const Blocks blocks(p);
   const int64_t next = blocks.begin(min(task + 2, blocks.count));
   bool finite = false;
-  with_type(p.dtype, [&]<typename T>() {
+  with_float_type(p.dtype, [&]<typename T>() {
     finite = conv_tiles<T>(p, blocks.begin(task), blocks.begin(task + 1), next, scratch);
   });
   return finite;
@@ -237,8 +248,8 @@ bool conv(const ConvArgs& p, int64_t task, void* scratch) {
 void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, float* partial,
                     int64_t C, int64_t K, bool first, Prefetch& prefetch) {
   const int64_t vectors = ceil_div(K, VL);
-  const int64_t calls = 36 * ceil_div(C, 6) * ceil_div(vectors, NV);
-  const int64_t share = min(ceil_div(prefetch.lines, calls), groups * TILES);
+  const int64_t calls = 36 * ceil_div(C, 6) * ceil_div(vectors, panel_vectors);
+  const int64_t share = min(ceil_div(prefetch.lines, calls), groups * group_tiles);
   for (int t = 0; t < 36; ++t) {
     each_panel(vectors, [&]<int N>(Width<N>, int64_t vector) {
       accumulate_panel<N>(v.data + t * v.slot, v, z.data + t * z.slot + vector * VL, z, groups, C,
@@ -272,8 +283,9 @@ struct GradTiles {
   GradTiles(const FilterGradArgs& p, const Grid& grid, int64_t chunk) {
     const int64_t count = chunks(p), first = grid.groups * chunk / count;
     const int64_t groups = grid.groups * (chunk + 1) / count - first;
-    begin = first * TILES, end = min((first + groups) * TILES, grid.tiles);
-    block = ceil_div(groups, ceil_div(groups, block_groups(grad_group_floats(p)))) * TILES;
+    begin = first * group_tiles;
+    end = min((first + groups) * group_tiles, grid.tiles);
+    block = ceil_div(groups, ceil_div(groups, block_groups(grad_group_floats(p)))) * group_tiles;
   }
 };
 
@@ -287,7 +299,7 @@ template <typename T>
 void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t next, bool first,
                 float* partial, void* workspace) {
   const Grid grid(p.batch, p.height, p.width);
-  const int64_t groups = ceil_div(end - begin, TILES);
+  const int64_t groups = ceil_div(end - begin, group_tiles);
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   const Workspace v(reinterpret_cast<float*>(&scratch + 1), padded(p.in_channels), 36);
   const Workspace z(v.data + groups * v.group, padded(p.out_channels), 36);
@@ -295,14 +307,14 @@ void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t nex
   if (first)
     for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
   const Source input{p.x, {}, p.x_channels_last, p.in_channels};
-  const Source grad{p.grad, p.grad_gate, p.grad_channels_last, p.out_channels};
-  transform_input<T>(input, grid, begin, end, v, 0, scratch);
-  transform_gradient<T>(grad, grid, begin, end, z, sums, scratch);
+  const Source grad{p.grad, p.grad_mask, p.grad_channels_last, p.out_channels};
+  transform_input_tiles<T>(input, grid, begin, end, v, 0, scratch);
+  transform_gradient_tiles<T>(grad, grid, begin, end, z, sums, scratch);
   clear_rest(v, end - begin, 0);
   clear_rest(z, end - begin, 0);
   Prefetch prefetch;
   prefetch.add(p.x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
-  const View* const grads[] = {&p.grad, &p.grad_gate};
+  const View* const grads[] = {&p.grad, &p.grad_mask};
   for (const View* x : grads)
     prefetch.add(*x, sizeof(T), p.grad_channels_last, grid, p.out_channels, end, next, 0);
   accumulate_all(v, z, groups, partial, p.in_channels, p.out_channels, first, prefetch);
@@ -318,8 +330,8 @@ void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* wo
   }
 }
 void filter_grad(const FilterGradArgs& p, int64_t chunk, void* sums, void* scratch) {
-  with_type(p.dtype,
-            [&]<typename T>() { grad_chunk<T>(p, chunk, static_cast<float*>(sums), scratch); });
+  with_float_type(
+      p.dtype, [&]<typename T>() { grad_chunk<T>(p, chunk, static_cast<float*>(sums), scratch); });
 }
 
 template <typename T>
@@ -337,8 +349,7 @@ bool combine_chunks(const FilterGradArgs& p, const float* partials, T* d_bias) {
   }
   F32 finite = broadcast(0.0f);
   for (int64_t vector = 0; vector < vectors; ++vector) {
-    int64_t offset, stride;
-    panel_of(vector, vectors, C, offset, stride);
+    const auto [offset, stride] = panel_column(vector, vectors, C);
     for (int64_t c = 0; c < C; ++c) {
       const float* from = partials + offset + c * stride;
       alignas(64) Taps taps;
@@ -356,7 +367,7 @@ bool combine_chunks(const FilterGradArgs& p, const float* partials, T* d_bias) {
 }
 bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
   bool finite = false;
-  with_type(p.dtype, [&]<typename T>() {
+  with_float_type(p.dtype, [&]<typename T>() {
     finite = combine_chunks<T>(p, static_cast<const float*>(sums), static_cast<T*>(d_bias));
   });
   return finite;
@@ -364,7 +375,18 @@ bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
 
 // --- the backward of two convolutions, a few rows at a time
 
-// The window of rows that a chunk has of what lies between.
+// The window of rows that a chunk has of what lies between. Three cursors walk over its tiles:
+//
+//   chunk's tiles       begin |-----------------------------------------------| end
+//   between is made    |=========================================> made    (and `reach` tiles more
+//   summed in d filter       |============================> summed           at either end)
+//   taken to the input       |=====================> passed
+//   rows kept                         [.................................]
+//                                   base                           base + rows
+//
+// `made` keeps ahead of `summed` by as much as a block of the filter's gradient takes, and of
+// `passed` by `reach`, for a tile of the input sees the tiles around it. When the window is full,
+// the rows that `summed` and `passed` still need move up to its beginning.
 struct Band {
   Grid grid;
   int64_t conv_tiles;     // of a block
@@ -373,7 +395,7 @@ struct Band {
   int64_t row, rows;      // elements of a row; rows that there is room for
   Band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter)
       : grid(between.batch, between.height, between.width),
-        conv_tiles(min(Blocks(between).step, Blocks(to_input).step) * TILES),
+        conv_tiles(min(Blocks(between).step, Blocks(to_input).step) * group_tiles),
         reach(grid.cols + 1),
         row(between.out_channels * between.width) {
     const int64_t bytes[] = {conv_scratch_bytes(between), conv_scratch_bytes(to_input),
@@ -459,7 +481,7 @@ bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, i
 bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter,
           int64_t chunk, void* sums, void* scratch) {
   bool finite = false;
-  with_type(between.dtype, [&]<typename T>() {
+  with_float_type(between.dtype, [&]<typename T>() {
     finite = band_chunk<T>(between, to_input, to_filter, chunk, static_cast<float*>(sums),
                            static_cast<char*>(scratch));
   });
@@ -468,29 +490,27 @@ bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArg
 
 }  // namespace
 
-extern const ConvKernels winograd;
-const ConvKernels winograd = {
-    serves,
-    prepared_bytes,
-    prepare,
-    conv_scratch_bytes,
-    conv_tasks,
-    conv,
-    nullptr,
-    nullptr,
-    chunks,
-    sum_bytes,
-    filter_grad_scratch_bytes,
-    filter_grad,
-    combine,
-    band_scratch_bytes,
-    band,
+extern const ConvKernels winograd_tiles;
+const ConvKernels winograd_tiles = {
+    .serves = serves,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .conv_scratch_bytes = conv_scratch_bytes,
+    .conv_tasks = conv_tasks,
+    .conv = conv,
+    .chunks = chunks,
+    .sum_bytes = sum_bytes,
+    .filter_grad_scratch_bytes = filter_grad_scratch_bytes,
+    .filter_grad = filter_grad,
+    .combine = combine,
+    .band_scratch_bytes = band_scratch_bytes,
+    .band = band,
 };
 
 #else
 
-extern const ConvKernels winograd;
-const ConvKernels winograd = {};
+extern const ConvKernels winograd_tiles;
+const ConvKernels winograd_tiles = {};
 
 #endif
 }  // namespace fastda::cpu::FASTDA_ISA

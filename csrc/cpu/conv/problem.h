@@ -1,9 +1,9 @@
 // Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter
 // gradient.
 //
-// Four implementations of one table: `direct` serves every case; `winograd` and `winograd_panels`
-// (3 x 3 filters; many tiles, many channels) and `winograd_large` (7 x 7, 11 x 11, …), all in
-// float32 arithmetic, are faster where they apply.
+// Four implementations of one table: `direct` serves every case; `winograd_tiles` and
+// `winograd_panels` (3 x 3 filters; many tiles, many channels) and `winograd_large` (7 x 7,
+// 11 x 11, …), all in float32 arithmetic, are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -21,37 +21,37 @@ struct View {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
-// out = gate(out_gate, relu(conv(gate(x_gate, x), filter) + bias + gate(residual_gate, residual))).
-// gate(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g. The
-// data gradient is the same operation with the filter rotated by 180 degrees and its channels
-// swapped.
-struct ConvArgs {
+struct ConvProblem {
   DType dtype;
-  bool x_channels_last, out_channels_last;  // of x and x_gate; of the other activations
   int64_t batch, in_channels, out_channels, height, width, kernel;
-  View x, x_gate, filter;
-  const void* prepared;  // by prepare
-  const void* bias;      // [out_channels] or null
-  View residual, residual_gate;
-  bool relu;
-  View out_gate, out;
 };
 
-// d filter[k, c, i, j] = sum over n, h, w of gate(grad_gate, grad)[n, k, h, w] * x[n, c, h + i - p,
-// w + j - p], and d bias = sum of gate(grad_gate, grad).
-struct FilterGradArgs {
-  DType dtype;
+// out = mask(out_mask, relu(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
+// mask(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g. The
+// data gradient is the same operation with the filter rotated by 180 degrees and its channels
+// swapped.
+struct ConvArgs : ConvProblem {
+  bool x_channels_last, out_channels_last;  // of x and x_mask; of the other activations
+  View x, x_mask, filter;
+  const void* prepared;  // by prepare
+  const void* bias;      // [out_channels] or null
+  View residual, residual_mask;
+  bool relu;
+  View out_mask, out;
+};
+
+// d filter[k, c, i, j] = sum over n, h, w of mask(grad_mask, grad)[n, k, h, w] * x[n, c, h + i - p,
+// w + j - p], and d bias = sum of mask(grad_mask, grad).
+struct FilterGradArgs : ConvProblem {
   bool x_channels_last, grad_channels_last;
-  int64_t batch, in_channels, out_channels, height, width, kernel;
-  View x, grad, grad_gate;
+  View x, grad, grad_mask;
   const void* prepared;  // by prepare_grad
   View d_filter;         // no data: not wanted
 };
 
 struct ConvKernels {
   // Null where the instruction set has no such kernels.
-  bool (*serves)(DType, int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
-                 int64_t width, int64_t kernel);
+  bool (*serves)(const ConvProblem&) = nullptr;
 
   // What all tasks share is made first: the filter, or the input, as the kernels want it.
   int64_t (*prepared_bytes)(const ConvArgs&);
@@ -63,8 +63,8 @@ struct ConvKernels {
   bool (*conv)(const ConvArgs&, int64_t task, void* scratch);
 
   // As above; null: nothing is shared.
-  int64_t (*grad_prepared_bytes)(const FilterGradArgs&);
-  void (*prepare_grad)(const FilterGradArgs&, void* prepared);
+  int64_t (*grad_prepared_bytes)(const FilterGradArgs&) = nullptr;
+  void (*prepare_grad)(const FilterGradArgs&, void* prepared) = nullptr;
   // The work is cut into chunks, whatever the number of threads; each sums into storage of its own,
   // and combine() makes the results of the chunks in their order; false as for conv(). d_bias may
   // be null.
@@ -79,12 +79,12 @@ struct ConvKernels {
   // the chunks of filter_grad(); it is channels_last, never whole, and the views of it in the three
   // are ignored. Null, or 0 bytes: better made whole. false as for conv().
   int64_t (*band_scratch_bytes)(const ConvArgs& between, const ConvArgs& to_input,
-                                const FilterGradArgs& to_filter);
+                                const FilterGradArgs& to_filter) = nullptr;
   bool (*band)(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter,
-               int64_t chunk, void* sums, void* scratch);
+               int64_t chunk, void* sums, void* scratch) = nullptr;
 };
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
-FASTDA_DECLARE_KERNELS(ConvKernels, winograd)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_tiles)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 

@@ -12,13 +12,18 @@
 // gradient:
 //
 //   U [36][GRAD_DEPTH][PANEL] = V' Z over all tiles, turned into d filter at once
-#include "cpu/kernels/winograd.h"
+#include "cpu/conv/epilogue.h"
+#include "cpu/conv/gemm.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 #if FASTDA_SIMD
 namespace {
 
+// Output channels of a task, and input channels taken together: U has 295 KB (gradient: 443 KB).
 constexpr int64_t PANEL = 64, DEPTH = 32, GRAD_DEPTH = 48;
+// Where this way was measured to be the faster one: 48 tiles are 8 groups, which use a transformed
+// filter too few times; 100,000 pairs of channels have 14 MB of transformed filters.
+constexpr int64_t few_tiles = 48, many_pairs = 100'000;
 
 // Workspaces of all tiles, one for each `width` channels.
 struct Parts {
@@ -37,14 +42,13 @@ struct Parts {
 
 // With few tiles, or filters that exceed the caches by far and fewer tiles than channels, so that V
 // is the smaller.
-bool serves(DType dtype, int64_t batch, int64_t in_channels, int64_t out_channels, int64_t height,
-            int64_t width, int64_t kernel) {
-  if (kernel != 3 || dtype == DType::f64 || min(in_channels, out_channels) < 16 ||
-      min(height, width) < 4)
+bool serves(const ConvProblem& p) {
+  if (p.kernel != 3 || p.dtype == DType::f64 || min(p.in_channels, p.out_channels) < 16 ||
+      min(p.height, p.width) < 4)
     return false;
-  const int64_t tiles = Grid(batch, height, width).tiles;
-  return tiles <= 48 ||
-         (in_channels * out_channels > 100'000 && tiles <= max(in_channels, out_channels));
+  const int64_t tiles = Grid(p.batch, p.height, p.width).tiles;
+  return tiles <= few_tiles || (p.in_channels * p.out_channels > many_pairs &&
+                                tiles <= max(p.in_channels, p.out_channels));
 }
 
 template <typename F>
@@ -60,11 +64,11 @@ int64_t prepared_bytes(const ConvArgs& p) {
 void prepare(const ConvArgs& p, void* prepared) {
   const Grid grid(p.batch, p.height, p.width);
   const Parts v{static_cast<float*>(prepared), grid.groups, DEPTH};
-  const Source source{p.x, p.x_gate, p.x_channels_last, p.in_channels};
+  const Source source{p.x, p.x_mask, p.x_channels_last, p.in_channels};
   Scratch scratch;
   each_part(p.in_channels, DEPTH, [&](int64_t i, int64_t, int64_t) {
-    with_type(p.dtype, [&]<typename T>() {
-      transform_input<T>(source, grid, 0, grid.tiles, v.part(i), 0, scratch);
+    with_float_type(p.dtype, [&]<typename T>() {
+      transform_input_tiles<T>(source, grid, 0, grid.tiles, v.part(i), 0, scratch);
     });
     clear_rest(v.part(i), grid.tiles, 0);
   });
@@ -88,9 +92,9 @@ void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const
       for (int64_t g = 0; g < groups; ++g, ahead += depth * pace) {
         const float* from = v.data + g * v.group + t * v.slot;
         const float* next = g + 1 < groups ? from + v.group : v.data + (t + 1) * v.slot;
-        multiply<N, Add>(from, v.channels, panel, depth,
-                         m.data + g * m.group + t * m.slot + first * VL, m.channels, next, ahead,
-                         pace, {});
+        multiply_tiles<N, Add>(from, v.channels, panel, depth,
+                               m.data + g * m.group + t * m.slot + first * VL, m.channels, next,
+                               ahead, pace, {});
       }
     });
   }
@@ -107,8 +111,7 @@ bool conv_panel(const ConvArgs& p, int64_t task, void* workspace) {
   const int64_t end = min(p.out_channels, m.first + PANEL), vectors = ceil_div(end - m.first, VL);
   each_part(p.in_channels, DEPTH, [&](int64_t i, int64_t c0, int64_t depth) {
     for (int64_t vector = 0; vector < vectors; ++vector) {
-      int64_t offset, stride;
-      panel_of(vector, vectors, depth, offset, stride);
+      const auto [offset, stride] = panel_column(vector, vectors, depth);
       for (int64_t c = 0; c < depth; c += VL) {
         alignas(64) Taps taps[VL];
         const int64_t n = min(VL, depth - c);
@@ -123,14 +126,12 @@ bool conv_panel(const ConvArgs& p, int64_t task, void* workspace) {
   F32 finite = broadcast(0.0f);
   each_run_and_vector(
       p.out_channels_last, grid, 0, grid.tiles, m.first, end,
-      [&](int64_t image, int64_t row, int64_t col, int64_t count, int64_t position, int64_t k) {
-        output_run<T>(p, grid, image, row, col, count, position, k, m, scratch, finite);
-      });
+      [&](const Run& run, int64_t k) { output_run<T>(p, grid, run, k, m, scratch, finite); });
   return all_zero(finite);
 }
 bool conv(const ConvArgs& p, int64_t task, void* scratch) {
   bool finite = false;
-  with_type(p.dtype, [&]<typename T>() { finite = conv_panel<T>(p, task, scratch); });
+  with_float_type(p.dtype, [&]<typename T>() { finite = conv_panel<T>(p, task, scratch); });
   return finite;
 }
 
@@ -164,16 +165,16 @@ void prepare_grad(const FilterGradArgs& p, void* prepared) {
   double* sums = static_cast<double*>(prepared);
   for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
   const Source input{p.x, {}, p.x_channels_last, p.in_channels};
-  const Source grad{p.grad, p.grad_gate, p.grad_channels_last, p.out_channels};
+  const Source grad{p.grad, p.grad_mask, p.grad_channels_last, p.out_channels};
   const Parts v = layout.inputs(shared), z = layout.grads(shared);
   Scratch scratch;
-  with_type(p.dtype, [&]<typename T>() {
+  with_float_type(p.dtype, [&]<typename T>() {
     each_part(p.in_channels, GRAD_DEPTH, [&](int64_t i, int64_t, int64_t) {
-      transform_input<T>(input, grid, 0, grid.tiles, v.part(i), 0, scratch);
+      transform_input_tiles<T>(input, grid, 0, grid.tiles, v.part(i), 0, scratch);
       clear_rest(v.part(i), grid.tiles, 0);
     });
     each_part(p.out_channels, PANEL, [&](int64_t i, int64_t, int64_t) {
-      transform_gradient<T>(grad, grid, 0, grid.tiles, z.part(i), sums, scratch);
+      transform_gradient_tiles<T>(grad, grid, 0, grid.tiles, z.part(i), sums, scratch);
       clear_rest(z.part(i), grid.tiles, 0);
     });
   });
@@ -202,8 +203,7 @@ bool grad_panel(const FilterGradArgs& p, int64_t chunk, float* u) {
                             [] { return Lines{}; });
       });
     for (int64_t vector = 0; vector < vectors; ++vector) {
-      int64_t offset, stride;
-      panel_of(vector, vectors, depth, offset, stride);
+      const auto [offset, stride] = panel_column(vector, vectors, depth);
       for (int64_t c = 0; c < depth; ++c) {
         alignas(64) Taps taps;
         taps_gradient([&](int t) { return load_vec(u + t * size + offset + c * stride); }, taps,
@@ -215,14 +215,14 @@ bool grad_panel(const FilterGradArgs& p, int64_t chunk, float* u) {
   return all_zero(finite);
 }
 void filter_grad(const FilterGradArgs& p, int64_t chunk, void* sums, void* scratch) {
-  with_type(p.dtype, [&]<typename T>() {
+  with_float_type(p.dtype, [&]<typename T>() {
     *static_cast<int64_t*>(sums) = grad_panel<T>(p, chunk, static_cast<float*>(scratch));
   });
 }
 
 bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
   if (d_bias)
-    with_type(p.dtype, [&]<typename T>() {
+    with_float_type(p.dtype, [&]<typename T>() {
       for (int64_t k = 0; k < p.out_channels; ++k)
         store(static_cast<T*>(d_bias) + k, float(static_cast<const double*>(p.prepared)[k]));
     });
@@ -237,21 +237,19 @@ bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
 
 extern const ConvKernels winograd_panels;
 const ConvKernels winograd_panels = {
-    serves,
-    prepared_bytes,
-    prepare,
-    conv_scratch_bytes,
-    conv_tasks,
-    conv,
-    grad_prepared_bytes,
-    prepare_grad,
-    chunks,
-    sum_bytes,
-    filter_grad_scratch_bytes,
-    filter_grad,
-    combine,
-    nullptr,
-    nullptr,
+    .serves = serves,
+    .prepared_bytes = prepared_bytes,
+    .prepare = prepare,
+    .conv_scratch_bytes = conv_scratch_bytes,
+    .conv_tasks = conv_tasks,
+    .conv = conv,
+    .grad_prepared_bytes = grad_prepared_bytes,
+    .prepare_grad = prepare_grad,
+    .chunks = chunks,
+    .sum_bytes = sum_bytes,
+    .filter_grad_scratch_bytes = filter_grad_scratch_bytes,
+    .filter_grad = filter_grad,
+    .combine = combine,
 };
 
 #else

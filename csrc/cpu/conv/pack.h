@@ -1,0 +1,261 @@
+// Reading images and filters: masked, widened, zero outside. Images come either into a packed block
+// (direct and large filters), or column by column into registers (tiles). Internal linkage
+// throughout: see common/dtype.h.
+#pragma once
+
+#include "cpu/conv/layout.h"
+
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
+
+// out[(r * columns + q)][0, stride) = mask(g, x)[block.n, :, block.h + r, block.w + q], zero
+// outside the image and in channels past the last.
+template <typename T, typename S>
+void pack(const View& x, const View& mask, bool channels_last, int64_t channels, int64_t height,
+          int64_t width, const Block& block, S* out, int64_t stride) {
+  constexpr int L = lanes<S>;
+  const int64_t begin = min(block.columns, max(0, -block.w)),
+                end = max(begin, min(block.columns, width - block.w));
+  for (int64_t r = 0; r < block.rows; ++r, out += block.columns * stride) {
+    const int64_t h = block.h + r;
+    if (h < 0 || h >= height) {
+      for (int64_t i = 0; i < block.columns * stride; ++i) out[i] = S(0);
+      continue;
+    }
+    for (int64_t i = 0; i < begin * stride; ++i) out[i] = S(0);
+    for (int64_t i = end * stride; i < block.columns * stride; ++i) out[i] = S(0);
+    if (channels_last) {
+      for (int64_t q = begin; q < end; ++q) {
+        const T* from = at<T>(x, block.n, 0, h, block.w + q);
+        const T* g = mask.data ? at<T>(mask, block.n, 0, h, block.w + q) : nullptr;
+        S* to = out + q * stride;
+        for (int64_t c = 0; c < stride; c += L) {
+          const int valid = int(min(L, channels - c));
+          Vec<S> v = valid > 0 ? load_first<S>(from + c, valid) : Vec<S>{};
+          if (g && valid > 0) v = relu_mask(v, load_first<S>(g + c, valid));
+          if (stride - c >= L) {
+            store_vec(to + c, v);
+          } else {
+            store_first<S>(to + c, v, int(stride - c));
+          }
+        }
+      }
+      continue;
+    }
+    for (int64_t c0 = 0; c0 < stride; c0 += L) {
+      const int into = int(min(L, stride - c0)), from_channels = int(min(L, channels - c0));
+      for (int64_t q = begin; q < end; q += L) {
+        const int valid = int(min(L, end - q));
+        if (into == 1) {  // one channel: nothing to turn
+          Vec<S> v = load_first<S>(at<T>(x, block.n, c0, h, block.w + q), valid);
+          if (mask.data)
+            v = relu_mask(v, load_first<S>(at<T>(mask, block.n, c0, h, block.w + q), valid));
+          for (int i = 0; i < valid; ++i) out[(q + i) * stride + c0] = v[i];
+          continue;
+        }
+        Vec<S> tile[L];
+        for (int c = 0; c < L; ++c) {
+          tile[c] = Vec<S>{};
+          if (c >= from_channels) continue;
+          tile[c] = load_first<S>(at<T>(x, block.n, c0 + c, h, block.w + q), valid);
+          if (mask.data)
+            tile[c] = relu_mask(tile[c],
+                                load_first<S>(at<T>(mask, block.n, c0 + c, h, block.w + q), valid));
+        }
+        transpose<S>(tile);
+        for (int i = 0; i < valid; ++i) {
+          if (into == L) {
+            store_vec(out + (q + i) * stride + c0, tile[i]);
+          } else {
+            store_first<S>(out + (q + i) * stride + c0, tile[i], into);
+          }
+        }
+      }
+    }
+  }
+}
+
+#if FASTDA_SIMD
+
+// An image that tiles are read from.
+struct Source {
+  View x, mask;
+  bool channels_last;
+  int64_t channels;
+};
+
+// Loads `R` rows from y0 and `columns` columns from x0 of channels [c, c + VL) and hands each
+// column's R vectors to `f`. Outside of the image, and past the last channel, zeros. strip:
+// [R][VL][VL] floats.
+template <typename T, int R, typename F>
+FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image, int64_t c,
+                               int64_t y0, int64_t x0, int64_t columns, float* strip, F&& f) {
+  const bool masked = s.mask.data != nullptr;
+  const T* x = static_cast<const T*>(s.x.data) + image * s.x.n + c * s.x.c;
+  const T* g = static_cast<const T*>(s.mask.data) + (masked ? image * s.mask.n + c * s.mask.c : 0);
+  const int64_t sx = s.x.w, sg = s.mask.w;
+  const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, grid.height - y0);
+  if (s.channels_last) {
+    const int64_t first = max(x0, 0), last = min(x0 + columns, grid.width);
+    F32 d[R];
+    for (int r = 0; r < R; ++r) d[r] = broadcast(0.0f);
+    for (int64_t i = x0; i < first; ++i) f(i - x0, d);
+    for (int64_t i = last; i < x0 + columns; ++i) f(i - x0, d);
+    if (r0 == 0 && r1 == R && c + VL <= s.channels) {
+      if (!masked) {
+        for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r) d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx);
+          f(i - x0, d);
+        }
+      } else {
+        for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 6
+          for (int r = 0; r < R; ++r)
+            d[r] = relu_mask(load_vec(x + (y0 + r) * s.x.h + i * sx),
+                             load_vec(g + (y0 + r) * s.mask.h + i * sg));
+          f(i - x0, d);
+        }
+      }
+    } else {
+      const Mask m = mask_of(0, s.channels - c);
+      for (int64_t i = first; i < last; ++i) {
+#pragma GCC unroll 6
+        for (int r = 0; r < R; ++r) {
+          d[r] = broadcast(0.0f);
+          if (r < r0 || r >= r1) continue;
+          d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx, m);
+          if (masked) d[r] = relu_mask(d[r], load_vec(g + (y0 + r) * s.mask.h + i * sg, m));
+        }
+        f(i - x0, d);
+      }
+    }
+    return;
+  }
+  const int64_t channels = min(VL, s.channels - c);
+  for (int64_t i = 0; i < columns; i += VL) {
+    const int64_t width = min(VL, columns - i);
+    const int64_t first = max(0, -(x0 + i)), last = min(width, grid.width - (x0 + i));
+    const Mask m = mask_of(first, last);
+    for (int r = 0; r < R; ++r) {
+      float* line = strip + r * VL * VL;
+      if (r < r0 || r >= r1) {
+        for (int k = 0; k < VL; ++k) store_vec(line + k * VL, broadcast(0.0f));
+        continue;
+      }
+      const T* row = x + (y0 + r) * s.x.h + x0 + i;
+      const T* mask_row = masked ? g + (y0 + r) * s.mask.h + x0 + i : nullptr;
+      F32 v[VL];
+      if (!masked) {
+#pragma GCC unroll 16
+        for (int k = 0; k < VL; ++k)
+          v[k] = k < channels ? load_vec(row + k * s.x.c, m) : broadcast(0.0f);
+      } else {
+#pragma GCC unroll 16
+        for (int k = 0; k < VL; ++k)
+          v[k] = k < channels
+                     ? relu_mask(load_vec(row + k * s.x.c, m), load_vec(mask_row + k * s.mask.c, m))
+                     : broadcast(0.0f);
+      }
+      transpose<float>(v);
+#pragma GCC unroll 16
+      for (int k = 0; k < VL; ++k) store_vec(line + k * VL, v[k]);
+    }
+    for (int64_t j = 0; j < width; ++j) {
+      F32 d[R];
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) d[r] = load_vec(strip + (r * VL + j) * VL);
+      f(i + j, d);
+    }
+  }
+}
+
+// -- 3 x 3 filters
+
+// The taps of VL output channels from k on, of one input channel; zeros past the last output
+// channel.
+using Taps = float[9][VL];
+
+// A filter whose 3 x 3 taps lie side by side, in their order (1) or, rotated, in the other (-1).
+int64_t adjacent(const View& filter) {
+  return filter.h == 3 && filter.w == 1 ? 1 : filter.h == -3 && filter.w == -1 ? -1 : 0;
+}
+
+// Of `count` (at most VL) input channels from c on.
+template <typename T>
+void load_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, int64_t count,
+               Taps* taps) {
+  const int64_t valid = min(VL, outputs - k), order = adjacent(filter);
+  const T* from = static_cast<const T*>(filter.data) + k * filter.n + c * filter.c;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    if (filter.n == 1 || filter.c == 1) {
+      for (int t = 0; t < 9; ++t) {
+        const T* tap = from + t / 3 * filter.h + t % 3 * filter.w;
+        if (filter.n == 1) {
+          for (int64_t i = 0; i < count; ++i)
+            store_vec(taps[i][t], load_vec(tap + i * filter.c, mask_of(0, valid)));
+          continue;
+        }
+        F32 v[VL];
+        const Mask m = mask_of(0, count);
+        for (int i = 0; i < VL; ++i)
+          v[i] = i < valid ? load_vec(tap + i * filter.n, m) : broadcast(0.0f);
+        transpose<float>(v);
+        for (int i = 0; i < VL; ++i) {
+          if (i >= count) break;
+          store_vec(taps[i][t], v[i]);
+        }
+      }
+      return;
+    }
+    if (order != 0) {
+      const int64_t first = order > 0 ? 0 : -8;  // of the nine in memory
+      for (int64_t i = 0; i < count; ++i) {
+        const T* row = from + i * filter.c + first;
+        F32 v[VL];
+        const Mask m = mask_of(0, 9);
+        for (int j = 0; j < VL; ++j)
+          v[j] = j < valid ? load_vec(row + j * filter.n, m) : broadcast(0.0f);
+        transpose<float>(v);
+        for (int t = 0; t < (VL < 9 ? VL : 9); ++t) store_vec(taps[i][order > 0 ? t : 8 - t], v[t]);
+        for (int t = VL; t < 9; ++t)
+          for (int64_t j = 0; j < VL; ++j)
+            taps[i][order > 0 ? t : 8 - t][j] = j < valid ? row[j * filter.n + t] : 0.0f;
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i)
+    for (int t = 0; t < 9; ++t)
+      for (int64_t j = 0; j < VL; ++j)
+        taps[i][t][j] =
+            j < valid
+                ? load(from + i * filter.c + j * filter.n + t / 3 * filter.h + t % 3 * filter.w)
+                : 0.0f;
+}
+
+template <typename T>
+void store_taps(const View& filter, int64_t k, int64_t outputs, int64_t c, const Taps& taps) {
+  const int64_t valid = min(VL, outputs - k);
+  T* to = static_cast<T*>(filter.data) + k * filter.n + c * filter.c;
+  if constexpr (sizeof(T) == sizeof(float) && VL > 9) {
+    if (adjacent(filter) == 1) {
+      F32 v[VL];
+      for (int t = 0; t < VL; ++t) v[t] = t < 9 ? load_vec(taps[t]) : broadcast(0.0f);
+      transpose<float>(v);
+      for (int i = 0; i < VL; ++i) {
+        if (i >= valid) break;
+        store_vec(to + i * filter.n, v[i], mask_of(0, 9));
+      }
+      return;
+    }
+  }
+  for (int64_t i = 0; i < valid; ++i)
+    for (int t = 0; t < 9; ++t)
+      store(to + i * filter.n + t / 3 * filter.h + t % 3 * filter.w, taps[t][i]);
+}
+
+#endif
+
+}  // namespace
+}  // namespace fastda::cpu::FASTDA_ISA

@@ -1,0 +1,332 @@
+// Winograd's transforms. F(4x4, 3x3) and F(4x4, 4x4) give 4 x 4 pixels of the output from an input
+// tile of 6 x 6 or 7 x 7 pixels and a filter of 3 x 3 or 4 x 4 taps, by that many products:
+//
+//   output = A' [ (G filter G') * (B' input B) ] A      (* entry by entry)
+//
+// and, transposed, filter gradient = G' [ (A gradient A') * (B' input B) ] G. The functions apply
+// one matrix to vectors: lanes are channels. Internal linkage throughout: see common/dtype.h.
+#pragma once
+
+#include "cpu/conv/pack.h"
+
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
+
+#if FASTDA_SIMD
+
+// Interpolation at 0, +-a, +-b, infinity with a = sqrt(1/2), b = sqrt(2): a b = 1 makes most
+// constants 1, and the error is half that of 0, +-1, +-2.
+struct Winograd43 {
+  static constexpr float a = 0.70710678118654752440f, b = 1.41421356237309504880f;
+
+  //        |  1    0   -5/2   0    1   0 |
+  //        |  0   -2a   -2    a    1   0 |
+  //   B' = |  0    2a   -2   -a    1   0 |
+  //        |  0  -b/2  -1/2   b    1   0 |
+  //        |  0   b/2  -1/2  -b    1   0 |
+  //        |  0    1    0   -5/2   0   1 |
+  FASTDA_INLINE void input(const F32* d, F32* v) {
+    const F32 even_a = fnma(broadcast(2.0f), d[2], d[4]);
+    const F32 odd_a = fnma(broadcast(2.0f), d[1], d[3]);
+    const F32 even_b = fnma(broadcast(0.5f), d[2], d[4]);
+    const F32 odd_b = fnma(broadcast(0.5f), d[1], d[3]);
+    v[0] = fnma(broadcast(2.5f), d[2], d[0] + d[4]);
+    v[1] = fma(broadcast(a), odd_a, even_a);
+    v[2] = fnma(broadcast(a), odd_a, even_a);
+    v[3] = fma(broadcast(b), odd_b, even_b);
+    v[4] = fnma(broadcast(b), odd_b, even_b);
+    v[5] = fnma(broadcast(2.5f), d[3], d[1] + d[5]);
+  }
+
+  //        |  1    1    1    1    1   0 |
+  //   A' = |  0    a   -a    b   -b   0 |
+  //        |  0   1/2  1/2   2    2   0 |
+  //        |  0   a/2 -a/2   2b  -2b  1 |
+  FASTDA_INLINE void output(const F32* m, F32* y) {
+    const F32 sum_a = m[1] + m[2], difference_a = m[1] - m[2];
+    const F32 sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = m[0] + sum_a + sum_b;
+    y[1] = broadcast(a) * fma(broadcast(2.0f), difference_b, difference_a);
+    y[2] = fma(broadcast(0.5f), sum_a, broadcast(2.0f) * sum_b);
+    y[3] =
+        fma(broadcast(a), fma(broadcast(0.5f), difference_a, broadcast(4.0f) * difference_b), m[5]);
+  }
+
+  // A: 4 pixels -> 6 points.
+  FASTDA_INLINE void gradient(const F32* g, F32* z) {
+    const F32 even_a = fma(broadcast(0.5f), g[2], g[0]), odd_a = fma(broadcast(0.5f), g[3], g[1]);
+    const F32 even_b = fma(broadcast(2.0f), g[2], g[0]), odd_b = fma(broadcast(2.0f), g[3], g[1]);
+    z[0] = g[0];
+    z[1] = fma(broadcast(a), odd_a, even_a);
+    z[2] = fnma(broadcast(a), odd_a, even_a);
+    z[3] = fma(broadcast(b), odd_b, even_b);
+    z[4] = fnma(broadcast(b), odd_b, even_b);
+    z[5] = g[3];
+  }
+
+  //       |   1     0     0  |
+  //       | -2/3 -2a/3  -1/3 |
+  //   G = | -2/3  2a/3  -1/3 |
+  //       |  1/6   b/6   1/3 |
+  //       |  1/6  -b/6   1/3 |
+  //       |   0     0     1  |
+  FASTDA_INLINE void filter(const F32* w, F32* u) {
+    const F32 even_a = broadcast(-2.0f / 3) * fma(broadcast(0.5f), w[2], w[0]);
+    const F32 odd_a = broadcast(-2.0f / 3 * a) * w[1];
+    const F32 even_b = broadcast(1.0f / 6) * fma(broadcast(2.0f), w[2], w[0]);
+    const F32 odd_b = broadcast(1.0f / 6 * b) * w[1];
+    u[0] = w[0];
+    u[1] = even_a + odd_a;
+    u[2] = even_a - odd_a;
+    u[3] = even_b + odd_b;
+    u[4] = even_b - odd_b;
+    u[5] = w[2];
+  }
+
+  // G': 6 points -> 3 taps.
+  FASTDA_INLINE void filter_gradient(const F32* u, F32* w) {
+    const F32 sum_a = broadcast(-2.0f / 3) * (u[1] + u[2]);
+    const F32 difference_a = broadcast(-2.0f / 3 * a) * (u[1] - u[2]);
+    const F32 sum_b = broadcast(1.0f / 6) * (u[3] + u[4]);
+    const F32 difference_b = broadcast(1.0f / 6 * b) * (u[3] - u[4]);
+    w[0] = u[0] + sum_a + sum_b;
+    w[1] = difference_a + difference_b;
+    w[2] = u[5] + fma(broadcast(0.5f), sum_a, broadcast(2.0f) * sum_b);
+  }
+};
+
+// Input columns of a run, and room for what the last vector has beyond them.
+constexpr int run_columns = tile_size * longest_run + 2 + (VL - 2);
+
+struct Scratch {
+  alignas(64) float strip[6 * VL * VL];
+  alignas(64) float columns[run_columns * 6 * VL];
+};
+
+template <typename T>
+void transform_input_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
+                         const Workspace& v, int64_t first_slot, Scratch& scratch) {
+  each_column<T, 6>(s, grid, run.image, c, run.row * 4 - 1, run.column * 4 - 1, run.count * 4 + 2,
+                    scratch.strip, [&](int64_t i, const F32* d) __attribute__((always_inline)) {
+                      F32 t[6];
+                      Winograd43::input(d, t);
+#pragma GCC unroll 6
+                      for (int r = 0; r < 6; ++r)
+                        store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                    });
+  for (int64_t q = 0; q < run.count; ++q) {
+    float* out = v.at(run.position + q, first_slot, c);
+    const float* in = scratch.columns + q * 4 * 6 * VL;
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      F32 d[6], t[6];
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
+      Winograd43::input(d, t);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * v.slot, t[j]);
+    }
+  }
+}
+
+template <typename T>
+void transform_gradient_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
+                            const Workspace& v, double* sums, Scratch& scratch) {
+  F32 sum = broadcast(0.0f);
+  each_column<T, 4>(s, grid, run.image, c, run.row * 4, run.column * 4, run.count * 4,
+                    scratch.strip, [&](int64_t i, const F32* d) __attribute__((always_inline)) {
+                      F32 t[6];
+                      sum += (d[0] + d[1]) + (d[2] + d[3]);
+                      Winograd43::gradient(d, t);
+#pragma GCC unroll 6
+                      for (int r = 0; r < 6; ++r)
+                        store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                    });
+  alignas(64) float total[VL];
+  store_vec(total, sum);
+  for (int k = 0; k < VL; ++k) sums[c + k] += double(total[k]);
+  for (int64_t q = 0; q < run.count; ++q) {
+    float* out = v.at(run.position + q, 0, c);
+    const float* in = scratch.columns + q * 4 * 6 * VL;
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) {
+      F32 d[4], t[6];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
+      Winograd43::gradient(d, t);
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * v.slot, t[j]);
+    }
+  }
+}
+// The channels of s that v has room for.
+template <typename T>
+void transform_input_tiles(const Source& s, const Grid& grid, int64_t begin, int64_t end,
+                           const Workspace& v, int64_t first_slot, Scratch& scratch) {
+  each_run_and_vector(s.channels_last, grid, begin, end, v.first,
+                      min(s.channels, v.first + v.channels), [&](const Run& run, int64_t c) {
+                        transform_input_run<T>(s, grid, run, c, v, first_slot, scratch);
+                      });
+}
+
+template <typename T>
+void transform_gradient_tiles(const Source& s, const Grid& grid, int64_t begin, int64_t end,
+                              const Workspace& v, double* sums, Scratch& scratch) {
+  each_run_and_vector(s.channels_last, grid, begin, end, v.first,
+                      min(s.channels, v.first + v.channels), [&](const Run& run, int64_t c) {
+                        transform_gradient_run<T>(s, grid, run, c, v, sums, scratch);
+                      });
+}
+
+// The last group of the last block has fewer than six tiles: the rest are zeros.
+inline void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
+  for (int64_t tile = tiles; tile < round_up(tiles, group_tiles); ++tile)
+    for (int t = 0; t < 36; ++t)
+      for (int64_t c = 0; c < v.channels; c += VL)
+        store_vec(v.at(tile, first_slot + t, v.first + c), broadcast(0.0f));
+}
+// 36 points of one tile, VL channels -> 4 x 4 pixels.
+FASTDA_INLINE void output_tile(const float* m, int64_t slot, F32 (*y)[4], F32& finite) {
+  F32 s[4][6];
+#pragma GCC unroll 6
+  for (int j = 0; j < 6; ++j) {
+    F32 d[6], t[4];
+#pragma GCC unroll 6
+    for (int i = 0; i < 6; ++i) d[i] = load_vec(m + (i * 6 + j) * slot);
+    Winograd43::output(d, t);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) s[i][j] = t[i];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) Winograd43::output(s[i], y[i]);
+  finite = fma((y[0][0] + y[0][3]) + (y[3][0] + y[3][3]), broadcast(0.0f), finite);
+}
+// out[36 points], `size` floats apart.
+FASTDA_INLINE void transform_taps(const Taps& taps, float* out, int64_t size) {
+  F32 half[6][3];
+  for (int s = 0; s < 3; ++s) {
+    F32 d[3], u[6];
+    for (int r = 0; r < 3; ++r) d[r] = load_vec(taps[r * 3 + s]);
+    Winograd43::filter(d, u);
+    for (int i = 0; i < 6; ++i) half[i][s] = u[i];
+  }
+  for (int i = 0; i < 6; ++i) {
+    F32 u[6];
+    Winograd43::filter(half[i], u);
+    for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * size, u[j]);
+  }
+}
+
+// The transpose; f(point) is the gradient of a point. `finite` stays zero where all of it is
+// finite.
+template <typename F>
+FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, F32& finite) {
+  F32 half[3][6];
+  for (int j = 0; j < 6; ++j) {
+    F32 u[6], w[3];
+    for (int i = 0; i < 6; ++i) u[i] = f(i * 6 + j);
+    Winograd43::filter_gradient(u, w);
+    for (int r = 0; r < 3; ++r) half[r][j] = w[r];
+  }
+  for (int r = 0; r < 3; ++r) {
+    F32 w[3];
+    Winograd43::filter_gradient(half[r], w);
+    for (int s = 0; s < 3; ++s) {
+      store_vec(taps[r * 3 + s], w[s]);
+      finite = fma(w[s], broadcast(0.0f), finite);
+    }
+  }
+}
+
+#endif
+
+// Interpolation at +-p, for three p, and infinity; the values were searched for the least error.
+struct Winograd44 {
+  static constexpr int tile = 4, taps = 4, points = 7;
+  static constexpr double p[3] = {0.3, 0.9, 1.9};
+  static constexpr double square(double x) { return x * x; }
+  // For the pair i: sum and product of the squares of the other two.
+  static constexpr double other_sum(int i) {
+    return square(p[(i + 1) % 3]) + square(p[(i + 2) % 3]);
+  }
+  static constexpr double other_product(int i) {
+    return square(p[(i + 1) % 3]) * square(p[(i + 2) % 3]);
+  }
+
+  // With s = other_sum, q = other_product, and S, Q, P the elementary symmetric sums of all three
+  // squares, rows of B' for +p, -p and infinity:
+  //
+  //   |  pq   q  -ps  -s   p   1   0 |
+  //   | -pq   q   ps  -s  -p   1   0 |
+  //   |  -P   0    Q   0  -S   0   1 |
+  static inline void input(const F32* d, F32* v) {
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const F32 even = d[4] - float(other_sum(i)) * d[2] + float(other_product(i)) * d[0];
+      const F32 odd = d[5] - float(other_sum(i)) * d[3] + float(other_product(i)) * d[1];
+      v[2 * i] = odd + float(p[i]) * even;
+      v[2 * i + 1] = odd - float(p[i]) * even;
+    }
+    constexpr double S = square(p[0]) + other_sum(0);
+    constexpr double Q = square(p[0]) * other_sum(0) + other_product(0);
+    constexpr double P = square(p[0]) * other_product(0);
+    v[6] = d[6] - float(S) * d[4] + float(Q) * d[2] - float(P) * d[0];
+  }
+
+  // Columns of A' for +p, -p and infinity:
+  //
+  //   |  1     1   0 |
+  //   |  p    -p   0 |
+  //   |  p^2  p^2  0 |
+  //   |  p^3 -p^3  1 |
+  static inline void output(const F32* m, F32* y) {
+    y[0] = y[1] = y[2] = F32{};
+    y[3] = m[6];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const F32 sum = m[2 * i] + m[2 * i + 1], difference = m[2 * i] - m[2 * i + 1];
+      y[0] += sum;
+      y[1] += float(p[i]) * difference;
+      y[2] += float(square(p[i])) * sum;
+      y[3] += float(square(p[i]) * p[i]) * difference;
+    }
+  }
+
+  // A: 4 pixels -> 7 points.
+  static inline void gradient(const F32* g, F32* z) {
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const F32 even = g[0] + float(square(p[i])) * g[2];
+      const F32 odd = g[1] + float(square(p[i])) * g[3];
+      z[2 * i] = even + float(p[i]) * odd;
+      z[2 * i + 1] = even - float(p[i]) * odd;
+    }
+    z[6] = g[3];
+  }
+};
+
+// G of Winograd44, in double. Rows for +p, -p and infinity, n = 2p (p^4 - s p^2 + q):
+//
+//   |  1/n   p/n   p^2/n   p^3/n |
+//   | -1/n   p/n  -p^2/n   p^3/n |
+//   |   0     0      0       1   |
+struct FilterMatrix {
+  double at[Winograd44::points][Winograd44::taps];
+  constexpr FilterMatrix() : at{} {
+    using W = Winograd44;
+    for (int i = 0; i < 3; ++i) {
+      const double p2 = W::square(W::p[i]);
+      const double norm = 2 * W::p[i] * (p2 * p2 - W::other_sum(i) * p2 + W::other_product(i));
+      for (int sign = 0; sign < 2; ++sign) {
+        const double p = sign ? -W::p[i] : W::p[i];
+        double power = (sign ? -1 : 1) / norm;
+        for (int t = 0; t < W::taps; ++t, power *= p) at[2 * i + sign][t] = power;
+      }
+    }
+    at[6][3] = 1;
+  }
+};
+constexpr FilterMatrix G;
+
+}  // namespace
+}  // namespace fastda::cpu::FASTDA_ISA

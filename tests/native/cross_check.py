@@ -1,0 +1,62 @@
+"""The CPU kernels without torch, compiled for another architecture and run under qemu: `make neon-check`.
+
+Every SIMD header's functions in every lane (simd.cpp), and every kernel against double loops (kernels.cpp),
+on each instruction set that csrc/common/isa.h has for the architecture. Exits with 1 where a check fails.
+"""
+
+import argparse
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+build = runpy.run_path(str(ROOT / "csrc/common/instruction_sets.py"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--machine", default="aarch64", help="as `uname -m` has it (default: %(default)s)")
+    machine = parser.parse_args().machine
+    here = machine == os.uname().machine
+    compiler = "c++" if here else f"{machine}-linux-gnu-g++"
+    emulator = [] if here else [f"qemu-{machine}"]
+    for program in (compiler, *emulator):
+        if shutil.which(program) is None:
+            print(f"{program} was not found (Debian: g++-{machine}-linux-gnu, qemu-user)")
+            return 1
+    folder = ROOT / "build" / f"native-{machine}"
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.[!p]*") if path.is_file())
+
+    def compiled(source: Path, isa: str, flags: list[str]) -> Path:
+        target = folder / f"{source.name}.{isa}.o"
+        stamp = max(newest, source.stat().st_mtime)
+        if not target.exists() or target.stat().st_mtime < stamp:
+            command = [compiler, *build["FLAGS"], f"-I{ROOT / 'csrc'}", *flags, "-x", "c++", "-c", source]
+            subprocess.run([*command, "-o", target], check=True)
+        return target
+
+    def run(name: str, objects: list[Path], **environment: str) -> int:
+        program = folder / name
+        subprocess.run([compiler, "-static", *objects, "-o", program], check=True)
+        return subprocess.run([*emulator, program], env={**os.environ, **environment}).returncode
+
+    rows = build["instruction_sets"](machine)
+    host = [ROOT / "tests/native/kernels.cpp", ROOT / "csrc/common/isa.cpp"]
+    kernels = [compiled(source, "host", []) for source in host]
+    failed = 0
+    for isa, flags in rows.items():
+        failed |= run(f"simd-{isa}", [compiled(ROOT / "tests/native/simd.cpp", isa, flags)])
+        kernels += [compiled(source, isa, flags) for source in sorted((ROOT / "csrc/cpu").glob("*/*.inl"))]
+    for isa in rows:
+        failed |= run("kernels", kernels, FASTDA_CPU_ISA=isa)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
