@@ -63,7 +63,7 @@ class Measurement(NamedTuple):
 
 @dataclass(repr=False)
 class Report:
-    """What `fastda.optimize` did to `model`; printing it shows all of it.
+    """What `fastda.optimize` did to `model`; printing it shows all of it, neighbours alike in one line.
 
     replaced: what is served by fastda now.
     left: what looked like a candidate and was left alone, with the reason.
@@ -158,25 +158,23 @@ class Report:
     def __str__(self) -> str:
         name = type(self.model).__name__
         lines = [f"fastda.optimize({name}): {len(self.replaced)} replaced, {len(self.left)} left"]
-        for title, entries in (("replaced", self.replaced), ("left as it was", self.left)):
-            if entries:
-                lines += [title, *self._lines(entries)]
+        left = {id(entry) for entry in self.left}
+        for title, is_left in (("replaced", False), ("left as it was", True)):
+            rows = []
+            for key, group in itertools.groupby(self._entries, lambda e: (id(e) in left, e.type, e.what)):
+                paths = [entry.path or "(the model)" for entry in group]
+                where = paths[0] if len(paths) == 1 else f"{paths[0]} … {paths[-1]} ({len(paths)})"
+                if key[0] == is_left:
+                    rows.append((where, *key[1:]))
+            if rows:
+                first, second = (max(len(row[i]) for row in rows) for i in range(2))
+                lines += [
+                    title,
+                    *(f"  {where:<{first}}  {kind:<{second}}  {what}" for where, kind, what in rows),
+                ]
         return "\n".join(lines)
 
     __repr__ = __str__
-
-    def _lines(self, entries: Sequence[Entry]) -> list[str]:
-        """Entries that differ in their path alone share a line; a range spans no entry of another line."""
-        ranges: dict[tuple[str, str, bool], list[str]] = {}
-        left = {id(entry) for entry in self.left}
-        for key, group in itertools.groupby(self._entries, key=lambda e: (e.type, e.what, id(e) in left)):
-            paths = [entry.path or "(the model)" for entry in group]
-            both = f"{paths[0]} … {paths[-1]} ({len(paths)})"
-            ranges.setdefault(key, []).append(paths[0] if len(paths) == 1 else both)
-        keys = dict.fromkeys((entry.type, entry.what, id(entry) in left) for entry in entries)
-        rows = [(", ".join(ranges[key]), *key[:2]) for key in keys]
-        first, second = (max(len(row[i]) for row in rows) for i in range(2))
-        return [f"  {where:<{first}}  {name:<{second}}  {what}" for where, name, what in rows]
 
 
 def _step(model: nn.Module, inputs: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from fastda.optimize.stand_in import Counted, Found
+from fastda.optimize.stand_in import Change, Found
 
 # The written forms: `g` is the gradient, `s` the scale; attributes of ctx and numbers may be any.
 _TWO_PASSES = (
@@ -195,13 +195,12 @@ def _recognised(owner: type, backward: types.FunctionType) -> Reversal | str | N
     return None
 
 
-class Reversal(Counted):
+class Reversal(Change):
     """The backward of a Function with one pass over the gradient. It is the Function's: for all its users."""
 
     _paused = False
 
     def __init__(self, owner: Any, original: types.FunctionType, form: _Form, read: _Code) -> None:
-        super().__init__()
         self.owner, self.users = owner, 0
         self.before = vars(owner)["backward"]
         attribute = next(iter(read.attributes), "")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import types
 import weakref
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,33 +15,13 @@ from torch.compiler import is_compiling
 _TORCH = str(Path(torch.__file__).parent)
 
 
-class Change(Protocol):
-    """Something that can be put in its place and taken back; it counts its calls."""
+class Change:
+    """Something that can be put in its place and taken back.
 
-    calls: int
-    served: int
+    It counts its calls since, and those that it served; not those that torch.compile has compiled.
+    """
 
-    def install(self) -> None: ...
-
-    def remove(self) -> None: ...
-
-    def problem(self) -> str | None:
-        """What stands there by now, if it is something else."""
-
-
-class Found(NamedTuple):
-    """What was found in a module: its replacement, or only why there is none."""
-
-    what: str
-    change: Change | None = None
-
-
-@dataclass(eq=False)
-class Counted:
-    """Calls since optimize, and those that were served. A compiled call is not counted."""
-
-    calls: int = 0
-    served: int = 0
+    calls = served = 0
 
     def count(self, served: bool) -> bool:
         if not is_compiling():
@@ -50,8 +29,25 @@ class Counted:
             self.served += served
         return served
 
+    def install(self) -> None:
+        raise NotImplementedError
 
-class StandIn(Counted):
+    def remove(self) -> None:
+        raise NotImplementedError
+
+    def problem(self) -> str | None:
+        """What stands in its place by now, if that is something else."""
+        raise NotImplementedError
+
+
+class Found(NamedTuple):
+    """What was found in a module: what takes its place, or only why nothing does."""
+
+    what: str
+    change: Change | None = None
+
+
+class StandIn(Change):
     """Stands in the attributes of one module for a method of its class, which serves what this one does not.
 
     Copies and pickles of the module have one of their own: its `__reduce_ex__`, from which all of them are
@@ -62,7 +58,6 @@ class StandIn(Counted):
     method: str
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
         self._module = weakref.ref(module)
 
     @property

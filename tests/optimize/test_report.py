@@ -68,9 +68,10 @@ def test_it_reads_well_and_no_range_spans_what_it_does_not_hold(served_refiner):
         == """\
 fastda.optimize(Refiner): 7 replaced, 1 left
 replaced
-  first.0, blocks.0.convs.0 … last (5)  Conv2d                convolution → conv_same
-  grl                                   GradientReverseLayer  gradient reversal GradientReverse → one pass \
-over the gradient, where it made two
+  first.0                      Conv2d                convolution → conv_same
+  blocks.0.convs.0 … last (5)  Conv2d                convolution → conv_same
+  grl                          GradientReverseLayer  gradient reversal GradientReverse → one pass over the \
+gradient, where it made two
 left as it was
   down  Conv2d  kernel (4, 4) is not square and odd"""
     )
