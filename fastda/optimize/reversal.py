@@ -210,7 +210,8 @@ class Reversal(Change):
 
         @functools.wraps(original)
         def backward(ctx: Any, grad: Any) -> Any:
-            if Reversal._paused or original.__code__ is not code:
+            # Nothing was measured away from the CPU.
+            if Reversal._paused or original.__code__ is not code or not getattr(grad, "is_cpu", False):
                 self.count(False)
                 return original(ctx, grad)
             scale: Any

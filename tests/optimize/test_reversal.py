@@ -331,6 +331,16 @@ def test_saved_scales_are_read_once_where_a_checkpoint_makes_them():
         assert torch.equal(x.grad, -scale.expand(3, 4).float())
 
 
+def test_away_from_the_cpu_the_authors_backward_runs():
+    """The meta device stands for an accelerator."""
+    layer = Layer(function(neg_times))
+    report = fastda.optimize(layer)
+    x = torch.randn(3, 4, device="meta", requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x, 0.5), x, torch.randn(3, 4, device="meta"))
+    assert grad.is_meta
+    assert report.calls() == {"": (0, 1)}
+
+
 def test_second_derivatives_and_compiled_code():
     layer = Layer(function(neg_times))
 
