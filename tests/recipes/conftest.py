@@ -1,7 +1,5 @@
 import pytest
 import torch
-
-pytest.importorskip("PIL", reason="the extra recipes is not installed")
 from PIL import Image
 
 from fastda.recipes.simgan import digits

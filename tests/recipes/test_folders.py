@@ -267,8 +267,6 @@ def damaged(content, rng):
 
 @pytest.mark.parametrize("kind", [_png, _jpeg, _tiff, _label, _recording, _digits, _font])
 def test_damaged_files_are_read_or_named(tmp_path, kind):
-    if kind is _recording:
-        pytest.importorskip("scipy", reason="scipy is not installed")
     path, read = kind(tmp_path / "files")
     whole = path.read_bytes()
     if kind is not _font:
@@ -331,7 +329,6 @@ ONE = {"image": np.full((1, 36, 60), 9, np.uint8), "gaze": np.array([[0.0, 0.6, 
 
 
 def test_days_may_lack_the_eyes_of_a_side_or_have_one(tmp_path):
-    pytest.importorskip("scipy", reason="scipy is not installed")
     recorded(tmp_path / "p" / "day01.mat", left=NOTHING)
     recorded(tmp_path / "p" / "day02.mat", right=ONE)
     (x, gaze), groups = eyes.read_real(tmp_path)
@@ -351,7 +348,6 @@ def test_days_may_lack_the_eyes_of_a_side_or_have_one(tmp_path):
     ],
 )
 def test_odd_recordings_are_refused_by_name(tmp_path, side, message):
-    pytest.importorskip("scipy", reason="scipy is not installed")
     recorded(tmp_path / "day01.mat", left=side)
     with pytest.raises(DataError, match=message) as raised:
         eyes.read_real(tmp_path)
@@ -362,7 +358,6 @@ def test_odd_recordings_are_refused_by_name(tmp_path, side, message):
     "content", [b"", bytes(3), bytes(300), b"MATLAB 5.0 MAT-file" * 10, b"\x89HDF\r\n\x1a\n" * 9]
 )
 def test_files_that_are_no_recordings_are_refused_by_name(tmp_path, content):
-    pytest.importorskip("scipy", reason="scipy is not installed")
     (tmp_path / "day01.mat").write_bytes(content)
     with pytest.raises(
         DataError, match=re.escape(f"{tmp_path / 'day01.mat'}: not a normalised MPIIGaze file")
