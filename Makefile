@@ -11,6 +11,7 @@ VENV ?= .venv
 TORCH ?= torch
 ABI_TORCH ?= torch==2.11.0
 OUT ?= out
+GPU_ARCHS ?= 9.0
 PIP_FLAGS ?= -q
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -85,8 +86,13 @@ cuda-check: build ## every CUDA kernel compiled by nvcc, no GPU needed: register
 neon-check: ## the CPU kernels for 64-bit Arm, cross-compiled, against double loops under qemu
 	$(PYTHON) tests/native/cross_check.py
 
-gpu: build ## on a machine with a GPU: device tests, verify and timings, into out/gpu
-	$(BIN)/python tests/gpu.py --out $(OUT)/gpu
+# No environment is made: $(PYTHON) has torch, and nothing is fetched. DRY=1 walks all stages on the CPU,
+# PREBUILT=1 takes the fastda/_C.abi3.so that is there.
+gpu: ## with PYTHON's torch, offline: built in place for GPU_ARCHS, verified and timed, into out/gpu
+ifndef PREBUILT
+	FASTDA_CUDA_ARCHS="$(GPU_ARCHS)" FASTDA_REQUIRE_NATIVE=1 $(PYTHON) setup.py -q build_ext --inplace
+endif
+	$(PYTHON) -m tests.gpu --out $(OUT)/gpu $(if $(DRY),--dry-run)
 
 # -- what users get -----------------------------------------------------------------------------------------------
 

@@ -43,9 +43,9 @@ def cuda_options(root: Path, wanted: bool = True) -> Options:
     numbers = [a.replace(".", "") for a in chosen]
     codes = ",".join(f"sm_{n}" for n in numbers)
     flags = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", f"-I{root / 'csrc'}"]
-    # One front end for all: no kernel depends on the architecture. PTX is for later ones.
-    flags += [f"-gencode=arch=compute_{numbers[0]},code=[{codes}]"]
-    flags += [f"-gencode=arch=compute_{numbers[-1]},code=compute_{numbers[-1]}"]
+    # One front end for all: no kernel depends on the architecture. Its PTX goes along, for devices that
+    # no image was made for.
+    flags += [f"-gencode=arch=compute_{numbers[0]},code=[{codes},compute_{numbers[0]}]"]
     sources = sorted(str(path.relative_to(root)) for path in root.glob("csrc/cuda/*.c*"))
     # nvcc on the path may be a wrapper; where its libraries are it says itself.
     libraries = re.findall(r"LIBRARIES=(.*)", ask("--dryrun", "-c", "any.cu"))

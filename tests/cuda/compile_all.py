@@ -1,20 +1,26 @@
-"""Compiles every CUDA kernel for GPUs that are not there: registers, spills, shared memory, occupancy.
+"""Compiles every CUDA kernel for GPUs that are not there: registers, spills, shared memory, occupancy, the
+innermost loop of products, and passes over the banks of shared memory.
 
-    python -m tests.cuda.compile_all    # exits with 1 on a spill, too much shared memory, missing mma
+    python -m tests.cuda.compile_all                     # exits with 1 on a spill, too much shared memory, …
+    python -m tests.cuda.compile_all --against ../old    # with another checkout's figures: before → now
 
-ptxas tells registers and spills. How much dynamic shared memory the launches ask for is read off the host
-side itself, run on the CPU (tests/cuda_host) for 64 channels of 35×55 pixels.
+ptxas tells registers and spills; loops are read off the machine code of one target, by nvdisasm, which
+Triton brings. Shared memory and its passes are those of 64 channels of 35×55 pixels, run on the CPU
+(tests/cuda_host): the launches' host side, and nvcc's PTX.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -34,9 +40,13 @@ class Target(NamedTuple):
 
 TARGETS = {
     "sm_80": Target(163 << 10, 164 << 10, 64),
+    "sm_86": Target(99 << 10, 100 << 10, 48, 16),
+    "sm_89": Target(99 << 10, 100 << 10, 48, 24),
     "sm_90": Target(227 << 10, 228 << 10, 64),
     "sm_100": Target(227 << 10, 228 << 10, 64),
+    "sm_120": Target(99 << 10, 100 << 10, 48, 24),
 }
+LOOPS = "sm_90"  # the target whose loops are shown
 THREADS = {"conv": 128, "filter_grad": 128, "refiner_block": 256, "head": 128, "add_pieces": 128}
 THREADS |= {"direct_filter_grad": 128}
 # The products that each kernel must consist of, by its first template argument; the rest must have none.
@@ -51,7 +61,7 @@ import torch, fastda
 sys.argv = [""]
 from tests.cuda import cuda_host_executed as t
 found = {}
-for limit in (163, 227):
+for limit in (99, 163, 227):
     t.cuda_host.set_device(100, limit << 10)
     for dtype in (torch.bfloat16, torch.float32):
         t.cuda_host.forget()
@@ -66,8 +76,28 @@ print(json.dumps(found))
 """
 
 
+PASSES = """
+import json
+import torch, fastda
+from tests.cuda import cuda_host_executed as t
+t.cuda_host.set_device(16, 227 << 10)
+for dtype, tf32 in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
+    torch.backends.cudnn.conv.fp32_precision = tf32
+    x = torch.randn(1, 64, 35, 55).to(dtype).contiguous(memory_format=t.LAST)
+    w = torch.randn(64, 64, 3, 3).to(dtype)
+    t.ops.conv_same(x, w, None, None, True)
+    t.ops.conv_same_backward(x, x, w, x, False, True, True)
+    t.ops.refiner_block(x, w, None, w, None, False)
+found = {
+    kernel: [(text, passes, least) for _, text, _, passes, least in lines if least]
+    for kernel, lines in t.cuda_host.ptx_executed().items()
+}
+print(json.dumps(found))
+"""
+
+
 def nvcc(*arguments: str) -> str:
-    command = ["nvcc", "-std=c++20", "-O3", f"-I{build.ROOT / 'csrc'}", *arguments]
+    command = ["nvcc", "-std=c++20", "-O3", *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
@@ -83,11 +113,14 @@ def demangled(symbols: list[str]) -> list[str]:
     return names
 
 
-def resources(source: Path, target: str, *options: str) -> list[dict]:
-    """Registers, spilled bytes and static shared memory of every kernel in a file."""
+def resources(source: Path, *targets: str) -> list[dict]:
+    """Registers, spilled bytes and static shared memory of every kernel in a file, by kernel and target."""
+    codes = ",".join(targets)
+    lowest = min(int(t.removeprefix("sm_")) for t in targets)
     with tempfile.TemporaryDirectory() as folder:
-        output = str(Path(folder, "out.cubin"))
-        log = nvcc("-cubin", "-o", output, f"-arch={target}", "-Xptxas", "-v", *options, str(source))
+        output = str(Path(folder, "out.fatbin"))
+        options = [f"-gencode=arch=compute_{lowest},code=[{codes}]", f"-I{source.parents[1]}"]
+        log = nvcc("-fatbin", "-o", output, *options, "-Xptxas", "-v", str(source))
     entries = re.split(r"Compiling entry function '", log)[1:]
     rows = []
     for entry, name in zip(entries, demangled([e.split("'")[0] for e in entries]), strict=True):
@@ -99,13 +132,76 @@ def resources(source: Path, target: str, *options: str) -> list[dict]:
         rows.append(
             {
                 "kernel": name,
-                "target": target,
+                "target": re.search(r"for '(\w+)'", entry)[1],
                 "registers": int(registers[1]),
                 "spills": spills,
                 "shared": int(static[1]) if static else 0,
             }
         )
     return rows
+
+
+def nvdisasm() -> str | None:
+    bundled = importlib.util.find_spec("triton")
+    folder = Path(bundled.origin).parent / "backends" / "nvidia" / "bin" if bundled else Path()
+    return shutil.which("nvdisasm", path=os.pathsep.join([str(folder), os.environ.get("PATH", "")]))
+
+
+def loops(source: Path) -> dict[str, Counter]:
+    """By kernel: the instructions of its innermost loop of products."""
+    tool, found = nvdisasm(), {}
+    if tool is None:
+        return found
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder, "out.cubin"))
+        nvcc("-cubin", "-o", output, f"-arch={LOOPS}", f"-I{source.parents[1]}", str(source))
+        text = subprocess.run([tool, "-c", output], capture_output=True, text=True, check=True).stdout
+    sections = re.split(r"\n\s*\.section\s+\.text\.", text)[1:]
+    for section, name in zip(
+        sections, demangled([re.match(r"[\w$]+", section)[0] for section in sections]), strict=True
+    ):
+        labels, code, best = {}, [], None
+        for line in section.splitlines():
+            if label := re.match(r"(\.L_x_\d+):", line):
+                labels[label[1]] = len(code)
+            elif one := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*)(.*)", line):
+                code.append((one[1], one[2]))
+        for end, (operation, operands) in enumerate(code):
+            target = re.search(r"\.L_x_\d+", operands)
+            if operation != "BRA" or target is None or labels.get(target[0], end + 1) > end:
+                continue
+            body = Counter(operation for operation, _ in code[labels[target[0]] : end + 1])
+            products = body["HMMA"] + body["FFMA"]
+            if products >= 16 and (best is None or body.total() < best.total()):
+                best = body
+        if best is not None:
+            found[name] = best
+    return found
+
+
+def ptx_of(csrc: Path, folder: Path) -> Path:
+    """The PTX of all kernels of a tree of sources, in one file."""
+    parts = []
+    for source in sorted((csrc / "cuda").glob("*.cu")):
+        output = folder / f"{source.stem}.ptx"
+        nvcc("-ptx", "-o", str(output), "-arch=compute_90", f"-I{csrc}", str(source))
+        parts.append(output.read_text())
+    (folder / "kernels.ptx").write_text("\n".join(parts))
+    return folder / "kernels.ptx"
+
+
+def passes(csrc: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    """By kernel and kind of access: passes over the banks, and the least that so many bytes take."""
+    with tempfile.TemporaryDirectory() as folder:
+        executed = on_the_cpu(PASSES, FASTDA_TEST_PTX=str(ptx_of(csrc, Path(folder))))
+    found = {}
+    for name, symbol in zip(demangled(list(executed)), executed, strict=True):
+        kinds = found.setdefault(name, {})
+        for text, its_passes, least in executed[symbol]:
+            kind = re.sub(r"^@\S+ ", "", text).split()[0].split(".")[0]
+            before = kinds.get(kind, (0, 0))
+            kinds[kind] = (before[0] + its_passes, before[1] + least)
+    return found
 
 
 def occupancy(row: dict) -> float:
@@ -132,7 +228,7 @@ def matrix_instructions() -> list[str]:
     for source in sorted(CUDA.glob("refiner*.cu")):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "out.ptx")
-            nvcc("-ptx", "-o", str(path), "-arch=compute_80", str(source))
+            nvcc("-ptx", "-o", str(path), "-arch=compute_80", f"-I{CUDA.parent}", str(source))
             entries = re.split(r"\.entry ", path.read_text())[1:]
         for entry, name in zip(entries, demangled([re.match(r"\w+", e)[0] for e in entries]), strict=True):
             kernel, _, arguments = name.partition(" ")
@@ -146,24 +242,49 @@ def matrix_instructions() -> list[str]:
     return wrong
 
 
-def dynamic_shared() -> dict[str, int]:
-    """Bytes by '<limit of the device, KiB> <launch> <bytes of an element>'."""
+def on_the_cpu(script: str, **settings: str) -> dict:
+    """What a script prints, as JSON, in a process that has the emulated device."""
     build.build()
-    environment = {**os.environ, **build.environment()}
-    done = subprocess.run([sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=environment)
+    environment = {**os.environ, **build.environment(), **settings}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def show_loops(csrc: Path, against: Path | None) -> None:
+    """Of every kernel with a loop of products: registers, that loop, passes; before → now."""
+    trees = [csrc] if against is None else [against / "csrc", csrc]
+    columns: dict[str, list[dict[str, str]]] = {}
+    for tree in trees:
+        banks = passes(tree)
+        for source in sorted((tree / "cuda").glob("refiner*.cu")):
+            registers = {row["kernel"]: row["registers"] for row in resources(source, LOOPS)}
+            for name, loop in loops(source).items():
+                if "direct" in name:
+                    continue
+                kinds = {k: f"{p}/{least}" for k, (p, least) in sorted(banks.get(name, {}).items())}
+                row = {
+                    "registers": str(registers[name]),
+                    "products": str(loop["HMMA"] + loop["FFMA"]),
+                    "ldmatrix": str(loop["LDSM"]),
+                    "loop": str(loop.total()),
+                }
+                columns.setdefault(name, []).append(row | {f"{k} passes/least": v for k, v in kinds.items()})
+    for name, rows in columns.items():
+        shown = {key: " → ".join(row.get(key, "-") for row in rows) for key in rows[-1]}
+        print(f"{name:24}" + ", ".join(f"{key} {value}" for key, value in shown.items()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="to show its figures as well")
     args = parser.parse_args()
-    dynamic = dynamic_shared()
-    jobs = [(source, target) for target in args.target for source in sorted(CUDA.glob("*.cu"))]
+    dynamic = on_the_cpu(LAUNCHES)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        rows = [row for found in pool.map(lambda job: resources(*job), jobs) for row in found]
+        compiled = pool.map(lambda source: resources(source, *args.target), sorted(CUDA.glob("*.cu")))
+        rows = [row for found in compiled for row in found]
     bad = 0
     print(f"{'kernel':30}{'target':8}{'registers':>10}{'spills':>8}{'shared':>9}{'occupancy':>11}")
     for row in rows:
@@ -178,6 +299,7 @@ def main() -> int:
         bad += bool(wrong)
         line = f"{row['kernel']:30}{row['target']:8}{row['registers']:10}{row['spills']:8}{row['shared']:9}"
         print(f"{line}{occupancy(row):11.0%}" + ("  FAILED " + ", ".join(wrong) if wrong else ""))
+    show_loops(CUDA.parent, args.against)
     wrong = matrix_instructions()
     for line in wrong:
         print("FAILED", line)

@@ -48,43 +48,74 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
   const T* from = static_cast<const T*>(view.data) + at.image * view.n;
   const T* from_gate = static_cast<const T*>(gate.data) + at.image * gate.n;
   const uint32_t total = shape.pixels.value * pieces;
-  for (uint32_t i = threadIdx.x; i < total; i += threads) {
-    // Neighbouring threads read what is side by side in memory: pieces of a pixel, or pixels of a
-    // channel.
-    uint32_t pixel, piece;
-    if (packs) {
-      pixel = i / pieces, piece = i % pieces;
-    } else {
-      piece = shape.pixels.quotient(i), pixel = i - piece * shape.pixels.value;
-    }
+  struct Place {
+    unsigned char* to;
+    int y, x, c;
+    bool inside;
+  };
+  const auto place = [&](uint32_t pixel, uint32_t piece) {
     const uint32_t row = shape.width.quotient(pixel), column = pixel - row * shape.width.value;
-    const int y = at.y + int(row), x = at.x + int(column), c = channel + int(piece) * E;
+    const int y = at.y + int(row), x = at.x + int(column);
     bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.columns;
     if (FASTDA_PLANTED("conv: no mask at the right edge"))
       inside = y >= 0 && y < shape.height && x >= 0;
     const uint32_t key = (row * uint32_t(shape.key_width) + column) << key_shift;
-    unsigned char* to = rows + (pixel * pieces + (piece ^ (key & 7))) * 16;
-    if (packs && gate.data == nullptr) {
-      const bool known = inside && c < channels;
-      copy_async(to, known ? from + (y * view.h + x * view.w + c) : from, known);
-      continue;
+    return Place{rows + (pixel * pieces + (piece ^ (key & 7))) * 16, y, x, channel + int(piece) * E,
+                 inside};
+  };
+  // Neighbouring threads read what is side by side in memory: pieces of a pixel, or pixels of a
+  // channel.
+  if (packs && gate.data == nullptr) {
+    for (uint32_t i = threadIdx.x; i < total; i += threads) {
+      const Place p = place(i / pieces, i % pieces);
+      const bool known = p.inside && p.c < channels;
+      copy_async(p.to, known ? from + (p.y * view.h + p.x * view.w + p.c) : from, known);
     }
-    Pack<T, E> pack{};
-    if (packs && inside && c < channels) {
-      pack = load_pack<E>(from + (y * view.h + x * view.w + c));
-      const Pack<T, E> g = load_pack<E>(from_gate + (y * gate.h + x * gate.w + c));
+  } else if (packs) {
+    constexpr uint32_t ahead = 2;  // loads of so many pieces are under way at once
+    using Pieces = Pack<T, E>;
+    using Words = Pack<uint32_t, 4>;  // half the registers of single 16-bit values
+    const auto words = [](const T* p) {
+      return load_pack<4>(reinterpret_cast<const uint32_t*>(p));
+    };
+    FASTDA_NO_UNROLL
+    for (uint32_t start = threadIdx.x; start < total; start += threads * ahead) {
+      Words pack[ahead] = {}, its_gate[ahead] = {};
+      unsigned char* to[ahead];
       FASTDA_UNROLL
-      for (int e = 0; e < E; ++e) pack.at[e] = gated(g.at[e], pack.at[e]);
-    } else if (!packs && inside) {
+      for (uint32_t u = 0; u < ahead; ++u) {
+        const uint32_t i = start + u * threads;
+        const Place p = place(i / pieces, i % pieces);
+        to[u] = p.to;
+        if (i < total && p.inside && p.c < channels) {
+          pack[u] = words(from + (p.y * view.h + p.x * view.w + p.c));
+          its_gate[u] = words(from_gate + (p.y * gate.h + p.x * gate.w + p.c));
+        }
+      }
       FASTDA_UNROLL
-      for (int e = 0; e < E; ++e) {
-        if (c + e >= channels && !FASTDA_PLANTED("conv: no mask at the last channel")) break;
-        pack.at[e] = from[y * view.h + x * view.w + (c + e) * view.c];
-        if (gate.data)
-          pack.at[e] = gated(from_gate[y * gate.h + x * gate.w + (c + e) * gate.c], pack.at[e]);
+      for (uint32_t u = 0; u < ahead; ++u) {
+        auto v = __builtin_bit_cast(Pieces, pack[u]);
+        const auto g = __builtin_bit_cast(Pieces, its_gate[u]);
+        FASTDA_UNROLL
+        for (int e = 0; e < E; ++e) v.at[e] = gated(g.at[e], v.at[e]);
+        if (start + u * threads < total) store_pack(reinterpret_cast<T*>(to[u]), v);
       }
     }
-    store_pack(reinterpret_cast<T*>(to), pack);
+  } else {
+    for (uint32_t i = threadIdx.x; i < total; i += threads) {
+      const uint32_t piece = shape.pixels.quotient(i);
+      const Place p = place(i - piece * shape.pixels.value, piece);
+      Pack<T, E> pack{};
+      FASTDA_UNROLL
+      for (int e = 0; e < E && p.inside; ++e) {
+        const int c = p.c + e;
+        if (c >= channels && !FASTDA_PLANTED("conv: no mask at the last channel")) break;
+        pack.at[e] = from[p.y * view.h + p.x * view.w + c * view.c];
+        if (gate.data)
+          pack.at[e] = gated(from_gate[p.y * gate.h + p.x * gate.w + c * gate.c], pack.at[e]);
+      }
+      store_pack(reinterpret_cast<T*>(p.to), pack);
+    }
   }
 }
 

@@ -27,6 +27,14 @@
 
 namespace fastda::cuda {
 
+// For a lambda that is compiled for either.
+struct Yes {
+  static constexpr bool value = true;
+};
+struct No {
+  static constexpr bool value = false;
+};
+
 // Accumulator type: float32 or wider.
 template <typename T>
 struct Wide {

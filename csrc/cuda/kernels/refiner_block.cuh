@@ -50,17 +50,19 @@ FASTDA_DEVICE void multiply_taps(float (&sum)[M][4][4], const unsigned char* pix
     row[i] = r * shape.width.value + c;
     key[i] = r * uint32_t(shape.key_width) + c;
   }
+  int dx = 0;
   FASTDA_NO_UNROLL
   for (int tap = 0; tap < kernel * kernel; ++tap) {
-    const auto dy = uint32_t(tap / kernel), dx = uint32_t(tap % kernel);
-    uint32_t at[M], its_key[M];
+    multiply_rows<T>(sum, pixels, row, key,
+                     filter + tap * filter_bytes + warp % 2 * 32 * row_bytes);
+    // To the next tap: one pixel on, or to the next row's first; counted, since a division is long.
+    const bool ends = ++dx == kernel;
+    if (ends) dx = 0;
     FASTDA_UNROLL
     for (int i = 0; i < M; ++i) {
-      at[i] = row[i] + dy * shape.width.value + dx;
-      its_key[i] = key[i] + dy * uint32_t(shape.key_width) + dx;
+      row[i] += ends ? shape.width.value - uint32_t(kernel) + 1 : 1;
+      key[i] += ends ? uint32_t(shape.key_width - kernel + 1) : 1;
     }
-    multiply_rows<T>(sum, pixels, at, its_key,
-                     filter + tap * filter_bytes + warp % 2 * 32 * row_bytes);
   }
 }
 

@@ -85,13 +85,28 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
   const auto row = int(p.tile_width.quotient(uint32_t(m)));
   const int y = y0 + row, x = x0 + m - row * int(p.tile_width.value);
   if (m >= p.tile_pixels || y >= p.window.height || x >= p.window.columns) return;
+  // Loads of eight channels are under way at once.
+  constexpr int ahead = 8;
   FASTDA_NO_UNROLL
-  for (int n = 0; n < filter_columns; ++n) {
-    const int64_t c = first + n;
-    if (c >= p.out_channels && !FASTDA_PLANTED("conv: no mask at the last output channel")) break;
-    const auto at = [&](const View& v) { return v.data ? place(v, y, x)[c * v.c] : T{}; };
-    place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], int(c),
-                                               at(p.residual), at(p.residual_gate), at(p.out_gate));
+  for (int start = 0; start < filter_columns && first + start < p.out_channels; start += ahead) {
+    T residual[ahead] = {}, residual_gate[ahead] = {}, out_gate[ahead] = {};
+    const auto fetch = [&](const View& v, T(&to)[ahead]) {
+      if (v.data == nullptr) return;
+      const T* from = place(v, y, x) + (first + start) * v.c;
+      FASTDA_UNROLL
+      for (int e = 0; e < ahead; ++e)
+        if (first + start + e < p.out_channels) to[e] = from[e * v.c];
+    };
+    fetch(p.residual, residual);
+    fetch(p.residual_gate, residual_gate);
+    fetch(p.out_gate, out_gate);
+    FASTDA_UNROLL
+    for (int e = 0; e < ahead; ++e) {
+      const int n = start + e, c = first + n;
+      if (c >= p.out_channels && !FASTDA_PLANTED("conv: no mask at the last output channel")) break;
+      place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], c,
+                                                 residual[e], residual_gate[e], out_gate[e]);
+    }
   }
 }
 
@@ -148,6 +163,10 @@ conv_kernel(ConvKernel p) {
     load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>,
                                        p.in_channels, {image, y0 - halo, x0 - halo}, p.window);
     commit_copies();
+    uint32_t at[M], its_key[M];  // at this tap
+    FASTDA_UNROLL
+    for (int i = 0; i < M; ++i) at[i] = row[i], its_key[i] = key[i];
+    int dx = 0;
     FASTDA_NO_UNROLL
     for (int tap = 0; tap < taps; ++tap, ++step) {
       if (FASTDA_PLANTED("conv: copies not waited for")) {
@@ -160,43 +179,53 @@ conv_kernel(ConvKernel p) {
       __syncthreads();
       fetch(step + conv_stages - 1);
       const unsigned char* stage = stages + step % conv_stages * filter_bytes;
-      const auto dy = uint32_t(tap / p.kernel), dx = uint32_t(tap % p.kernel);
-      uint32_t at[M], its_key[M];
-      FASTDA_UNROLL
-      for (int i = 0; i < M; ++i) {
-        at[i] = row[i] + dy * p.window.width.value + dx;
-        its_key[i] = key[i] + dy * p.tile_width.value + dx;
-      }
       if constexpr (exact) {
         multiply_rows_exactly(reinterpret_cast<float (&)[8][8]>(sum), rows, at, its_key, stage);
       } else {
         multiply_rows<T>(sum, rows, at, its_key, stage);
+      }
+      // To the next tap: one pixel on, or to the next row's first; counted, since a division is long.
+      const bool ends = ++dx == p.kernel;
+      if (ends) dx = 0;
+      FASTDA_UNROLL
+      for (int i = 0; i < M; ++i) {
+        at[i] += ends ? p.window.width.value - uint32_t(p.kernel) + 1 : 1;
+        its_key[i] += ends ? p.tile_width.value - uint32_t(p.kernel) + 1 : 1;
       }
     }
   }
 
   __syncthreads();  // what follows overwrites rows and stages; all copies were waited for
   auto* staging = reinterpret_cast<float*>(shared);
-  const int stride = p.out_packs ? staging_stride : staging_stride_scalar;
-  FASTDA_UNROLL
-  for (int i = 0; i < M; ++i) {
+  // The branch is out here, and the loops twice: merged inside them, nvcc stores word by word.
+  const auto stage = [&](auto packs) {
+    constexpr bool wide = decltype(packs)::value;
+    constexpr int stride = wide ? staging_stride : staging_stride_scalar;
     FASTDA_UNROLL
-    for (int j = 0; j < 8; ++j) {
-      if constexpr (exact) {
-        staging[(warp * 32 + i * 4 + lane / 8) * stride + j * 8 + lane % 8] = sum[i][j][0];
-      } else {
-        FASTDA_UNROLL
-        for (int e = 0; e < 4; e += 2) {
-          float* to =
-              staging + (warp * 32 + i * 16 + lane / 4 + e * 4) * stride + j * 8 + lane % 4 * 2;
-          if (p.out_packs) {
-            store_pack(to, Pack<float, 2>{{sum[i][j][e], sum[i][j][e + 1]}});
-          } else {
-            to[0] = sum[i][j][e], to[1] = sum[i][j][e + 1];
+    for (int i = 0; i < M; ++i) {
+      FASTDA_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        if constexpr (exact) {
+          staging[(warp * 32 + i * 4 + lane / 8) * stride + j * 8 + lane % 8] = sum[i][j][0];
+        } else {
+          FASTDA_UNROLL
+          for (int e = 0; e < 4; e += 2) {
+            float* to =
+                staging + (warp * 32 + i * 16 + lane / 4 + e * 4) * stride + j * 8 + lane % 4 * 2;
+            if constexpr (wide) {
+              store_pack(to, Pack<float, 2>{{sum[i][j][e], sum[i][j][e + 1]}});
+            } else {
+              to[0] = sum[i][j][e], to[1] = sum[i][j][e + 1];
+            }
           }
         }
       }
     }
+  };
+  if (p.out_packs) {
+    stage(Yes{});
+  } else {
+    stage(No{});
   }
   __syncthreads();
   finish_tile<T>(p, staging, image, y0, x0);

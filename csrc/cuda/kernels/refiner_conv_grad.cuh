@@ -170,21 +170,28 @@ filter_grad_kernel(FilterGradKernel p) {
           }
         }
       } else {
-        const int k = warp / 2 * 32 + lane / 4, c = warp % 2 * 32 + lane / 4;
-        const auto entry = [&](const unsigned char* rows, uint32_t r, uint32_t key, int channel) {
-          const uint32_t piece = uint32_t(channel / 4) ^ ((key << shift) & 7);
-          return round_tf32(
-              reinterpret_cast<const float*>(rows + r * row + piece * 16)[channel % 4]);
+        // Entry (pixel, first channel + lane / 4 + 8 j) of rows lies 32 j bytes further, but for the
+        // key, which turns what is added into an exclusive or.
+        const uint32_t k = uint32_t(warp / 2 * 32 + lane / 4),
+                       c = uint32_t(warp % 2 * 32 + lane / 4);
+        const auto place = [&](uint32_t r, uint32_t key, uint32_t channel) {
+          return r * row + ((channel / 4 ^ (key << shift & 7)) * 16 + channel % 4 * 4);
+        };
+        const auto entry = [&](const unsigned char* rows, uint32_t at, int j) {
+          return round_tf32(*reinterpret_cast<const float*>(rows + (at ^ uint32_t(j * 32))));
         };
         FASTDA_NO_UNROLL
         for (int step = 0; step < pixels / 8; ++step) {
           uint32_t a[2][4];
           FASTDA_UNROLL
-          for (int e = 0; e < 4; ++e) {
-            const int m = step * 8 + lane % 4 + e / 2 * 4;
+          for (int e = 0; e < 4; e += 2) {
+            const auto m = uint32_t(step * 8 + lane % 4 + e * 2);
+            const uint32_t at = place(m, m, k);
             FASTDA_UNROLL
-            for (int i = 0; i < 2; ++i)
-              a[i][e] = entry(grad_rows, uint32_t(m), uint32_t(m), k + i * 16 + e % 2 * 8);
+            for (int i = 0; i < 2; ++i) {
+              a[i][e] = entry(grad_rows, at, i * 2);
+              a[i][e + 1] = entry(grad_rows, at, i * 2 + 1);
+            }
           }
           FASTDA_UNROLL
           for (int t = 0; t < grad_taps; ++t) {
@@ -192,10 +199,9 @@ filter_grad_kernel(FilterGradKernel p) {
             FASTDA_UNROLL
             for (int e = 0; e < 2; ++e) {
               const int m = step * 8 + lane % 4 + e * 4;
-              const uint32_t r = x_row(m, t);
+              const uint32_t at = place(x_row(m, t), uint32_t(m) + turn[t], c);
               FASTDA_UNROLL
-              for (int j = 0; j < 4; ++j)
-                b[j][e] = entry(x_rows, r, uint32_t(m) + turn[t], c + j * 8);
+              for (int j = 0; j < 4; ++j) b[j][e] = entry(x_rows, at, j);
             }
             FASTDA_UNROLL
             for (int j = 0; j < 4; ++j) {
