@@ -17,8 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc -type f) setup.py
-CXX_SOURCES := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/cuda_host/*.cpp tests/cuda_host/*.h tests/native/*.cpp)
-# These run again for every instruction set and with the reference behind the public functions.
+KERNEL_TESTS := tests/ops tests/nn
 KERNEL_TESTS := tests/ops tests/conformance
 # One process per core, each with one thread, is the fastest use of a small machine.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4
@@ -58,13 +57,12 @@ test: lint check isa ## lint, the whole suite, and the kernels again on every in
 check: build
 	$(PYTEST)
 
+# tests/conformance has them all already.
 isa: build
-	$(VERIFY) $(OUT)/verify/best
+	$(VERIFY) $(OUT)/verify
 	for isa in avx2 base; do \
 	  FASTDA_CPU_ISA=$$isa $(PYTEST) -m "not slow and not isa_independent" $(KERNEL_TESTS); \
-	  OMP_NUM_THREADS=1 FASTDA_CPU_ISA=$$isa $(VERIFY) $(OUT)/verify/$$isa --backend cpp; \
 	done
-	OMP_NUM_THREADS=1 FASTDA_BACKEND=reference $(VERIFY) $(OUT)/verify/reference
 
 lint: build ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -144,7 +142,9 @@ sanitize: build ## the kernel tests under AddressSanitizer and UndefinedBehavior
 	LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  PYTHONPATH=build/sanitize:. OMP_NUM_THREADS=2 \
-	  $(BIN)/pytest -o pythonpath= -p no:cacheprovider -m "not slow and not isa_independent" $(KERNEL_TESTS)
+	  FASTDA_TEST_LANE=$$($(BIN)/python -c 'from fastda import backend; print(backend.native.cpu_isa())') \
+	  $(BIN)/pytest -o pythonpath= -p no:cacheprovider -m "not slow and not isa_independent" \
+	  $(KERNEL_TESTS) tests/conformance
 
 mutation: build ## faults planted one by one in a copy of the tree: do the tests see them? (about an hour)
 	$(BIN)/python -m tests.mutation --out $(OUT)/mutation.json
