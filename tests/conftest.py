@@ -1,3 +1,4 @@
+import contextlib
 import os
 import zlib
 
@@ -7,7 +8,14 @@ import torch
 import fastda.ops.grad_reverse
 import fastda.ops.patch_loss
 from fastda.testing import poisoned_allocations
+from tests import lanes
 from tests.common import needs_node
+
+
+def pytest_generate_tests(metafunc):
+    if "lane" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("lanes")
+        metafunc.parametrize("lane", lanes.parameters(marker.args if marker else ()))
 
 
 def pytest_collection_modifyitems(items):
@@ -18,12 +26,32 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="slow: set FASTDA_SLOW_TESTS=1 to run it"))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    lane = pyfuncitem.callspec.params.get("lane") if hasattr(pyfuncitem, "callspec") else None
+    if lane is None or lane.here:
+        return None
+    lanes.run_elsewhere(lane, pyfuncitem.nodeid)
+    return True
+
+
+def pytest_runtestloop(session):
+    if lanes.PIPE is None or session.testsfailed:
+        return None
+    lanes.serve(session)
+    return True
+
+
 @pytest.fixture(autouse=True)
 def poisoned_and_seeded(request):
     """Unwritten outputs show as NaN; random inputs are fresh for each test and reproducible by its name."""
     seed = os.environ.get("FASTDA_TEST_SEED")
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed))
-    with poisoned_allocations():
+    lane = request.node.callspec.params.get("lane") if hasattr(request.node, "callspec") else None
+    with (
+        poisoned_allocations(),
+        lane.serving() if lane is not None and lane.here else contextlib.nullcontext(),
+    ):
         yield
 
 

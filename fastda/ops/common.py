@@ -31,6 +31,11 @@ def composite_backward(
     return [next(grads) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)]
 
 
+def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
+    """`grad` where ReLU's result is positive or NaN, else 0; differentiable in `grad`."""
+    return torch.ops.aten.threshold_backward(grad, output, 0)
+
+
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast makes of the operands of a product: its lower precision, float64 left alone."""
     dtype = _torch.autocast_dtype(x.device.type)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fastda import _torch, backend, reference
-from fastda.ops.common import autocast, composite_backward, distinct, is_symbolic
+from fastda.ops.common import autocast, composite_backward, distinct, is_symbolic, relu_gradient
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -60,7 +60,7 @@ class _ConvSame(torch.autograd.Function):
     ) -> Tensor:
         y = backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
         ctx.serving = serving
-        ctx.relu, ctx.has = relu, (bias is not None, residual is not None)
+        ctx.relu = relu
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
         # has.
         ctx.save_for_backward(x, weight, y if relu else None)
@@ -71,12 +71,12 @@ class _ConvSame(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grad = grad * (y > 0).to(grad.dtype) if ctx.relu else grad
+            grad = relu_gradient(grad, y) if ctx.relu else grad
             grads = composite_backward(reference.conv_same, (x, weight), needs[:2], grad)
             d_bias = grad.sum((0, 2, 3)) if needs[2] else None
             return (*grads, d_bias, grad if needs[3] else None, None, None)
         if needs[3] and ctx.relu:
-            grad, y = torch.ops.aten.threshold_backward(grad, y, 0), None
+            grad, y = relu_gradient(grad, y), None
         d_x, d_weight, d_bias = backend.kernels(ctx.serving).conv_same_backward(
             grad, x, weight, y, *needs[:3]
         )
@@ -113,7 +113,7 @@ class _RefinerBlock(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # The last ReLU's mask comes from y, so that bias2 need not be kept: it matters for nothing else.
-            grad = grad * (y > 0).to(grad.dtype)
+            grad = relu_gradient(grad, y)
 
             def before_relu(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor) -> Tensor:
                 inner = reference.conv_same(x, weight1, bias1, relu=True)

@@ -5,6 +5,7 @@ Everything is computed in float32 or wider. Weights and scales are constants: no
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ def patch_terms(logits: Tensor, kind: str, real: bool, label_smoothing: float = 
 
 
 def patch_accuracy(logits: Tensor, weight: Tensor | None, kind: str, real: bool) -> Tensor:
-    """The (weighted) share of patches on their right side."""
+    """The (weighted) share of patches on their right side; a patch whose loss is NaN is on none."""
     if kind == "softmax":
         score = logits[:, :1] - logits[:, 1:]
+        score = score.masked_fill((logits == math.inf).any(1, keepdim=True), math.nan)
     else:
         score = logits - 0.5 if kind == "lsgan" else logits
     right = ((score if real else -score) > 0).to(logits.dtype)

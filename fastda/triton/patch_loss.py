@@ -266,6 +266,8 @@ def patch_head_kernel(
         at = base[:, None] + c[None, :].to(tl.int64) * x_channel
         v = tl.load(x + at, mask=inside[:, None] & known[None, :], other=0.0).to(WIDE)
         z += tl.sum(v * w[None, :], 1)
+    if PAIR:
+        z += z - z  # infinite where both classes are: their loss is NaN
     term, slope = term_and_slope(z, FORMULA, SIGN, HIT, MISS, TARGET)
     factor = 1.0 / divisor.to(WIDE)
     slope = tl.where(inside, slope * factor, 0.0)

@@ -59,13 +59,13 @@ LAUNCHES = """
 import json, sys
 import torch, fastda
 sys.argv = [""]
-from tests.cuda import cuda_host_executed as t
+from tests.cuda import emulated as t
 found = {}
 for limit in (99, 163, 227):
     t.cuda_host.set_device(100, limit << 10)
     for dtype in (torch.bfloat16, torch.float32):
         t.cuda_host.forget()
-        x = torch.zeros(1, 64, 35, 55, dtype=dtype).contiguous(memory_format=t.LAST)
+        x = torch.zeros(1, 64, 35, 55, dtype=dtype).contiguous(memory_format=torch.channels_last)
         w = torch.zeros(64, 64, 3, 3, dtype=dtype)
         torch.backends.cudnn.conv.fp32_precision = "ieee"
         t.ops.conv_same_backward(x, x, w, None, True, True, False)

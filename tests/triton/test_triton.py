@@ -25,13 +25,6 @@ def python(*arguments, **environment):
     return done.returncode, done.stdout + done.stderr
 
 
-@needs_triton
-def test_kernels_in_the_interpreter():
-    file = HERE / "triton_interpreted.py"
-    status, output = python("-m", "pytest", "-p", "no:cacheprovider", str(file), TRITON_INTERPRET="1")
-    assert status == 0, output
-
-
 def test_without_triton_there_is_one_clear_error(monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(

@@ -439,6 +439,9 @@ PatchSums head_of(const PatchHead& h, int64_t begin, int64_t end, double* weight
     else
       head_scores_interleaved<S>(h, x, w, n, b.z);
     for (int i = n; i % L; ++i) b.z[i] = 0;
+    if (h.term.pair)
+      for (int i = 0; i < n; ++i)
+        b.z[i] += b.z[i] - b.z[i];  // infinite where both classes are: their loss is NaN
     run(h.term, b, n, S(h.factor), sums);
     for (int i = n; i % L; ++i) b.slope[i] = 0;
     if (g || weights) {

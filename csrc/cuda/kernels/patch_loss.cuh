@@ -172,7 +172,7 @@ FASTDA_DEVICE Sums<typename Wide<T>::type> l1_block(const L1& p, int block,
     for (int e = 0; e < N; ++e) {
       const S d = S(widen(va.at[e])) - S(widen(vb.at[e]));
       sums.loss += abs_of(d);
-      up.at[e] = d > 0 ? factor : d < 0 ? -factor : 0 * d;  // NaN stays
+      up.at[e] = d > 0 ? factor : d < 0 ? -factor : S(0);  // PyTorch's at NaN, too
       down.at[e] = -up.at[e];
     }
     if (whole) {
@@ -350,6 +350,7 @@ head_kernel(Head p, double* losses, double* rights, Divisor patches0, Divisor pa
   S slopes = 0;
   FASTDA_UNROLL
   for (int g = 0; g < G; ++g) {
+    if (pair) z[g] += z[g] - z[g];  // infinite where both classes are: their loss is NaN
     const Scored<S> s = score(side.term, z[g]);
     slope[g] = inside[g] ? s.slope * S(side.part.factor) : S(0);
     slopes += slope[g];

@@ -1,61 +1,17 @@
-"""CUDA device code without a GPU: executed on the CPU (tests/cuda_host), as g++ compiles it and as PTX."""
+"""CUDA code without a GPU: the check of what nvcc makes of it, and the errors of a call."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 import fastda
 from fastda import backend
-from tests.cuda_host import build
 
-HERE = Path(__file__).parent
-pytestmark = [
-    pytest.mark.isa_independent,
-    pytest.mark.skipif(
-        backend.native is None, reason="its schemas are the native extension's, which is not built"
-    ),
-    pytest.mark.skipif(sys.platform != "linux", reason="the executor switches stacks as Linux has them"),
-]
+pytestmark = pytest.mark.isa_independent
 
 
-# Groups run side by side: what g++ compiled, then nvcc's PTX of the same kernels.
-GROUPS = {
-    "planted": "planted",
-    "block": "refiner_block and not planted",
-    "conv": "conv and not planted",
-    "rest": "not (planted or refiner_block or conv)",
-}
-PTX_GROUPS = {
-    "ptx-conv": "(conv or refiner_block) and not (planted or executor)",
-    "ptx-rest": "from_the_ptx or not (conv or refiner_block or planted or executor)",
-}
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-
-
-@pytest.mark.parametrize("group", [*GROUPS, *(pytest.param(g, marks=needs_nvcc) for g in PTX_GROUPS)])
-def test_executed_on_the_cpu(group):
-    build.build()
-    environment = {**os.environ, **build.environment()}
-    if group in PTX_GROUPS:
-        environment["FASTDA_TEST_PTX"] = str(build.PTX)
-    selected = (GROUPS | PTX_GROUPS)[group]
-    options = ["-p", "no:cacheprovider", "-p", "no:xdist", "-k", selected]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(HERE / "cuda_host_executed.py")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=HERE.parents[1],
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@needs_nvcc
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_the_ahead_of_time_check_can_fail(tmp_path):
     from tests.cuda import compile_all as c
 

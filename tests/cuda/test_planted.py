@@ -1,0 +1,193 @@
+"""Faults planted in the device code, and barriers left out: the executor's checks see each."""
+
+import contextlib
+import functools
+import importlib
+import os
+import re
+
+import pytest
+import torch
+
+from fastda import reference
+from tests.conformance.raw import LAST, block_case, check_conv, check_discriminator, conv_case, matches
+
+pytestmark = [pytest.mark.lanes("emulated"), pytest.mark.isa_independent]
+SEEDS = range(5)
+H100 = 227 << 10
+
+
+def conv_tiles(ops, dtype, memory_format=LAST, sizes=(1, 64, 64, 3, 19, 21)):
+    check_conv(ops, *conv_case(*sizes, dtype, memory_format))
+
+
+def conv_of_one_tap(ops):
+    conv_tiles(ops, torch.bfloat16, sizes=(1, 64, 64, 1, 5, 7))
+
+
+def conv_exact(ops):
+    conv_tiles(ops, torch.float32)
+
+
+def conv_many_channels(ops):
+    conv_tiles(ops, torch.bfloat16, sizes=(1, 136, 64, 3, 9, 14))
+
+
+def conv_scalar(ops):
+    conv_tiles(ops, torch.bfloat16, torch.contiguous_format, (1, 37, 41, 3, 9, 14))
+
+
+def conv_directly(ops):
+    check_conv(ops, *conv_case(2, 3, 5, 3, 7, 9, torch.float32))
+
+
+def weight_gradient(ops):
+    # So many tiles that a block has several.
+    x, weight, _, _, grad = conv_case(90, 64, 64, 3, 6, 6, torch.float32, LAST)
+    exact = weight.double().requires_grad_()
+    (expected,) = torch.autograd.grad(reference.conv_same(x.double(), exact), exact, grad.double())
+    _, d_weight, d_bias = ops.conv_same_backward(grad, x, weight, None, False, True, True)
+    matches("conv_same", "weight", d_weight, expected, torch.float32)
+    matches("conv_same", "bias", d_bias, grad.double().sum((0, 2, 3)), torch.float32)
+
+
+def block(ops):
+    importlib.import_module("cuda_host").set_device(1, H100)
+    x, weight1, bias1, weight2, bias2, _ = block_case(1, 64, 64, 3, 3, 17, 21, torch.bfloat16, LAST)
+    y, inner = ops.refiner_block(x, weight1, bias1, weight2, bias2, True)
+    expected = reference.conv_same(x.double(), weight1.double(), bias1.double(), relu=True)
+    matches("conv_same", "value", inner, expected, torch.bfloat16)
+    expected = reference.conv_same(
+        *(t.double() for t in (inner, weight2, bias2)), residual=x.double(), relu=True
+    )
+    matches("refiner_block", "value", y, expected, torch.bfloat16)
+
+
+def grad_reverse(ops):
+    grad = torch.randn(37, 53)
+    matches(
+        "grad_reverse", "grad", ops.grad_reverse_backward(grad, torch.tensor(0.5)), -0.5 * grad, torch.float32
+    )
+
+
+def losses(ops):
+    check_discriminator(ops, torch.randn(3, 2, 61, 53), torch.randn(5, 2, 37, 53), "softmax")
+
+
+def weighted_losses(ops):
+    weight = torch.rand(3, 1, 9, 14) + 0.1
+    check_discriminator(
+        ops, torch.randn(3, 2, 9, 14), torch.randn(3, 2, 9, 14), "softmax", "mean", 0.0, weight, weight
+    )
+
+
+def head(ops):
+    x, y, weight = torch.randn(3, 32, 9, 14), torch.randn(2, 32, 9, 14), torch.randn(2, 32, 1, 1)
+    exact = [t.double().requires_grad_() for t in (x, y, weight)]
+    expected = reference.patch_head_discriminator_loss(*exact, None)
+    out = ops.patch_head_discriminator_loss(x, y, weight, None, 0, 0, 0.0, True, True, True)
+    matches("patch_head_discriminator_loss", "value", out[0], expected, torch.float32)
+    for o, e in zip(out[3:6], torch.autograd.grad(expected, exact), strict=True):
+        matches("patch_head_discriminator_loss", "weight", o, e, torch.float32)
+
+
+def survives(cuda_host, ops, check, seeds=SEEDS):
+    """Whether a check passes in every order; in a process of its own, which AddressSanitizer may end."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        with contextlib.suppress(AssertionError, RuntimeError):
+            for seed in seeds:
+                cuda_host.set_seed(seed)
+                torch.manual_seed(seed)
+                check(ops)
+            status = 0
+        os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
+
+
+PLANTED = {
+    "grad_reverse: no mask at the end": grad_reverse,
+    "patch_loss: no mask at the end": losses,
+    "conv: halo off by one": functools.partial(conv_tiles, dtype=torch.bfloat16),
+    "conv: no mask at the right edge": functools.partial(conv_tiles, dtype=torch.bfloat16),
+    "conv: no mask at the last channel": conv_scalar,
+    "conv: no mask at the last output channel": conv_scalar,
+    "conv: fragment indices swapped": functools.partial(conv_tiles, dtype=torch.bfloat16),
+    "conv: copies not waited for": functools.partial(conv_tiles, dtype=torch.bfloat16),
+    "weight gradient: fragment indices swapped": functools.partial(conv_tiles, dtype=torch.bfloat16),
+    "weight gradient: no mask at the last tap": functools.partial(
+        conv_tiles, dtype=torch.bfloat16, sizes=(1, 64, 64, 1, 5, 7)
+    ),
+    "refiner block: no mask around the inner activation": block,
+    "direct conv: no mask at the right edge": conv_directly,
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED)
+def test_planted_fault_is_caught(cuda_host, ops, fault):
+    check = PLANTED[fault]
+    check(ops)
+    assert fault in cuda_host.faults()
+    cuda_host.plant(fault)
+    assert not survives(cuda_host, ops, check)
+
+
+def test_planted_faults_are_all_there_are(cuda_host, ops):
+    for check in {id(c): c for c in PLANTED.values()}.values():
+        check(ops)
+    assert set(PLANTED) == set(cuda_host.faults())
+
+
+@pytest.mark.parametrize(
+    "check",
+    [grad_reverse, losses, head, conv_exact, conv_many_channels, conv_scalar, weight_gradient, block],
+    ids=lambda check: check.__name__,
+)
+def test_planted_removal_of_any_barrier_is_caught(cuda_host, ops, check):
+    check(ops)
+    harmless = []
+    for file, line in sorted(cuda_host.barriers()):
+        cuda_host.skip_barrier(file, line)
+        if survives(cuda_host, ops, check, range(12)):
+            harmless.append(f"{file}:{line}")
+    assert not harmless, harmless
+
+
+SYNCHRONISES = re.compile(r"bar\.sync|cp\.async\.wait_group")
+
+
+@pytest.mark.lanes("ptx")
+def test_planted_removal_of_any_barrier_or_wait_from_the_ptx_is_caught(cuda_host, ops):
+    """Races are seen whatever they do to the result, so that one order is enough."""
+    checks = [
+        losses,
+        weighted_losses,
+        head,
+        conv_exact,
+        conv_many_channels,
+        conv_scalar,
+        weight_gradient,
+        block,
+    ]
+    met, caught = {}, set()
+    for check in checks:
+        cuda_host.ptx_forget()
+        check(ops)
+        for kernel, lines in cuda_host.ptx_executed().items():
+            here = {(kernel, n): text for n, text, *_ in lines if SYNCHRONISES.match(text)}
+            met |= here
+            for kernel, number in here.keys() - caught:
+                cuda_host.ptx_skip(kernel, number)
+                try:
+                    check(ops)
+                except (AssertionError, RuntimeError):
+                    caught.add((kernel, number))
+        cuda_host.ptx_skip("", -1)
+        check(ops)
+    kernels = {"loss", "finish", "head", "head_weight", "conv", "filter_grad", "refiner_block"}
+    assert all(any(f"{name}_kernel" in kernel for kernel, _ in met) for name in kernels)
+    # A block_sum waits for those before it, of which a kernel's first has none.
+    sums = {kernel for kernel, _ in met if re.search("(loss|finish|weight_sum|head)_kernel", kernel)}
+    first = {(kernel, min(n for k, n in met if k == kernel)) for kernel in sums}
+    assert met.keys() - caught <= first

@@ -1,0 +1,152 @@
+"""The convolutions' device code: which kernel serves, tensor cores, banks, every order of threads."""
+
+import pytest
+import torch
+
+from fastda import reference
+from tests.conformance.raw import (
+    DTYPES,
+    LAST,
+    block_case,
+    check_block,
+    check_conv,
+    conv_case,
+    layouts,
+    matches,
+    strided,
+)
+from tests.lanes import launched
+
+pytestmark = [pytest.mark.lanes("emulated", "ptx"), pytest.mark.isa_independent]
+SEEDS = range(5)
+A100, H100 = 163 << 10, 227 << 10  # shared memory of a block, bytes
+
+
+# (n, c, k, filter, h, w): channels and pixels that fill a tile, that fall short of one, that need several
+CONVOLUTIONS = [
+    *((1, 64, 64, 3, 11, 13), (2, 64, 64, 3, 3, 5), (1, 64, 64, 1, 19, 7), (1, 40, 33, 5, 5, 37)),
+    *((1, 70, 40, 3, 6, 9), (1, 72, 136, 3, 5, 4), (3, 33, 65, 1, 1, 1), (1, 40, 33, 7, 10, 3)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", CONVOLUTIONS, ids=str)
+def test_conv_by_tiles(cuda_host, ops, sizes, dtype):
+    x, weight, bias, residual, grad = conv_case(*sizes, dtype)
+    cuda_host.set_seed(sum(sizes))
+    check_conv(
+        ops,
+        *(t.contiguous(memory_format=LAST) for t in (x, weight)),
+        bias,
+        residual.contiguous(memory_format=LAST),
+        grad,
+    )
+    if dtype in (torch.float32, torch.bfloat16):
+        check_conv(ops, x, weight, bias, residual, grad)
+    if sizes[1] == 70:
+        check_conv(
+            ops,
+            strided(x),
+            weight.transpose(2, 3).contiguous().transpose(2, 3),
+            bias,
+            layouts(residual)["channels_last"],
+            strided(grad),
+        )
+    assert ("conv" in launched()) == (dtype != torch.float64)
+    assert ("filter_grad" in launched()) == (dtype != torch.float64)
+
+
+@pytest.mark.parametrize("sizes", [CONVOLUTIONS[0], CONVOLUTIONS[4], CONVOLUTIONS[7]], ids=str)
+def test_conv_same_in_tf32(cuda_host, ops, sizes):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    for memory_format in (LAST, torch.contiguous_format):
+        x, weight, bias, residual, grad = conv_case(*sizes, torch.float32, memory_format)
+        check_conv(ops, x, weight, bias, residual, grad, tf32=True)
+    assert cuda_host.products() > 0
+
+
+def test_conv_same_in_float32_uses_no_tensor_cores_unless_allowed(cuda_host, ops):
+    x, weight, bias, residual, grad = conv_case(*CONVOLUTIONS[0], torch.float32)
+    check_conv(ops, x, weight, bias, residual, grad)
+    assert cuda_host.products() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 1, 1, 1, 1, 1), (2, 3, 5, 1, 7, 9), (1, 7, 4, 5, 3, 2), (1, 1, 64, 3, 9, 11), (2, 64, 1, 1, 5, 7)],
+)
+def test_conv_same_directly(ops, sizes, dtype):
+    for memory_format in (LAST, torch.contiguous_format):
+        check_conv(ops, *conv_case(*sizes, dtype, memory_format))
+    assert launched() == {"direct_conv", "direct_filter_grad", "add_pieces"}
+
+
+def test_conv_same_with_a_filter_wider_than_shared_memory(cuda_host, ops):
+    cuda_host.set_device(3, A100)
+    x, weight, bias, residual, _ = conv_case(1, 64, 64, 37, 3, 4, torch.bfloat16, LAST)
+    y = ops.conv_same(x, weight, bias, residual, False)
+    expected = reference.conv_same(*(t.double() for t in (x, weight, bias)), residual=residual.double())
+    matches("conv_same", "value", y, expected, torch.bfloat16)
+    assert launched() == {"direct_conv"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_conv_same_repeats_bit_for_bit_in_every_order(cuda_host, ops, dtype):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    for memory_format, size in ((LAST, (2, 13, 11)), (torch.contiguous_format, (1, 5, 7))):
+        n, h, w = size
+        x, weight, bias, residual, grad = conv_case(n, 64, 64, 3, h, w, dtype, memory_format)
+        runs = []
+        for seed in SEEDS:
+            cuda_host.set_seed(seed)
+            y = ops.conv_same(x, weight, bias, residual, True)
+            runs.append((y, *ops.conv_same_backward(grad, x, weight, y, True, True, True)))
+        assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+        # What tensor cores read lies in different banks, but for rows that are computed in vain.
+        if dtype == torch.bfloat16:
+            assert max(cuda_host.passes().values()) < 1.1, cuda_host.passes()
+        cuda_host.forget()
+
+
+BLOCKS = [
+    *((2, 64, 64, 3, 3, 7, 5), (1, 64, 64, 3, 3, 11, 21), (1, 48, 33, 3, 1, 7, 37), (1, 40, 64, 1, 3, 13, 5)),
+    *((1, 5, 3, 3, 3, 7, 9), (1, 40, 64, 5, 5, 4, 3)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sizes", BLOCKS, ids=str)
+def test_block_by_tiles(cuda_host, ops, sizes, dtype):
+    for shared, memory_format in (
+        (H100, LAST),
+        (A100, torch.contiguous_format),
+        (H100, torch.contiguous_format),
+    ):
+        if memory_format != LAST and (dtype == torch.float16 or sizes[0] == 2):
+            continue
+        cuda_host.set_device(3, shared)
+        cuda_host.set_seed(sum(sizes))
+        cuda_host.forget()
+        check_block(ops, *block_case(*sizes, dtype, memory_format))
+        half, small = dtype in (torch.bfloat16, torch.float16), sizes[3:5] == (5, 5) or sizes[1] == 5
+        one_launch = half and not small and (shared == H100 or sizes[3] + sizes[4] < 6)
+        assert ("refiner_block" in launched()) == one_launch, launched()
+
+
+def test_refiner_block_in_one_launch_agrees_with_two_in_every_order(cuda_host, ops):
+    cases = block_case(2, 64, 64, 3, 3, 13, 21, torch.bfloat16, LAST)[:-1]
+    cuda_host.set_device(108, A100)
+    expected = ops.refiner_block(*cases, True)
+    assert "refiner_block" not in launched()
+    for seed, multiprocessors in zip(SEEDS, (1, 2, 3, 5, 132), strict=True):
+        cuda_host.set_seed(seed)
+        cuda_host.set_device(multiprocessors, H100)
+        out = ops.refiner_block(*cases, True)
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert "refiner_block" in launched()
+
+
+def test_refiner_block_in_tf32(ops):
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    check_block(ops, *block_case(*BLOCKS[0], torch.float32, LAST), tf32=True)
