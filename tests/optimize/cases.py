@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import types
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -123,6 +124,73 @@ def chain(c=4):
         *(nn.Conv2d(c, c, 3, padding=1), nn.ReLU(), nn.Conv2d(c, c, 3, padding=1, bias=False), nn.ReLU()),
         *(nn.Conv2d(c, c, 1), nn.Tanh()),
     )
+
+
+BLOCK_SIZES = [(2, 4, 9, 7), (1, 4, 8, 8), (3, 4, 33, 40)]
+
+
+class WrittenBlock(Case):
+    """A residual block with another forward. `settings` are set on the instance, `shared` on its class."""
+
+    served = True  # its convolutions, whatever it makes of them
+    settings: ClassVar = {}
+    shared: ClassVar = {}
+    sizes = BLOCK_SIZES
+
+    def build(self):
+        class Written(Block):
+            pass
+
+        if "forward" in vars(type(self)):
+            Written.forward = vars(type(self))["forward"]
+        for name, value in self.shared.items():
+            setattr(Written, name, value)
+        model = Written()
+        for name, value in self.settings.items():
+            setattr(model, name, value() if callable(value) and not isinstance(value, nn.Module) else value)
+        return model
+
+    def inputs(self):
+        return [(maps(*sizes),) for sizes in self.sizes]
+
+
+MODELS = {
+    "block": Block,
+    "single layers": Apart,
+    "functions": Functional,
+    "chain": chain,
+    "valid": lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU()),
+    "blocks in a chain": lambda: nn.Sequential(Block(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), Apart()),
+}
+
+
+class Change(Case):
+    """Every model of the table is served before, and does what the changed original does afterwards."""
+
+    served = True
+    make = Block
+    models = ("block", "chain")
+
+    def build(self):
+        return self.make()
+
+    def inputs(self):
+        return [(maps(),), (maps(1, 4, 6, 5),)]
+
+
+def convolutions(model):
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+
+
+def first(model):
+    return convolutions(model)[0]
+
+
+def replace(model, old, new):
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
 
 
 class Reverse(Function):

@@ -1,6 +1,11 @@
+import copy
 import importlib
 
 import pytest
+import torch
+
+import fastda
+from tests.optimize.tools import MODELS, image
 
 convolution = importlib.import_module("fastda.optimize.convolution")
 loss = importlib.import_module("fastda.optimize.loss")
@@ -16,3 +21,16 @@ def even_where_nothing_is_gained(monkeypatch, request):
         monkeypatch.setattr(convolution, "WANTED_OF", 1 << 20)
         monkeypatch.setattr(convolution, "LEAST_PRODUCTS", 0)
         monkeypatch.setattr(loss, "LEAST_PATCHES", dict.fromkeys(loss.LEAST_PATCHES, 1))
+
+
+@pytest.fixture(params=MODELS)
+def pair(request):
+    """A replaced model that has served calls, its original, and the report; float32, as tools want it."""
+    torch.manual_seed(0)
+    original = MODELS[request.param]().eval()
+    model = copy.deepcopy(original)
+    report = fastda.optimize(model)
+    model(image())
+    assert len(report.replaced) > 0
+    yield model, original, report
+    report.undo()
