@@ -7,13 +7,14 @@ asin(−y) and atan2(−x, −z), as in MPIIGaze (Zhang et al., CVPR 2015).
 
 from __future__ import annotations
 
+import io
 import json
 import math
-import multiprocessing
+import pickle
 import re
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -350,7 +351,7 @@ def read_real(folder: Path) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
     """
     recordings = with_suffix(folder, ".mat")
     if recordings:
-        parts = [_mpiigaze(path) for path in recordings]
+        parts = list(_read_recordings(recordings))
         people = sorted({path.parent for path in recordings})
         numbers = [people.index(path.parent) if len(people) > 1 else i for i, path in enumerate(recordings)]
         groups = torch.cat([torch.full((len(x),), g) for g, (x, _) in zip(numbers, parts, strict=True)])
@@ -363,31 +364,44 @@ def read_real(folder: Path) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
     return (equalise(torch.stack(crops)[:, None]), None), torch.arange(len(paths))
 
 
-@cache
-def _reader() -> ProcessPoolExecutor:
-    """A process of its own for SciPy's reader, which damaged files can crash."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-
-
-def _loadmat(path: Path) -> dict[str, Any]:
-    from scipy.io import loadmat
-
+# Damaged files can crash SciPy's reader, so it has a process of its own, one for all files.
+READER = """
+import pickle, sys
+import numpy as np
+from scipy.io import loadmat
+for path in sys.stdin.read().split(chr(0)):
     try:
-        return _reader().submit(loadmat, path, squeeze_me=True, struct_as_record=False).result()
-    except BrokenProcessPool:
-        _reader.cache_clear()
-        raise ValueError("SciPy's reader crashes on it") from None
+        data = loadmat(path, squeeze_me=True, struct_as_record=False)["data"]
+        sides = {name: getattr(data, name) for name in ("left", "right")}
+        found = {name: (np.asarray(side.image), np.asarray(side.gaze)) for name, side in sides.items()}
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"
+    pickle.dump(found, sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+"""
 
 
-def _mpiigaze(path: Path) -> tuple[Tensor, Tensor]:
+def _read_recordings(paths: list[Path]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images and gazes of MPIIGaze's files, in their order."""
+    names = "\0".join(map(str, paths)).encode()
+    done = subprocess.run([sys.executable, "-c", READER], input=names, stdout=subprocess.PIPE)
+    answers = io.BytesIO(done.stdout)
+    for path in paths:
+        with reading(path, "a normalised MPIIGaze file"):
+            try:
+                found = pickle.load(answers)
+            except (EOFError, pickle.UnpicklingError):
+                raise ValueError("SciPy's reader crashes on it") from None
+            if isinstance(found, str):
+                raise ValueError(found)
+        yield _mpiigaze(path, found)
+
+
+def _mpiigaze(path: Path, found: dict[str, tuple[np.ndarray, np.ndarray]]) -> tuple[Tensor, Tensor]:
     """All eyes of one `Data/Normalized/pNN/dayNN.mat`: 36×60 patches resized, gazes in their cameras.
 
     A day may lack the eyes of one side.
     """
-    with reading(path, "a normalised MPIIGaze file"):
-        data = _loadmat(path)["data"]
-        sides = {name: getattr(data, name) for name in ("left", "right")}
-        found = {name: (np.asarray(side.image), np.asarray(side.gaze)) for name, side in sides.items()}
     images, gazes = [], []
     for name, (image, gaze) in found.items():
         if image.size == gaze.size == 0:
