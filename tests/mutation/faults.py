@@ -476,7 +476,7 @@ TRITON_FAULTS = (
     fault(
         "Triton: log(1 + e) with the cancellation", TRITON,
         "tl.where(u == 1, e, tl.log(u) * (e / (u - 1)))", "tl.log(u)",
-        "test_patch_loss_of_extreme_logits",
+        "test_edge[terms_far_below_one]",
     ),
     fault(
         "Triton: a masked patch may not hold NaN", TRITON,
@@ -491,7 +491,7 @@ TRITON_FAULTS = (
     fault(
         "Triton: a gate of NaN closes", TRITON,
         "a = tl.where(gate <= 0, 0.0, a)", "a = tl.where(gate > 0, a, 0.0)",
-        "test_conv_nan_passes_the_gates",
+        "test_edge[gradients_pass_where_the_output_is_nan]",
     ),
     fault(
         "Triton: ReLU of NaN is 0", TRITON,
@@ -753,7 +753,7 @@ OPTIMIZE = (
     fault(
         "optimize: the first label is taken for all", "fastda/optimize",
         "not bool((target == label).all())", "False",
-        "test_every_other_call_is_torchs",
+        "test_labels_of_one_class",
     ),
     fault(
         "optimize: the class of two is the other one", "fastda/optimize",
@@ -783,7 +783,7 @@ OPTIMIZE = (
     fault(
         "optimize: of two saved tensors the first is the scale", "fastda/optimize",
         "                _, scale = ctx.saved_tensors", "                scale, _ = ctx.saved_tensors",
-        "test_every_form_with_every_scale",
+        "test_of_two_saved_tensors_the_last_is_the_scale",
     ),
     fault(
         "optimize: one model undone, the other's reversal is gone", "fastda/optimize",
