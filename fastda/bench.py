@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 import fastda
 from fastda import backend, files, verify
-from fastda.workloads import WORKLOADS, Call, Case, Formula
+from fastda.registry.row import Call, Formula
+from fastda.workloads import WORKLOADS, Case
 
 
 class Ratio(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import fastda
 import fastda.nn
+from fastda.registry.grad_reverse import reverse
 
 REG_SCALE = 1.0
 LR = 1e-4
@@ -153,22 +154,6 @@ class SimganStep:
         refiner = h * w * (9 * c * 64 + 8 * 9 * 64 * 64 + 64 * c)
         discriminator = half * 9 * c * 96 + quarter * (9 * 96 * 64 + 9 * 64 * 32 + 32 * 32 + 32 * 2)
         return 2.0 * n * (7 * refiner + 10 * discriminator)
-
-
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
-        ctx.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.neg() * ctx.scale, None
-
-
-def reverse(x: Tensor, scale: float) -> Tensor:
-    """The layer that most DANN code carries a copy of."""
-    return _Reverse.apply(x, scale)
 
 
 def _width(h: int, w: int) -> int:

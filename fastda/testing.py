@@ -12,12 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastda.registry import OPERATORS
+from fastda.registry.row import Tolerance, Tolerances, clear_of_zero
 
-class Tolerance(NamedTuple):
-    """Bounds on an error: `relative_l2` = ‖a − e‖₂ / ‖e‖₂ and `max_over_rms` = max|a − e| / rms(e)."""
-
-    relative_l2: float
-    max_over_rms: float
+__all__ = [
+    "TOLERANCES",
+    "Error",
+    "Tolerance",
+    "assert_matches",
+    "clear_of_zero",
+    "error",
+    "poisoned_allocations",
+    "tolerance",
+]
 
 
 class Error(NamedTuple):
@@ -36,72 +43,11 @@ class Error(NamedTuple):
 
 
 _deterministic: Any = torch.utils.deterministic
-_F32, _F64, _BF16, _F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-# Products of matrices: what rounding and the order of summation cost PyTorch itself.
-_LINEAR: dict[str, dict[torch.dtype, Tolerance]] = {
-    what: {
-        _F64: Tolerance(2e-15, 2e-14),
-        _F32: Tolerance(6e-7, 6e-6),
-        _BF16: Tolerance(8e-3, 8e-2),
-        _F16: Tolerance(1e-3, 1e-2),
-    }
-    for what in ("value", "grad")
-}
-# Winograd's transforms cost what docs/performance.md derives. A weight's gradient is a sum over all pixels,
-# of which PyTorch's own loses as much.
-_CONVOLUTION = {
-    "value": {**_LINEAR["value"], _F64: Tolerance(3e-15, 3e-14), _F32: Tolerance(1.5e-6, 3e-5)},
-    # PyTorch's own float16 gradients are off by 1.04e-3 on CPUs that have no float16 arithmetic.
-    "grad": {
-        **_LINEAR["grad"],
-        _F64: Tolerance(3e-15, 3e-14),
-        _F32: Tolerance(2e-6, 4e-5),
-        _F16: Tolerance(2e-3, 2e-2),
-    },
-}
-for _weight in ("weight", "weight1", "weight2"):
-    _CONVOLUTION[_weight] = {**_CONVOLUTION["grad"], _F32: Tolerance(1e-5, 1e-4)}
-# What a patch costs and its slope: a few roundings in float32 or wider, whatever the dtype of the logits. A
-# gradient is rounded once more to that dtype, which alone costs its largest entry, up to 12 times the rms
-# where most patches are masked out, 2^-9 (bfloat16) or 2^-12 (float16) of itself.
-_PATCH_LOSS = {
-    "value": {
-        _F64: Tolerance(2e-15, 2e-14),
-        _F32: Tolerance(6e-7, 6e-6),
-        _BF16: Tolerance(6e-7, 6e-6),
-        _F16: Tolerance(6e-7, 6e-6),
-    },
-    "grad": {
-        _F64: Tolerance(2e-15, 2e-14),
-        _F32: Tolerance(6e-7, 6e-6),
-        _BF16: Tolerance(4e-3, 6e-2),
-        _F16: Tolerance(5e-4, 8e-3),
-    },
-}
 
 # By operator, what is compared ("value", or the gradient's name; "grad" stands for every gradient not named),
 # and dtype. Each bound is a small multiple (at most 4) of the error that PyTorch's own operator shows against
 # float64 on unit-normal input, or what docs/performance.md derives where the algorithm is another (Winograd).
-TOLERANCES: dict[str, dict[str, dict[torch.dtype, Tolerance]]] = {
-    "grad_reverse": {
-        "value": {d: Tolerance(0.0, 0.0) for d in (_F32, _F64, _BF16, _F16)},
-        "grad": {
-            _F64: Tolerance(1e-15, 1e-14),
-            _F32: Tolerance(1e-7, 1e-6),
-            _BF16: Tolerance(4e-3, 3e-2),
-            _F16: Tolerance(5e-4, 4e-3),
-        },
-    },
-    "grad_reverse_linear": _LINEAR,
-    "patch_discriminator_loss": _PATCH_LOSS,
-    "patch_generator_loss": _PATCH_LOSS,
-    "self_regularization": _PATCH_LOSS,
-    "refiner_loss": _PATCH_LOSS,
-    "patch_head_discriminator_loss": {**_PATCH_LOSS, "weight": _LINEAR["grad"], "bias": _LINEAR["grad"]},
-    "conv_same": _CONVOLUTION,
-    "refiner_block": _CONVOLUTION,
-}
+TOLERANCES: dict[str, Tolerances] = {op.name: op.tolerances for op in OPERATORS}
 
 
 def tolerance(op: str, what: str, dtype: torch.dtype) -> Tolerance:
@@ -148,22 +94,6 @@ def assert_matches(
     bound, got = tolerance(op, what, dtype), error(actual, expected)
     if not got.within(bound):
         raise AssertionError(f"{op} {what} in {dtype}: {got} exceeds {bound}")
-
-
-def clear_of_zero(activations: Tensor, margin: float = 1e-3) -> Tensor:
-    """A bias per channel (dim 1) that keeps every value of `activations` [N, C, …] `margin` away from zero.
-
-    A kernel that rounds differently may put an activation on the other side of a ReLU's edge; its gradient is
-    then right and still far from the reference's. Zero goes to the most central gap that is wide enough, or
-    below all values if none is.
-    """
-    values = activations.transpose(0, 1).flatten(1).sort(dim=1).values  # [C, n]
-    n = values.shape[1]
-    values = torch.cat([values[:, :1] - 4 * margin, values], dim=1)
-    wide = values.diff(dim=1) >= 2 * margin
-    off_centre = (torch.arange(n, device=values.device) - n / 2).abs()
-    gap = torch.where(wide, off_centre, torch.inf).argmin(dim=1, keepdim=True)
-    return -(values.gather(1, gap) + values.gather(1, gap + 1)).squeeze(1) / 2
 
 
 @contextlib.contextmanager

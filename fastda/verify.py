@@ -1,6 +1,6 @@
 """Every operator against its reference in float64: values and all gradients.
 
-A new operator is one entry of OPERATORS; `fastda verify` and the tests take it from there.
+What is called, and with what, stands in the rows of `fastda.registry`.
 """
 
 from __future__ import annotations
@@ -16,224 +16,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d
 
 import fastda
 from fastda import backend, reference
-from fastda.testing import Error, Tolerance, clear_of_zero, error, tolerance
+from fastda.registry import KINDS, OPERATORS, REDUCTIONS, Operator, Sizes
+from fastda.registry.row import Options
+from fastda.testing import Error, Tolerance, error, tolerance
+
+__all__ = ["DTYPES", "KINDS", "OPERATORS", "REDUCTIONS", "Operator"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "strided")
-Sizes = tuple[int, ...]
-Options = Mapping[str, Any]
-Draw = Callable[..., Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Operator:
-    """How to call one public function, found by name in `fastda` and in `fastda.reference`."""
-
-    name: str
-    # (options, *sizes) -> shape of every tensor argument that receives a gradient.
-    tensors: Callable[..., dict[str, Sizes]]
-    sizes: Sequence[Sizes]
-    # Sizes that make several chunks of work, and the options to go with them.
-    large: Sequence[Sizes]
-    # Further arguments. A callable value draws a constant tensor: (draw, *sizes) -> Tensor. The value of an
-    # option that `tensors` names too only says that this tensor is there.
-    options: Sequence[Options] = ({},)
-    large_options: Options | None = None
-    # Moves the float64 arguments off points where a gradient jumps, such as the edge of a ReLU.
-    settle: Callable[[dict[str, Any], float], None] | None = None
-    # Results that are sums in which terms may cancel: (options, *sizes) -> the size of those terms, by name.
-    magnitudes: Callable[..., dict[str, float]] = lambda options, *sizes: {}
-
-
-def grid(**values: Sequence[Any]) -> list[dict[str, Any]]:
-    """All combinations of the given options."""
-    return [dict(zip(values, choice, strict=True)) for choice in itertools.product(*values.values())]
-
-
-def _logits(kind: str, n: int, h: int, w: int) -> Sizes:
-    return (n, 2 if kind == "softmax" else 1, h, w)
-
-
-def _patch_weight(draw: Draw, *sizes: int) -> Tensor:
-    return (draw(sizes[-3], 1, sizes[-2], sizes[-1]) - 0.5).relu()  # most patches are masked out
-
-
-def _conv_shapes(options: Options, n: int, c: int, k: int, size: int, h: int, w: int) -> dict[str, Sizes]:
-    shapes: dict[str, Sizes] = {"x": (n, c, h, w), "weight": (k, c, size, size)}
-    if options.get("bias", True):
-        shapes["bias"] = (k,)
-    if options.get("residual"):
-        shapes["residual"] = (n, k, h, w)
-    return shapes
-
-
-def _block_shapes(options: Options, n: int, c: int, size: int, h: int, w: int) -> dict[str, Sizes]:
-    weight: Sizes = (c, c, size, size)
-    bias: Sizes = (c,)
-    return {"x": (n, c, h, w), "weight1": weight, "bias1": bias, "weight2": weight, "bias2": bias}
-
-
-def _settle_conv(a: dict[str, Any], margin: float) -> None:
-    if a.get("relu"):
-        a["bias"] += clear_of_zero(reference.conv_same(**{**a, "relu": False}), margin)
-
-
-def _settle_block(a: dict[str, Any], margin: float) -> None:
-    a["bias1"] += clear_of_zero(reference.conv_same(a["x"], a["weight1"], a["bias1"]), margin)
-    hidden = reference.conv_same(a["x"], a["weight1"], a["bias1"], relu=True)
-    a["bias2"] += clear_of_zero(
-        reference.conv_same(hidden, a["weight2"], a["bias2"], residual=a["x"]), margin
-    )
-
-
-def _settle_head(a: dict[str, Any], margin: float) -> None:
-    if a["kind"] == "hinge":
-        scores = [conv2d(a[name], a["weight"], a["bias"]) for name in ("real_features", "fake_features")]
-        edges = torch.cat([(scores[0] - 1).flatten(), (scores[1] + 1).flatten()])
-        a["bias"] += clear_of_zero(edges[None, None], margin)
-
-
-def _unit_terms(options: Options, *sizes: int) -> dict[str, float]:
-    return dict.fromkeys(("value", "x", "weight", "weight1", "bias1", "weight2", "bias2"), 1.0)
-
-
-def _loss_terms(options: Options, *sizes: int) -> dict[str, float]:
-    # A mean has terms of about one; what is summed instead has as many of them as patches or pixels.
-    reduction = options.get("reduction", "mean")
-    if reduction == "none":
-        return {}
-    n, per_image = sizes[0], math.prod(sizes[-2:])
-    size = {"mean": 1.0, "batchmean": float(per_image), "sum": float(n * per_image)}[reduction]
-    return {"value": size, "weight": size, "bias": size}
-
-
-KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
-REDUCTIONS = ("mean", "sum", "batchmean", "none")
-OPERATORS = (
-    Operator(
-        "grad_reverse",
-        tensors=lambda options, *size: {"x": size},
-        sizes=((1,), (7, 3), (0, 4), (129, 33), (3, 5, 7, 2)),
-        options=[
-            {},
-            {"scale": 0.7},
-            {"scale": lambda draw, *size: draw()},
-            {"scale": lambda draw, *size: draw(size[0])},
-        ],
-        large=((128, 768), (64, 32, 24, 24)),
-        large_options={"scale": 0.7},
-    ),
-    Operator(
-        "grad_reverse_linear",
-        tensors=lambda options, n, i, o: {
-            "x": (n, i),
-            "weight": (o, i),
-            **({"bias": (o,)} if options["bias"] else {}),
-        },
-        sizes=((1, 1, 1), (5, 7, 3), (37, 129, 65)),
-        options=[
-            {"bias": None},
-            {"bias": True, "scale": 0.7},
-            {"bias": True, "scale": lambda draw, *size: draw()},
-            {"bias": True, "scale": lambda draw, *size: draw(size[0])},
-        ],
-        large=((128, 768, 100), (128, 1024, 1024)),
-        large_options={"bias": True, "scale": 0.7},
-    ),
-    Operator(
-        "patch_discriminator_loss",
-        tensors=lambda options, real, fake, h, w: {
-            "real_logits": _logits(options["kind"], real, h, w),
-            "fake_logits": _logits(options["kind"], fake, h, w),
-        },
-        sizes=((1, 1, 1, 1), (3, 3, 9, 14), (2, 5, 37, 53)),
-        options=[
-            *grid(kind=KINDS, reduction=REDUCTIONS),
-            *grid(kind=("softmax", "bce", "lsgan"), label_smoothing=(0.1,), return_accuracy=(True,)),
-            *grid(kind=KINDS, reduction=("mean", "none"), fake_weight=(_patch_weight,)),
-            {"kind": "softmax", "real_weight": lambda draw, *sizes: draw(1, 1, sizes[-2], 1).abs()},
-        ],
-        large=((512, 512, 9, 14), (8, 8, 30, 30)),
-        large_options={"kind": "softmax", "return_accuracy": True},
-        magnitudes=_loss_terms,
-    ),
-    Operator(
-        "patch_generator_loss",
-        tensors=lambda options, n, h, w: {"fake_logits": _logits(options["kind"], n, h, w)},
-        sizes=((1, 1, 1), (3, 9, 14), (2, 37, 53)),
-        options=[
-            *grid(kind=KINDS, reduction=REDUCTIONS),
-            *grid(kind=KINDS, reduction=("mean", "none"), weight=(_patch_weight,)),
-        ],
-        large=((512, 9, 14), (8, 30, 30)),
-        large_options={"kind": "softmax"},
-        magnitudes=_loss_terms,
-    ),
-    Operator(
-        "self_regularization",
-        tensors=lambda options, n, c, h, w: {"refined": (n, c, h, w), "synthetic": (n, c, h, w)},
-        sizes=((1, 1, 1, 1), (3, 1, 35, 55), (2, 3, 37, 53)),
-        options=grid(scale=(1.0, 0.3), reduction=REDUCTIONS),
-        large=((512, 1, 35, 55), (32, 1, 35, 55)),
-        large_options={"scale": 0.3},
-    ),
-    Operator(
-        "refiner_loss",
-        tensors=lambda options, n, c, h, w: {
-            "fake_logits": _logits(options["kind"], n, (h + 3) // 4, (w + 3) // 4),
-            "refined": (n, c, h, w),
-            "synthetic": (n, c, h, w),
-        },
-        sizes=((1, 1, 1, 1), (3, 1, 35, 55), (2, 3, 37, 53)),
-        options=grid(kind=KINDS, reg_scale=(0.3,), reduction=("mean", "sum", "batchmean")),
-        large=((512, 1, 35, 55), (32, 1, 35, 55)),
-        large_options={"kind": "softmax", "reg_scale": 0.3},
-        magnitudes=_loss_terms,
-    ),
-    Operator(
-        "patch_head_discriminator_loss",
-        tensors=lambda options, real, fake, c, h, w: {
-            "real_features": (real, c, h, w),
-            "fake_features": (fake, c, h, w),
-            "weight": (2 if options["kind"] == "softmax" else 1, c, 1, 1),
-            "bias": (2 if options["kind"] == "softmax" else 1,),
-        },
-        sizes=((1, 1, 1, 1, 1), (3, 3, 32, 9, 14), (2, 3, 7, 19, 23)),
-        options=[
-            *grid(kind=KINDS, reduction=("mean", "sum")),
-            *grid(kind=("softmax", "bce", "lsgan"), label_smoothing=(0.1,), return_accuracy=(True,)),
-        ],
-        large=((512, 512, 32, 9, 14), (32, 32, 32, 9, 14)),
-        large_options={"kind": "softmax", "return_accuracy": True},
-        settle=_settle_head,
-        magnitudes=_loss_terms,
-    ),
-    Operator(
-        "conv_same",
-        tensors=_conv_shapes,
-        sizes=(
-            *((1, 1, 1, 1, 1, 1), (2, 3, 5, 1, 7, 9), (1, 7, 4, 5, 3, 2)),
-            *((2, 17, 33, 3, 11, 13), (1, 64, 64, 3, 19, 21), (2, 16, 16, 7, 13, 17)),
-        ),
-        options=[{"bias": None}, *grid(residual=(None, True), relu=(False, True))],
-        large=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
-        large_options={"relu": True},
-        settle=_settle_conv,
-        magnitudes=_unit_terms,
-    ),
-    Operator(
-        "refiner_block",
-        tensors=_block_shapes,
-        sizes=((1, 1, 3, 1, 1), (2, 5, 3, 7, 9), (1, 64, 3, 19, 21), (2, 16, 7, 13, 17)),
-        large=((8, 64, 3, 35, 55), (2, 64, 7, 56, 56)),
-        settle=_settle_block,
-        magnitudes=_unit_terms,
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -292,7 +85,7 @@ def cases(
         for op in OPERATORS:
             if ops and op.name not in ops:
                 continue
-            for sizes, dtype, option in itertools.product(op.sizes, DTYPES, range(len(op.options))):
+            for sizes, dtype, option in itertools.product(op.sizes, op.dtypes, range(len(op.options))):
                 shapes = op.tensors(op.options[option], *sizes).values()
                 has_images = any(len(shape) == 4 for shape in shapes)
                 for layout in LAYOUTS if has_images else ("contiguous", "strided"):

@@ -238,8 +238,3 @@ def grad_reverse_linear(
         else:
             return _GradReverseLinear.apply(x, weight, bias, factor, serving)
     return F.linear(x, weight, bias)
-
-
-@backend.register_fake("grad_reverse_backward")
-def _(grad: Tensor, scale: Tensor) -> Tensor:
-    return torch.empty_like(grad)

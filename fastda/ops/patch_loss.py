@@ -12,12 +12,11 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from fastda import _torch, backend, reference
 from fastda.ops.common import composite_backward, distinct
 from fastda.reference.patch_loss import patch_terms
+from fastda.registry.patch_loss import KINDS, REDUCTIONS, wide
 
 # C++ autograd nodes, which return None for whatever they leave alone.
 _node = backend.autograd_module if backend.native is not None else None
 
-KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
-REDUCTIONS = ("mean", "sum", "batchmean")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -25,7 +24,7 @@ def _weighted_terms(
     logits: Tensor, weight: Tensor | None, kind: int, real: bool, label_smoothing: float
 ) -> Tensor:
     if weight is None:
-        return patch_terms(logits.to(_wide(logits)), KINDS[kind], real, label_smoothing)
+        return patch_terms(logits.to(wide(logits)), KINDS[kind], real, label_smoothing)
     logits = logits.to(weight.dtype).masked_fill(weight == 0, 0.0)
     return patch_terms(logits, KINDS[kind], real, label_smoothing) * weight
 
@@ -171,10 +170,6 @@ def _apply(name: str, serving: str, options: tuple[Any, ...], *tensors: Tensor |
     return _run(name, serving, tensors, options, (False,) * count)[:-count]
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _check_options(op: str, kind: str, reduction: str, label_smoothing: float, reductions: Any) -> None:
     if kind not in KINDS:
         raise ValueError(f"{op}: kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -230,7 +225,7 @@ def _expanded(op: str, name: str, weight: Tensor | None, logits: Tensor) -> Tens
     )
     if not fits:
         raise ValueError(f"{op}: {name} must be broadcastable to {shape}, got {tuple(weight.shape)}")
-    return weight.to(_wide(logits)).expand(shape)
+    return weight.to(wide(logits)).expand(shape)
 
 
 def _scale(op: str, name: str, scale: float | Tensor, x: Tensor) -> tuple[Tensor | None, float]:
@@ -536,114 +531,3 @@ def patch_head_discriminator_loss(
     options = (KINDS.index(kind), REDUCTIONS.index(reduction), float(label_smoothing))
     results = _apply(op, serving, options, real_features, fake_features, weight, bias)
     return results if return_accuracy else results[0]
-
-
-def _grad_like(x: Tensor, need: bool) -> Tensor:
-    if not need:
-        return x.new_empty(0, dtype=_wide(x))
-    last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    memory_format = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(x.shape, dtype=_wide(x), device=x.device, memory_format=memory_format)
-
-
-def _scalar_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return x.new_empty((), dtype=dtype or _wide(x))
-
-
-@backend.register_fake("patch_discriminator_loss")
-def _(
-    real: Tensor,
-    fake: Tensor,
-    real_weight: Tensor | None,
-    fake_weight: Tensor | None,
-    kind: int,
-    reduction: int,
-    label_smoothing: float,
-    real_grad: bool,
-    fake_grad: bool,
-) -> tuple[Tensor, ...]:
-    accuracies = (_scalar_like(real, torch.float32), _scalar_like(fake, torch.float32))
-    return _scalar_like(real), *accuracies, _grad_like(real, real_grad), _grad_like(fake, fake_grad)
-
-
-@backend.register_fake("patch_generator_loss")
-def _(fake: Tensor, weight: Tensor | None, kind: int, reduction: int, grad: bool) -> tuple[Tensor, ...]:
-    return _scalar_like(fake), _grad_like(fake, grad)
-
-
-@backend.register_fake("patch_loss_map")
-def _(
-    logits: Tensor, weight: Tensor | None, kind: int, real: bool, label_smoothing: float, grad: bool
-) -> tuple[Tensor, ...]:
-    n, _, h, w = logits.shape
-    terms = logits.new_empty((n, 1, h, w), dtype=_wide(logits))
-    return terms, _scalar_like(logits, torch.float32), _grad_like(logits, grad)
-
-
-def _pair_grads(
-    refined: Tensor, synthetic: Tensor, refined_grad: bool, synthetic_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Laid out as both arguments are, or contiguous."""
-    one, other = _grad_like(refined, True), _grad_like(synthetic, True)
-    last = not one.is_contiguous() and not other.is_contiguous()
-    grads = (one if last else one.contiguous(), other if last else other.contiguous())
-    none = one.new_empty(0)
-    return grads[0] if refined_grad else none, grads[1] if synthetic_grad else none
-
-
-@backend.register_fake("self_regularization")
-def _(
-    refined: Tensor,
-    synthetic: Tensor,
-    scale_tensor: Tensor | None,
-    scale: float,
-    reduction: int,
-    refined_grad: bool,
-    synthetic_grad: bool,
-) -> tuple[Tensor, ...]:
-    return _scalar_like(refined), *_pair_grads(refined, synthetic, refined_grad, synthetic_grad)
-
-
-@backend.register_fake("refiner_loss")
-def _(
-    fake: Tensor,
-    refined: Tensor,
-    synthetic: Tensor,
-    scale_tensor: Tensor | None,
-    scale: float,
-    kind: int,
-    reduction: int,
-    fake_grad: bool,
-    refined_grad: bool,
-    synthetic_grad: bool,
-) -> tuple[Tensor, ...]:
-    loss = _scalar_like(fake, torch.promote_types(_wide(fake), _wide(refined)))
-    pair = _pair_grads(refined, synthetic, refined_grad, synthetic_grad)
-    return loss, _grad_like(fake, fake_grad), *pair
-
-
-@backend.register_fake("patch_head_discriminator_loss")
-def _(
-    real: Tensor,
-    fake: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kind: int,
-    reduction: int,
-    label_smoothing: float,
-    real_grad: bool,
-    fake_grad: bool,
-    weight_grad: bool,
-) -> tuple[Tensor, ...]:
-    accuracies = (_scalar_like(real, torch.float32), _scalar_like(fake, torch.float32))
-    d_weight, d_bias = (
-        x.new_empty(x.shape, dtype=_wide(x)) if weight_grad and x is not None else _grad_like(weight, False)
-        for x in (weight, bias)
-    )
-    grads = (_grad_like(real, real_grad), _grad_like(fake, fake_grad), d_weight, d_bias)
-    return _scalar_like(real), *accuracies, *grads
-
-
-@backend.register_fake("patch_loss_scale_")
-def _(first: Tensor, second: Tensor, factor: Tensor) -> None:
-    return None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fastda import _torch, backend, reference
+from fastda import backend, reference
 from fastda.ops.common import autocast, composite_backward, distinct, is_symbolic, relu_gradient
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -232,65 +232,3 @@ def checked_refiner_block(
     ):
         return _RefinerBlock.apply(*distinct(x, weight1, bias1, weight2, bias2), recompute, serving)
     return backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
-
-
-def _image(x: Tensor, channels: Any) -> Tensor:
-    """An empty (N, channels, H, W) in the memory format of x."""
-    shape = (x.shape[0], channels, *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
-
-
-@backend.register_fake("conv_same")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
-    return _image(x, weight.shape[0])
-
-
-@backend.register_fake("conv_same_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    output: Tensor | None,
-    need_x: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        _image(x, x.shape[1]) if need_x else x.new_empty(0),
-        x.new_empty(weight.shape if need_weight else 0),
-        x.new_empty(weight.shape[0] if need_bias else 0),
-    )
-
-
-@backend.register_fake("refiner_block")
-def _(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
-) -> tuple[Tensor, Tensor]:
-    inner = _image(x, weight1.shape[0])
-    if x.device.type == "cpu":
-        inner = inner.contiguous(memory_format=torch.channels_last)  # whatever x is
-    return _image(x, x.shape[1]), inner if keep_inner else x.new_empty(0)
-
-
-@backend.register_fake("refiner_block_backward")
-def _(
-    grad: Tensor,
-    x: Tensor,
-    inner: Tensor | None,
-    output: Tensor,
-    weight1: Tensor,
-    bias1: Tensor | None,
-    weight2: Tensor,
-    need_x: bool,
-    need_weight1: bool,
-    need_bias1: bool,
-    need_weight2: bool,
-    need_bias2: bool,
-) -> tuple[Tensor, ...]:
-    return (
-        _image(x, x.shape[1]) if need_x else x.new_empty(0),
-        x.new_empty(weight1.shape if need_weight1 else 0),
-        x.new_empty(weight1.shape[0] if need_bias1 else 0),
-        x.new_empty(weight2.shape if need_weight2 else 0),
-        x.new_empty(weight2.shape[0] if need_bias2 else 0),
-    )

@@ -9,8 +9,8 @@ import itertools
 import torch
 
 from fastda import reference, testing
+from fastda.registry import KINDS, REDUCTIONS
 
-KINDS, REDUCTIONS = ("softmax", "bce", "lsgan", "hinge", "wgan"), ("mean", "sum", "batchmean")
 SUM, BATCHMEAN, HINGE = REDUCTIONS.index("sum"), REDUCTIONS.index("batchmean"), KINDS.index("hinge")
 LAST = torch.channels_last
 EVERYWHERE, CPU = [], []  # checks for every route, and for the blocks and chunks of the CPU's kernels

@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 
 from fastda import _torch, reference, testing
+from fastda.registry import KINDS, REDUCTIONS
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KINDS, REDUCTIONS = ("softmax", "bce", "lsgan", "hinge", "wgan"), ("mean", "sum", "batchmean")
 LAST = torch.channels_last
 # TF32 keeps 10 bits of the factors' mantissas: each product is off by 2^-11 of itself, on average less.
 TF32 = testing.Tolerance(5e-4, 5e-3)

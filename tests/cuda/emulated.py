@@ -10,15 +10,10 @@ from pathlib import Path
 import cuda_host
 import torch
 
-from fastda import backend
+from fastda import backend, registry
 
-OPERATORS = (
-    *("grad_reverse_backward", "conv_same", "conv_same_backward", "refiner_block", "refiner_block_backward"),
-    *("patch_discriminator_loss", "patch_generator_loss", "patch_loss_map", "patch_loss_scale_"),
-    *("patch_head_discriminator_loss", "self_regularization", "refiner_loss"),
-)
 library = torch.library.Library("fastda_cuda_host", "DEF")
-for name in OPERATORS:
+for name in registry.RAW:
     library.define(str(getattr(torch.ops.fastda, name).default._schema).removeprefix("fastda::"))
 ops = torch.ops.fastda_cuda_host
 

@@ -1,0 +1,28 @@
+"""What there is to know of every operator, a row each: verify, bench, tests and compilers read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastda.registry import grad_reverse, patch_loss, refiner_conv
+from fastda.registry.patch_loss import KINDS, REDUCTIONS
+from fastda.registry.row import Operator, Sizes, Tolerance, Workload
+
+__all__ = [
+    "KINDS",
+    "OPERATORS",
+    "RAW",
+    "REDUCTIONS",
+    "WORKLOADS",
+    "Operator",
+    "Sizes",
+    "Tolerance",
+    "Workload",
+]
+
+OPERATORS: tuple[Operator, ...] = (*grad_reverse.OPERATORS, *patch_loss.OPERATORS, *refiner_conv.OPERATORS)
+# Of single operators; fastda.workloads has those of networks and training steps, too.
+WORKLOADS: tuple[Workload, ...] = (*grad_reverse.WORKLOADS, *patch_loss.WORKLOADS, *refiner_conv.WORKLOADS)
+# The raw operators, and what a compiler is told that each returns.
+RAW: dict[str, Callable[..., Any]] = {name: shapes for op in OPERATORS for name, shapes in op.raw.items()}

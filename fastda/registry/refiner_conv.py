@@ -1,0 +1,188 @@
+"""The rows of the refiner's convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastda import _torch, reference
+from fastda.registry.row import (
+    F16,
+    F32,
+    F64,
+    LINEAR,
+    Operator,
+    Options,
+    Sizes,
+    Tolerance,
+    Workload,
+    clear_of_zero,
+    grid,
+)
+
+# Winograd's transforms cost what docs/performance.md derives. A weight's gradient is a sum over all pixels,
+# of which PyTorch's own loses as much.
+TOLERANCES = {
+    "value": {**LINEAR["value"], F64: Tolerance(3e-15, 3e-14), F32: Tolerance(1.5e-6, 3e-5)},
+    # PyTorch's own float16 gradients are off by 1.04e-3 on CPUs that have no float16 arithmetic.
+    "grad": {
+        **LINEAR["grad"],
+        F64: Tolerance(3e-15, 3e-14),
+        F32: Tolerance(2e-6, 4e-5),
+        F16: Tolerance(2e-3, 2e-2),
+    },
+}
+for _name in ("weight", "weight1", "weight2"):
+    TOLERANCES[_name] = {**TOLERANCES["grad"], F32: Tolerance(1e-5, 1e-4)}
+
+
+def _image(x: Tensor, channels: Any) -> Tensor:
+    """An empty (N, channels, H, W) in the memory format of x."""
+    shape = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
+
+
+def _conv_same(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+    return _image(x, weight.shape[0])
+
+
+def _conv_same_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        _image(x, x.shape[1]) if need_x else x.new_empty(0),
+        x.new_empty(weight.shape if need_weight else 0),
+        x.new_empty(weight.shape[0] if need_bias else 0),
+    )
+
+
+def _refiner_block(
+    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
+) -> tuple[Tensor, Tensor]:
+    inner = _image(x, weight1.shape[0])
+    if x.device.type == "cpu":
+        inner = inner.contiguous(memory_format=torch.channels_last)  # whatever x is
+    return _image(x, x.shape[1]), inner if keep_inner else x.new_empty(0)
+
+
+def _refiner_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    inner: Tensor | None,
+    output: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    need_x: bool,
+    need_weight1: bool,
+    need_bias1: bool,
+    need_weight2: bool,
+    need_bias2: bool,
+) -> tuple[Tensor, ...]:
+    return (
+        _image(x, x.shape[1]) if need_x else x.new_empty(0),
+        x.new_empty(weight1.shape if need_weight1 else 0),
+        x.new_empty(weight1.shape[0] if need_bias1 else 0),
+        x.new_empty(weight2.shape if need_weight2 else 0),
+        x.new_empty(weight2.shape[0] if need_bias2 else 0),
+    )
+
+
+def _conv_shapes(options: Options, n: int, c: int, k: int, size: int, h: int, w: int) -> dict[str, Sizes]:
+    shapes: dict[str, Sizes] = {"x": (n, c, h, w), "weight": (k, c, size, size)}
+    if options.get("bias", True):
+        shapes["bias"] = (k,)
+    if options.get("residual"):
+        shapes["residual"] = (n, k, h, w)
+    return shapes
+
+
+def _block_shapes(options: Options, n: int, c: int, size: int, h: int, w: int) -> dict[str, Sizes]:
+    weight: Sizes = (c, c, size, size)
+    bias: Sizes = (c,)
+    return {"x": (n, c, h, w), "weight1": weight, "bias1": bias, "weight2": weight, "bias2": bias}
+
+
+def _settle_conv(a: dict[str, Any], margin: float) -> None:
+    if a.get("relu"):
+        a["bias"] += clear_of_zero(reference.conv_same(**{**a, "relu": False}), margin)
+
+
+def _settle_block(a: dict[str, Any], margin: float) -> None:
+    a["bias1"] += clear_of_zero(reference.conv_same(a["x"], a["weight1"], a["bias1"]), margin)
+    hidden = reference.conv_same(a["x"], a["weight1"], a["bias1"], relu=True)
+    a["bias2"] += clear_of_zero(
+        reference.conv_same(hidden, a["weight2"], a["bias2"], residual=a["x"]), margin
+    )
+
+
+def _unit_terms(options: Options, *sizes: int) -> dict[str, float]:
+    return dict.fromkeys(("value", "x", "weight", "weight1", "bias1", "weight2", "bias2"), 1.0)
+
+
+OPERATORS = (
+    Operator(
+        "conv_same",
+        tensors=_conv_shapes,
+        sizes=(
+            *((1, 1, 1, 1, 1, 1), (2, 3, 5, 1, 7, 9), (1, 7, 4, 5, 3, 2)),
+            *((2, 17, 33, 3, 11, 13), (1, 64, 64, 3, 19, 21), (2, 16, 16, 7, 13, 17)),
+        ),
+        tolerances=TOLERANCES,
+        raw={"conv_same": _conv_same, "conv_same_backward": _conv_same_backward},
+        options=[{"bias": None}, *grid(residual=(None, True), relu=(False, True))],
+        large=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
+        large_options={"relu": True},
+        settle=_settle_conv,
+        magnitudes=_unit_terms,
+    ),
+    Operator(
+        "refiner_block",
+        tensors=_block_shapes,
+        sizes=((1, 1, 3, 1, 1), (2, 5, 3, 7, 9), (1, 64, 3, 19, 21), (2, 16, 7, 13, 17)),
+        tolerances=TOLERANCES,
+        raw={"refiner_block": _refiner_block, "refiner_block_backward": _refiner_block_backward},
+        large=((8, 64, 3, 35, 55), (2, 64, 7, 56, 56)),
+        settle=_settle_block,
+        magnitudes=_unit_terms,
+    ),
+)
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Tensor:
+    return F.relu(F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2), inplace=True)
+
+
+def block(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    pad = weight1.shape[-1] // 2
+    y = F.relu(F.conv2d(x, weight1, bias1, padding=pad), inplace=True)
+    return F.conv2d(y, weight2, bias2, padding=pad).add_(x).relu_()
+
+
+def convolution_flops(n: int, c: int, k: int, size: int, h: int, w: int) -> float:
+    return 2.0 * n * c * k * size * size * h * w
+
+
+BLOCKS = ((3, 64, 3, 37, 53), (32, 64, 3, 35, 55), (2, 64, 3, 224, 224), (1, 64, 3, 35, 55))
+WORKLOADS = (
+    Workload(
+        "refiner",
+        "refiner_block",
+        (*BLOCKS, (2, 64, 7, 112, 112)),
+        "residual block of two convolutions: images × channels × height × width, filters' height × width",
+        formulas={"eager": block},
+        modes=("forward", "backward"),
+        two_threads=BLOCKS[1:2],
+        flops=lambda n, c, size, h, w: 2 * convolution_flops(n, c, c, size, h, w),
+        shown="{0}×{1}×{3}×{4}, {2}×{2}",
+    ),
+)
