@@ -161,11 +161,10 @@ void convolve(const Tensor& x, bool channels_last, const Tensor& weight, bool ro
   if (!run(kernels_for(args))) run(direct_kernels());
 }
 
-// channels_last: of x; grad_channels_last: of grad and its mask. d_weight and d_bias: each a
-// tensor, or empty where not wanted.
+// channels_last: of x; grad_channels_last: of grad and its mask. d_weight: empty where not wanted.
 FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View& grad,
-                                const MaybeTensor& mask, bool grad_channels_last,
-                                int64_t out_channels, const Tensor& d_weight) {
+                                const View& mask, bool grad_channels_last, int64_t out_channels,
+                                const Tensor& d_weight) {
   const bool want_weight = d_weight.dim() == 4;
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
@@ -179,7 +178,7 @@ FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View&
   args.kernel = want_weight ? d_weight.size(2) : 1;
   if (want_weight) args.x = view_of(x);
   args.grad = grad;
-  args.grad_mask = view_of(mask);
+  args.grad_mask = mask;
   if (want_weight) args.d_filter = view_of(d_weight);
   return args;
 }
@@ -208,8 +207,8 @@ void filter_gradient(const Tensor& x, bool channels_last, const Tensor& grad,
     for (Tensor& t : zeros) torch::stable::zero_(t);
     return;
   }
-  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), mask, grad_channels_last,
-                                         grad.size(1), d_weight);
+  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), view_of(mask),
+                                         grad_channels_last, grad.size(1), d_weight);
   const auto run = [&](const ConvKernels& kernels) {
     const Tensor prepared =
         empty({kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0}, ScalarType::Byte);
@@ -367,8 +366,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     if (backward_in_bands(
             conv_args(x, view_of(grad), channels_last, weight2, true, fusion, {}, true),
             conv_args(x, {}, true, weight1, true, shortcut, view_of(d_x), channels_last),
-            filter_grad_args(x, channels_last, {}, std::nullopt, true, s.out_channels, d_weight1),
-            d_bias1))
+            filter_grad_args(x, channels_last, {}, {}, true, s.out_channels, d_weight1), d_bias1))
       return {d_x, d_weight1, d_bias1, d_weight2, d_bias2};
   }
   d_x = nothing(x);

@@ -92,7 +92,13 @@ class Image {
   }
   Image& fill(double gain = 1) {
     for (int64_t i = 0; i < size(); ++i) put(i, gain * random_number());
+    decode();
     return *this;
+  }
+  // Reads all of it, once, for at().
+  void decode() {
+    decoded_.resize(size_t(size()));
+    for (int64_t i = 0; i < size(); ++i) decoded_[size_t(i)] = entry(i);
   }
   int64_t size() const { return n_ * c_ * h_ * w_; }
   const View& view() const { return view_; }
@@ -103,7 +109,7 @@ class Image {
     });
   }
   double at(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return entry(n * view_.n + c * view_.c + h * view_.h + w * view_.w);
+    return decoded_[size_t(n * view_.n + c * view_.c + h * view_.h + w * view_.w)];
   }
   double entry(int64_t i) const {
     double value = 0;
@@ -111,8 +117,10 @@ class Image {
              [&]<typename T>() { value = double(load(static_cast<const T*>(memory_.get()) + i)); });
     return value;
   }
-  std::vector<double> values() const {  // in the order (n, c, h, w)
+  std::vector<double> values() {  // in the order (n, c, h, w)
+    decode();
     std::vector<double> all;
+    all.reserve(size_t(size()));
     for (int64_t n = 0; n < n_; ++n)
       for (int64_t c = 0; c < c_; ++c)
         for (int64_t h = 0; h < h_; ++h)
@@ -125,6 +133,7 @@ class Image {
   int64_t n_, c_, h_, w_;
   Memory memory_;
   View view_;
+  std::vector<double> decoded_;
 };
 
 double masked(double value, const Image* mask, int64_t n, int64_t c, int64_t h, int64_t w) {
