@@ -17,7 +17,7 @@ PROVIDERS = {**bench.PROVIDERS, **PEERS}
 
 
 def pytest_generate_tests(metafunc):
-    cases = [case for case in workloads.cases([metafunc.module.FAMILY]) if case.threads == 1]
+    cases = [case for case in workloads.cases() if case.threads == 1]
     marks = {
         c: pytest.mark.benchmark(
             group=c.id, timer=time.process_time, max_time=0.5, min_rounds=2 if c.mode == "step" else 5

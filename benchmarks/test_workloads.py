@@ -1,5 +1,2 @@
-FAMILY = "grad_reverse"
-
-
 def test_time(benchmark, quickest):
     benchmark(quickest)

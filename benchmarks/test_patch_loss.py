@@ -1,5 +1,0 @@
-FAMILY = "patch_loss"
-
-
-def test_time(benchmark, quickest):
-    benchmark(quickest)

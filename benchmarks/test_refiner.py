@@ -1,5 +1,0 @@
-FAMILY = "refiner"
-
-
-def test_time(benchmark, quickest):
-    benchmark(quickest)

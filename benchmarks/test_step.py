@@ -1,5 +1,0 @@
-FAMILY = "step"
-
-
-def test_time(benchmark, quickest):
-    benchmark(quickest)
