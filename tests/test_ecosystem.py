@@ -60,7 +60,9 @@ def pair(**options):
     model = copy.deepcopy(original)
     report = fastda.optimize(model)
     assert len(report.replaced) == 2 + 2 * len(model.blocks)
-    assert pays((1, 64, 8, 8), model.third.weight.shape, 0)  # so that the smallest calls are served, too
+    assert pays(
+        (1, 64, 8, 8), model.third.weight.shape, 0, torch.float32
+    )  # so that the smallest calls are served, too
     return model, original
 
 

@@ -14,7 +14,7 @@ from fastda import _torch
 from fastda.ops.refiner_conv import conv_same
 from fastda.optimize.stand_in import PLAIN, Found, StandIn, copies_of_its_own, is_torchs, not_on_cpu
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.float64)
 _CONV_FORWARD, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
 
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
@@ -25,6 +25,10 @@ LEAST_SIZE = 4
 # a call must be of so many products of a tap.
 WANTED_OF = 2
 LEAST_PRODUCTS = 1 << 18
+# 7×7 and float64 transform their filters at a higher cost: they must be few, and the pixels many.
+LEAST_PIXELS = 2048
+MOST_FILTERS = {3: 1 << 16, 7: 1 << 14}
+LEAST_SIZE_OF_7 = 16
 
 
 def find(module: nn.Module) -> Iterator[Found]:
@@ -53,7 +57,7 @@ def _reason(conv: nn.Conv2d) -> str | None:
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
     reason = _refusal(conv, shape) or not_on_cpu(conv)
     dtypes = {parameter.dtype for parameter in conv.parameters()}
-    return reason or next((f"dtype {dtype}" for dtype in dtypes if dtype not in _DTYPES), None)
+    return reason or next((f"no faster in {dtype}" for dtype in dtypes if dtype not in _DTYPES), None)
 
 
 def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
@@ -130,15 +134,15 @@ class Convolution(StandIn):
             or weight.dim() != 4
         ):
             return None
-        shape, (dtype, x_dtype), fit = weight.shape, (weight.dtype, x.dtype), self._fit
+        shape, dtype, fit = weight.shape, weight.dtype, self._fit
         if (
             x.shape[1] != shape[1]
-            or x_dtype not in _DTYPES
+            or dtype not in _DTYPES
+            or x.dtype != dtype
             or not (bias is None or (bias.dim() == 1 and bias.numel() == shape[0] and bias.is_cpu))
             or not (bias is None or bias.dtype == dtype)
+            or torch.is_autocast_enabled("cpu")
         ):
-            return None
-        if x_dtype != dtype and (torch.float64 in (x_dtype, dtype) or _torch.autocast_dtype("cpu") is None):
             return None
         if (
             fit[0] == shape
@@ -163,20 +167,25 @@ class Convolution(StandIn):
             and (conv.padding_mode != "zeros" or _torch.memory_format(x) is not torch.channels_last)
         ):
             return None
-        return padding if _pays(x.shape, shape, shape[2] // 2 - padding) else None
+        return padding if _pays(x.shape, shape, shape[2] // 2 - padding, dtype) else None
 
 
-def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int) -> bool:
+def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int, dtype: torch.dtype) -> bool:
     """Whether a convolution of x is faster than PyTorch's, where a border of the result is not wanted."""
     n, _, height, width = x
+    out_channels, in_channels, k, _ = weight
     h, w = height - 2 * border, width - 2 * border
     tiles = n * (-(-height // 4)) * (-(-width // 4))
-    small = (
+    small: tuple[Any, ...] = (
         h < LEAST_SIZE,
         w < LEAST_SIZE,
         WANTED_OF * n * h * w < 16 * tiles,
-        n * h * w * weight[0] * weight[1] < LEAST_PRODUCTS,
+        n * h * w * out_channels * in_channels < LEAST_PRODUCTS,
     )
+    if k != 3 or dtype == torch.float64:
+        small += n * h * w < LEAST_PIXELS, out_channels * in_channels > MOST_FILTERS.get(k, 0)
+    if k != 3:
+        small += h < LEAST_SIZE_OF_7, w < LEAST_SIZE_OF_7
     # Sizes that are open to a compiler are taken to be large enough.
     return not any(map(_torch.known, small) if is_compiling() else small)
 

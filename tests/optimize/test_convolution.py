@@ -70,7 +70,8 @@ REFUSED = {
     "groups 2": {"groups": 2},
     "padding (2, 2) is more than half of the 3×3 kernel, or not the same on every side": {"padding": 2},
     "padding (1, 0) is more than half of the 3×3 kernel, or not the same on every side": {"padding": (1, 0)},
-    "dtype torch.complex64": {"dtype": torch.complex64},
+    "no faster in torch.complex64": {"dtype": torch.complex64},
+    "no faster in torch.bfloat16": {"dtype": torch.bfloat16},
     "on meta, where nothing was measured": {"device": "meta"},
 }
 
@@ -415,22 +416,40 @@ def test_only_what_gains_is_replaced():
 
 @pytest.mark.gain
 @pytest.mark.parametrize(
-    ("channels", "shape", "padding", "is_served"),
+    ("channels", "k", "dtype", "shape", "padding", "is_served"),
     [
-        (64, (1, 8, 8), 1, True),
-        (16, (1, 8, 8), 1, False),
-        (16, (16, 8, 8), 1, True),
-        (64, (64, 3, 3), 1, False),
-        (64, (16, 5, 5), 1, False),  # four tiles for 25 pixels
-        (64, (16, 6, 6), 1, True),
-        (64, (16, 10, 10), 0, False),  # nine tiles for 64 pixels
-        (64, (1, 18, 18), 0, True),
-        (512, (1, 7, 7), 1, True),
+        (64, 3, "float32", (1, 8, 8), 1, True),
+        (16, 3, "float32", (1, 8, 8), 1, False),
+        (16, 3, "float32", (16, 8, 8), 1, True),
+        (64, 3, "float32", (64, 3, 3), 1, False),
+        (64, 3, "float32", (16, 5, 5), 1, False),  # four tiles for 25 pixels
+        (64, 3, "float32", (16, 6, 6), 1, True),
+        (64, 3, "float32", (16, 10, 10), 0, False),  # nine tiles for 64 pixels
+        (64, 3, "float32", (1, 18, 18), 0, True),
+        (512, 3, "float32", (1, 7, 7), 1, True),
+        (64, 3, "float64", (1, 32, 32), 1, False),
+        (64, 3, "float64", (2, 32, 32), 1, True),
+        (264, 3, "float64", (2, 32, 32), 1, False),
+        (64, 7, "float32", (1, 16, 16), 3, False),
+        (64, 7, "float32", (8, 16, 16), 3, True),
+        (64, 7, "float32", (32, 8, 8), 3, False),
+        (136, 7, "float32", (8, 16, 16), 3, False),
     ],
 )
-def test_a_convolution_of_little_work_takes_pytorchs(channels, shape, padding, is_served):
+def test_a_convolution_of_little_work_takes_pytorchs(channels, k, dtype, shape, padding, is_served):
     with torch.no_grad():
-        model = nn.Conv2d(channels, channels, 3, padding=padding, bias=False)
+        dtype = getattr(torch, dtype)
+        model = nn.Conv2d(channels, channels, k, padding=padding, bias=False, dtype=dtype)
         report = fastda.optimize(model)
-        model(torch.zeros(shape[0], channels, *shape[1:]))
+        model(torch.zeros(shape[0], channels, *shape[1:], dtype=dtype))
     assert report.calls() == {"": (int(is_served), 1)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_under_autocast_torchs_convolution_runs(dtype):
+    model, original, report = pair(nn.Conv2d(8, 8, 3, padding=1), dtype=torch.float32)
+    x = torch.randn(2, 8, 9, 7, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, expected = outcome(lambda: model(x)), outcome(lambda: original(x))
+    assert torch.equal(got, expected) if isinstance(expected, torch.Tensor) else got == expected
+    assert served(report) == 0
