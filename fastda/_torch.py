@@ -22,9 +22,13 @@ def transforms_active() -> bool:
 transforms_active._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def exporting_to_onnx() -> bool:
-    """True inside torch.onnx.export, which knows the operators that the reference is made of, not ours."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+def exporting_torch_operators() -> bool:
+    """True where an exported program is to hold torch's own operators alone.
+
+    torch.onnx.export knows no others. What torch.export records with gradients enabled can be trained, and
+    there a custom Function would leave nothing but its forward.
+    """
+    return torch.compiler.is_exporting() and (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
 
 
 def tracing() -> bool:
@@ -37,19 +41,42 @@ def modes_active() -> bool:
     return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
+def in_backward() -> bool:
+    """True inside a backward pass, where activation checkpointing repeats forward passes."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype that autocast wants on this device, None where autocast is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    """The dtype that autocast wants on this device, None where autocast is off or, as on `meta`, unknown."""
+    if not _has_autocast(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def value_known(t: torch.Tensor) -> bool:
+    """Whether the host knows the value of `t` without waiting: no device, no compiler, no fake tensor."""
+    plain = type(t) in (torch.Tensor, torch.nn.Parameter)
+    return plain and t.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def memory_format(x: torch.Tensor) -> torch.memory_format:
     """The memory format that torch's own convolutions would give their result for this input."""
+    if tracing():  # sizes are tensors there
+        last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if last else torch.contiguous_format
     return torch._prims_common.suggest_memory_format(x)
 
 
 def as_channels_last(x: torch.Tensor) -> torch.Tensor:
     """`x` (N, C, H, W) with channels_last strides; a view for one channel, where the formats agree."""
-    if x.shape[1] != 1 or not x.is_contiguous():
+    if tracing() or x.shape[1] != 1 or not x.is_contiguous():
         return x.contiguous(memory_format=torch.channels_last)
     n, _, h, w = x.shape
     return x.as_strided((n, 1, h, w), (h * w, 1, w, 1))

@@ -131,7 +131,7 @@ def select(x: torch.Tensor) -> str:
 
     `cpp` and `cuda` are the two dispatch keys of `torch.ops.fastda`.
     """
-    if _torch.transforms_active() or _torch.exporting_to_onnx() or _torch.tracing():
+    if _torch.transforms_active() or _torch.exporting_torch_operators() or _torch.tracing():
         return "reference"
     device_type = x.device.type
     if _forced is None:

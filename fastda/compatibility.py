@@ -6,14 +6,16 @@ known bugs are not here.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
+from fastda import _torch, backend
 from fastda.nn import GradientReversal
+from fastda.ops.common import is_symbolic
 from fastda.ops.grad_reverse import grad_reverse
 from fastda.ops.patch_loss import LEAST_PATCHES, one_side_loss
 
@@ -53,8 +55,15 @@ class GradientReverseLayer(nn.Module):
     Differs: the result is a view, not a copy, so no in-place operation directly behind it.
     """
 
-    def forward(self, input: Tensor, coeff: float | Tensor = 1.0) -> Tensor:
-        return grad_reverse(input, coeff)
+    def forward(self, input: Tensor, coeff: float | Tensor | None = None) -> Tensor:
+        return _reverse(input, coeff)
+
+
+def _reverse(x: Tensor, coeff: float | Tensor | None) -> Tensor:
+    """None is 1: the default of a forward that is a number becomes an input in torch.onnx.export."""
+    if is_symbolic(x):
+        return handle_torch_function(_reverse, (x,), x, coeff)
+    return grad_reverse(x, 1.0 if coeff is None else coeff)
 
 
 class WarmStartGradientReverseLayer(nn.Module):
@@ -62,11 +71,15 @@ class WarmStartGradientReverseLayer(nn.Module):
 
     After i steps it is 2(hi − lo) / (1 + exp(−alpha·i / max_iters)) − (hi − lo) + lo. It goes on rising after
     max_iters: with tllib's alpha of 1 it has come less than half of the way there, Ganin's schedule is
-    alpha=10. With `auto_step`, every forward in training mode is a step.
+    alpha=10. With `auto_step`, every forward in training mode is a step; not so where activation
+    checkpointing repeats one in the backward pass, which reverses as the last step did.
 
-    Differs: iter_num is saved with the state_dict, so that a resumed training does not start over (a
-    state_dict without it loads too); a forward in evaluation mode is no step; the result is a view.
+    Differs: the steps are counted in a buffer, so that a resumed training does not start over (a state_dict
+    without it loads too), DataParallel counts, and nothing is compiled again; `iter_num` reads and sets it.
+    A forward in evaluation mode is no step; the result is a view.
     """
+
+    steps: Tensor
 
     def __init__(
         self,
@@ -78,30 +91,51 @@ class WarmStartGradientReverseLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.alpha, self.lo, self.hi, self.max_iters, self.auto_step = alpha, lo, hi, max_iters, auto_step
-        self.iter_num = 0
+        self.register_buffer("steps", torch.tensor(0, dtype=torch.int64))
+
+    @property
+    def iter_num(self) -> int:
+        return int(self.steps)
+
+    @iter_num.setter
+    def iter_num(self, value: int) -> None:
+        self.steps.fill_(value)
 
     def forward(self, input: Tensor) -> Tensor:
-        progress = self.iter_num / self.max_iters
-        coeff = (
-            2 * (self.hi - self.lo) / (1 + math.exp(-self.alpha * progress)) - (self.hi - self.lo) + self.lo
-        )
-        if self.auto_step and self.training:
+        stepping = self.auto_step and self.training
+        schedule = (self.alpha / self.max_iters, self.lo, self.hi)
+        steps = self.steps
+        if stepping and torch.compiler.is_compiling():
             self.step()
-        return grad_reverse(input, coeff)
+            stepping = False
+        return _reverse_warming_up(input, steps, *schedule, stepping)
 
     def step(self) -> None:
         """One training step has been taken."""
-        self.iter_num += 1
-
-    def get_extra_state(self) -> int:
-        return self.iter_num
-
-    def set_extra_state(self, state: int) -> None:
-        self.iter_num = state
+        if torch.compiler.is_compiling():
+            # A backward pass that torch 2.14 compiles reads a buffer changed in place as it is by then.
+            self.steps = self.steps + 1
+        else:
+            self.steps.add_(1)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}_extra_state", 0)
+        # Where the count once stood.
+        earlier = state_dict.pop(f"{prefix}_extra_state", 0)
+        state_dict.setdefault(f"{prefix}steps", torch.as_tensor(earlier))
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+
+
+def _reverse_warming_up(
+    x: Tensor, steps: Tensor, rate: float, lo: float, hi: float, stepping: bool
+) -> Tensor:
+    if is_symbolic(x):
+        return handle_torch_function(_reverse_warming_up, (x,), x, steps, rate, lo, hi, stepping)
+    repeated = stepping and _torch.in_backward()
+    # tanh(z / 2) is 2 / (1 + exp(−z)) − 1, without its cancellation in float32.
+    coeff = torch.tanh((steps - 1 if repeated else steps) * (rate / 2)) * (hi - lo) + lo
+    if stepping and not repeated:
+        steps.add_(1)
+    return grad_reverse(x, coeff)
 
 
 class GANLoss(nn.Module):
@@ -133,27 +167,35 @@ class GANLoss(nn.Module):
         self._labels = (float(target_fake_label), float(target_real_label))
 
     def forward(self, prediction: Tensor, target_is_real: bool) -> Tensor:
-        if self._kind == "softplus":
-            wide = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-            return F.softplus(-wide if target_is_real else wide).flatten(1).mean(1)
-        label = self._labels[bool(target_is_real)]
-        smoothing = 0.0 if self._kind == "wgan" else 2 * abs(label - bool(target_is_real))
-        if smoothing > 1 or prediction.numel() < max(1, LEAST_PATCHES[self._kind]):
-            prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-            target = torch.full_like(prediction, label)
-            if self._kind == "wgan":
-                return -prediction.mean() if target_is_real else prediction.mean()
-            loss = F.mse_loss if self._kind == "lsgan" else F.binary_cross_entropy_with_logits
-            return loss(prediction, target)
-        patches = prediction.reshape(1, 1, 1, -1)
-        return one_side_loss(patches, self._kind, bool(target_is_real), smoothing)
+        return _gan_loss(prediction, self._kind, bool(target_is_real), self._labels[bool(target_is_real)])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
-        self._labels = (self.fake_label.item(), self.real_label.item())
+        if not self.real_label.is_meta:
+            self._labels = (self.fake_label.item(), self.real_label.item())
 
     def extra_repr(self) -> str:
         return repr(self.gan_mode)
+
+
+def _gan_loss(prediction: Tensor, kind: str, real: bool, label: float) -> Tensor:
+    if is_symbolic(prediction):
+        return handle_torch_function(_gan_loss, (prediction,), prediction, kind, real, label)
+    if kind == "softplus":
+        wide = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        return F.softplus(-wide if real else wide).flatten(1).mean(1)
+    smoothing = 0.0 if kind == "wgan" else 2 * abs(label - real)
+    if (
+        smoothing > 1
+        or backend.select(prediction) == "reference"
+        or prediction.numel() < max(1, LEAST_PATCHES[kind])
+    ):
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+        if kind == "wgan":
+            return -prediction.mean() if real else prediction.mean()
+        loss = F.mse_loss if kind == "lsgan" else F.binary_cross_entropy_with_logits
+        return loss(prediction, torch.full_like(prediction, label))
+    return one_side_loss(prediction.reshape(1, 1, 1, -1), kind, real, smoothing)
 
 
 class LocalAdversarialLoss(nn.Module):
@@ -180,21 +222,26 @@ class LocalAdversarialLoss(nn.Module):
         self.real_class = real_class
 
     def forward(self, logits: Tensor, real: bool) -> Tensor:
-        if logits.dim() not in (2, 4) or logits.shape[1] != 2:
-            raise ValueError(
-                "LocalAdversarialLoss: logits must be (N, 2, H, W) or rows of two (M, 2), "
-                f"got {tuple(logits.shape)}; view(N, -1, 2) of a map pairs pixels, not classes"
-            )
-        target = self.real_class if real else 1 - self.real_class
-        if logits.numel() < 2 * max(1, LEAST_PATCHES["softmax"]):
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            shape = (logits.shape[0], *logits.shape[2:])
-            return F.cross_entropy(wide, torch.full(shape, target, device=logits.device))
-        patches = logits if logits.dim() == 4 else logits.t()[None, :, None]
-        return one_side_loss(patches, "softmax", target == 0)
+        return _local_adversarial_loss(logits, self.real_class if real else 1 - self.real_class)
 
     def extra_repr(self) -> str:
         return f"real_class={self.real_class}"
+
+
+def _local_adversarial_loss(logits: Tensor, target: int) -> Tensor:
+    if is_symbolic(logits):
+        return handle_torch_function(_local_adversarial_loss, (logits,), logits, target)
+    if logits.dim() not in (2, 4) or logits.shape[1] != 2:
+        raise ValueError(
+            "LocalAdversarialLoss: logits must be (N, 2, H, W) or rows of two (M, 2), "
+            f"got {tuple(logits.shape)}; view(N, -1, 2) of a map pairs pixels, not classes"
+        )
+    if backend.select(logits) == "reference" or logits.numel() < 2 * max(1, LEAST_PATCHES["softmax"]):
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        shape = (logits.shape[0], *logits.shape[2:])
+        return F.cross_entropy(wide, torch.full(shape, target, device=logits.device))
+    patches = logits if logits.dim() == 4 else logits.t()[None, :, None]
+    return one_side_loss(patches, "softmax", target == 0)
 
 
 class ImagePool:
@@ -202,6 +249,7 @@ class ImagePool:
 
     Until `pool_size` images are stored, an image is stored and returned. From then on it is returned with
     probability ½; else a stored one is, whose place it takes. pool_size=0 returns the images themselves.
+    Images of several sizes come one at a time.
 
     Differs: stored and returned images are copies, so that changing a batch later changes no history, and a
     stored image keeps no batch alive; choices follow `torch.manual_seed`, not Python's `random`.
@@ -221,16 +269,17 @@ class ImagePool:
     def query(self, images: Tensor) -> Tensor:
         if self.pool_size == 0:
             return images
-        images = images.detach().clone()
         keep = torch.rand(len(images)) > 0.5
         places = torch.randint(self.pool_size, (len(images),))
-        for i, image in enumerate(images):
+        returned = []
+        for i, image in enumerate(images.detach()):
             if len(self.images) < self.pool_size:
                 self.images.append(image.clone())
             elif keep[i]:
                 earlier, self.images[places[i]] = self.images[places[i]], image.clone()
-                images[i] = earlier
-        return images
+                image = earlier
+            returned.append(image)
+        return torch.stack(returned) if returned else images.detach().clone()
 
 
 class ImageHistoryBuffer:
@@ -240,7 +289,8 @@ class ImageHistoryBuffer:
     ImageHistoryBuffer` does both steps in one `query`.
 
     Differs: it fills (there `np.append`'s result is dropped, and the history stays empty for ever); it never
-    holds more than max_size; stored images are copies; choices follow `torch.manual_seed`.
+    holds more than max_size; stored images are copies, of the dtype that all images together promote to;
+    choices follow `torch.manual_seed`.
 
     Args:
         shape: of the stored images, (0, C, H, W); the 0 is not used.
@@ -261,14 +311,19 @@ class ImageHistoryBuffer:
     def add_to_image_history_buffer(self, images: Any, nb_to_add: int | None = None) -> None:
         """Store the first `nb_to_add` images; those without room replace stored ones chosen at random."""
         self._numpy = not isinstance(images, Tensor)
+        if hasattr(images, "strides"):  # an array, perhaps with negative strides or of another byte order
+            images = images.astype(images.dtype.newbyteorder("="))
         shape = tuple(self.image_history_buffer.shape[1:])
-        new = torch.as_tensor(images).detach()[: nb_to_add or self.batch_size // 2].clone()
+        new = torch.as_tensor(images).detach()[: nb_to_add or self.batch_size // 2]
         if tuple(new.shape[1:]) != shape:
             raise ValueError(
                 f"ImageHistoryBuffer: images must be (N, {', '.join(map(str, shape))}), "
                 f"got {tuple(torch.as_tensor(images).shape)}"
             )
-        stored = self.image_history_buffer.to(new)
+        stored, dtype = self.image_history_buffer, new.dtype
+        if len(stored):
+            dtype = torch.promote_types(stored.dtype, dtype)
+        stored, new = stored.to(new.device, dtype), new.to(dtype)
         room = self.max_size - len(stored)
         stored = torch.cat([stored, new[:room]])
         rest = new[room:][: self.max_size]

@@ -1,11 +1,14 @@
 """fastda.compatibility beside its namesakes' behaviour, and where it is better."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastda
 from fastda import compatibility
@@ -19,6 +22,7 @@ from fastda.compatibility import (
     RevGrad,
     WarmStartGradientReverseLayer,
 )
+from tests.common import compiled
 
 pytestmark = pytest.mark.isa_independent
 
@@ -77,8 +81,116 @@ def test_the_warm_start_resumes(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again[1].iter_num == 7
     # tllib's own checkpoints have no such entry.
-    again.load_state_dict({k: v for k, v in model.state_dict().items() if "extra" not in k})
+    without = {k: v for k, v in model.state_dict().items() if "steps" not in k}
+    again.load_state_dict(without)
     assert again[1].iter_num == 0
+    # Where the count stood before it was a buffer.
+    again.load_state_dict({**without, "1._extra_state": 5})
+    assert again[1].iter_num == 5
+    again[1].iter_num = 9
+    assert again.state_dict()["1.steps"] == 9
+
+
+def test_the_warm_start_counts_in_replicas_of_data_parallel():
+    layer = WarmStartGradientReverseLayer(auto_step=True)
+    for _ in range(3):
+        replica = layer._replicate_for_data_parallel()
+        replica._buffers = dict(layer._buffers)  # those of the first device are the module's own
+        replica(torch.ones(1))
+    assert layer.iter_num == 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_warm_start_steps_once_where_a_checkpoint_repeats_its_forward(reentrant):
+    layer, twin = (WarmStartGradientReverseLayer(10.0, 0.1, 0.9, 20, auto_step=True) for _ in range(2))
+
+    class Region(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x * 2).exp()
+
+    for i in range(4):
+        grads = []
+        for region, through in ((Region(layer), True), (Region(twin), False)):
+            x = torch.linspace(-1, 1, 5).requires_grad_()
+            y = checkpoint(region, x, use_reentrant=reentrant) if through else region(x)
+            y.sum().backward()
+            grads.append(x.grad)
+        torch.testing.assert_close(*grads)
+        assert layer.iter_num == twin.iter_num == i + 1
+
+
+def test_the_warm_start_is_compiled_once():
+    layer, twin = (WarmStartGradientReverseLayer(10.0, 0.1, 0.9, 20, auto_step=True) for _ in range(2))
+    fast, counter = compiled(layer, "aot_eager")
+    for i in range(12):
+        assert gradient(fast) == pytest.approx(gradient(twin))
+        assert layer.iter_num == i + 1
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: fastda.nn.ScheduledGradientReversal(8, low=0.1),
+        lambda: WarmStartGradientReverseLayer(10.0, 0.1, 0.9, 8),
+    ],
+    ids=["ScheduledGradientReversal", "WarmStartGradientReverseLayer"],
+)
+def test_a_step_compiled_with_its_forward_leaves_the_gradient_alone(make):
+    layer, twin = make(), make()
+
+    def forward_and_step(layer, x):
+        y = layer(x)
+        layer.step()
+        return y
+
+    fast, counter = compiled(forward_and_step, "aot_eager")
+    for i in range(4):
+        inputs = [torch.ones(3, requires_grad=True) for _ in range(2)]
+        fast(layer, inputs[0]).sum().backward()
+        forward_and_step(twin, inputs[1]).sum().backward()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+        assert layer.steps == twin.steps == i + 1
+    assert counter.frame_count == 1
+
+
+def test_states_are_tensors_alone():
+    """As safetensors and torch.onnx.export want them."""
+    modules = [getattr(fastda.nn, name) for name in ("ScheduledGradientReversal", "ImageHistoryBuffer")]
+    for module in (*(m(3) for m in modules), WarmStartGradientReverseLayer(), GANLoss("lsgan"), RevGrad()):
+        assert all(isinstance(v, torch.Tensor) for v in module.state_dict().values())
+    seeded, plain = modules[1](3, seed=1), modules[1](3)
+    plain.load_state_dict(modules[1](3).state_dict())
+    assert plain.generator is None
+    plain.load_state_dict({"images": torch.empty(0), "_extra_state": None})  # as it was saved before
+    assert plain.generator is None
+    plain.load_state_dict(seeded.state_dict())
+    assert torch.equal(plain.generator.get_state(), seeded.generator.get_state())
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.5), np.float16(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_real_numbers_of_other_libraries(scale):
+    for function in (
+        lambda x: ReverseLayerF.apply(x, scale),
+        lambda x: fastda.grad_reverse(x, scale),
+        lambda x: fastda.nn.GradientReversal(scale)(x),
+        lambda x: fastda.grad_reverse_linear(x, torch.eye(4), None, scale),
+        RevGrad(scale),
+    ):
+        x = torch.randn(3, 4, requires_grad=True)
+        function(x).sum().backward()
+        torch.testing.assert_close(x.grad, torch.full((3, 4), -0.5))
+    refined, synthetic, logits = torch.randn(2, 1, 3, 3), torch.randn(2, 1, 3, 3), torch.randn(2, 2, 3, 3)
+    for function in (
+        lambda s: fastda.self_regularization(refined, synthetic, s),
+        lambda s: fastda.refiner_loss(logits, refined, synthetic, s),
+        lambda s: fastda.nn.RefinerLoss(s)(logits, refined, synthetic),
+    ):
+        torch.testing.assert_close(function(scale), function(0.5))
 
 
 def original_gan_loss(gan_mode, prediction, is_real, labels):
@@ -196,6 +308,43 @@ def test_image_pool_keeps_copies_and_no_graph():
     for bad in (-1, 2.0, True):
         with pytest.raises(ValueError, match="ImagePool: pool_size must be an int of at least 0, got "):
             ImagePool(bad)
+
+
+def test_image_pool_takes_images_of_any_size_one_at_a_time():
+    pool = ImagePool(2)
+    sizes = [(4, 5), (6, 3), (2, 2)]
+    drawn = set()
+    for step in range(60):
+        image = torch.rand(1, 3, *sizes[step % 3])
+        returned = pool.query(image)
+        assert returned.shape[:2] == (1, 3) and tuple(returned.shape[2:]) in sizes
+        drawn.add(torch.equal(returned, image))
+    assert drawn == {True, False}
+    assert pool.query(torch.empty(0, 3, 4, 4)).shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda a: a[..., ::-1], lambda a: a[::-1], lambda a: a.astype(">f4"), lambda a: a.transpose(0, 1, 3, 2)],
+    ids=["mirrored", "reversed", "big-endian", "transposed"],
+)
+def test_image_history_buffer_takes_any_array(change):
+    history = ImageHistoryBuffer((0, 1, 2, 2), 4, 4)
+    images = change(torch.randn(4, 1, 2, 2).numpy())
+    history.add_to_image_history_buffer(images, 4)
+    torch.testing.assert_close(history.image_history_buffer, torch.tensor(images.tolist()))
+    before = history.image_history_buffer.clone()
+    images[:] = 0
+    assert torch.equal(history.image_history_buffer, before)
+
+
+def test_image_history_buffer_promotes_as_append_does():
+    history = ImageHistoryBuffer((0, 1, 2, 2), 8, 4)
+    history.add_to_image_history_buffer(torch.full((2, 1, 2, 2), 7, dtype=torch.uint8), 2)
+    assert history.get_from_image_history_buffer().dtype == torch.uint8
+    history.add_to_image_history_buffer(torch.full((2, 1, 2, 2), 0.25), 2)
+    history.add_to_image_history_buffer(torch.full((2, 1, 2, 2), 9, dtype=torch.uint8), 2)
+    assert history.image_history_buffer[:, 0, 0, 0].tolist() == [7, 7, 0.25, 0.25, 9, 9]
 
 
 def test_image_history_buffer_fills_and_replaces():

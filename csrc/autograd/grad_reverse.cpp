@@ -209,7 +209,8 @@ PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count
   if (!plain(x) || !recorded(x) || !plain(weight) || (bias.defined() && !plain(bias)))
     Py_RETURN_NONE;
   const auto device_type = x.device().type();
-  if (at::autocast::is_autocast_enabled(device_type)) {
+  if (at::autocast::is_autocast_available(device_type) &&
+      at::autocast::is_autocast_enabled(device_type)) {
     // What autocast would do to the operands of a linear layer, with its cache of cast weights.
     const auto dtype = at::autocast::get_autocast_dtype(device_type);
     for (Tensor* t : {&x, &weight, &bias}) *t = at::autocast::cached_cast(dtype, *t, device_type);

@@ -49,12 +49,14 @@ struct Acc<double> {
 [[maybe_unused]] inline float load(const bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
 
 [[maybe_unused]] inline float load(const f16* p) {
-  // Rebias the exponent by one multiplication, which also normalises subnormals; infinities and NaN
-  // keep theirs.
-  const uint32_t h = p->bits;
-  const float magnitude = bits_to_float((h & 0x7fffu) << 13) * bits_to_float(0x77800000u);  // 2^112
-  const uint32_t special = (h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
-  return bits_to_float(float_to_bits(magnitude) | special | ((h & 0x8000u) << 16));
+  // Rebias the exponent; infinities and NaN keep theirs. A subnormal becomes the mantissa of 2^-14,
+  // which is then taken off: no float is subnormal on the way, where a thread may flush those to 0.
+  const uint32_t h = p->bits, a = h & 0x7fffu;
+  const float subnormal = bits_to_float((a << 13) + 0x38800000u) - bits_to_float(0x38800000u);
+  const uint32_t normal = (a << 13) + 0x38000000u;
+  const uint32_t magnitude = a < 0x400u ? float_to_bits(subnormal) : normal;
+  const uint32_t special = a >= 0x7c00u ? 0x7f800000u : 0u;
+  return bits_to_float(magnitude | special | ((h & 0x8000u) << 16));
 }
 
 [[maybe_unused]] inline void store(float* p, float v) { *p = v; }

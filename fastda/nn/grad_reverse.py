@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from fastda.ops.common import number, shown
 from fastda.ops.grad_reverse import _check_scale, grad_reverse
 
 
@@ -25,15 +26,14 @@ class GradientReversal(nn.Module):
             _check_scale("GradientReversal", scale, scale)
             self.register_buffer("scale", scale)
         else:
-            _check_scale("GradientReversal", torch.empty(()), scale)
-            self.scale = scale
+            self.scale = number(scale)
+            _check_scale("GradientReversal", torch.empty(()), self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         return grad_reverse(x, self.scale)
 
     def extra_repr(self) -> str:
-        s = self.scale
-        return f"scale={s.item() if isinstance(s, Tensor) and s.dim() == 0 else s}"
+        return f"scale={shown(self.scale)}"
 
 
 class ScheduledGradientReversal(nn.Module):
@@ -70,10 +70,16 @@ class ScheduledGradientReversal(nn.Module):
     @torch.no_grad()
     def step(self) -> None:
         """Advance the schedule by one training step."""
-        self.steps.add_(1)
-        progress = (self.steps / self.max_steps).clamp(max=1.0)
+        steps = self.steps + 1
+        progress = (steps / self.max_steps).clamp(max=1.0)
         rise = 2.0 / (1.0 + torch.exp(-self.gamma * progress)) - 1.0
-        self.scale.copy_(self.low + (self.high - self.low) * rise)
+        scale = self.low + (self.high - self.low) * rise
+        if torch.compiler.is_compiling():
+            # A backward pass that torch 2.14 compiles reads a buffer changed in place as it is by then.
+            self.steps, self.scale = steps, scale.to(self.scale.dtype)
+        else:
+            self.steps.copy_(steps)
+            self.scale.copy_(scale)
 
     def extra_repr(self) -> str:
         return f"max_steps={self.max_steps}, gamma={self.gamma}, low={self.low}, high={self.high}"

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastda import _torch
+from fastda.ops.common import is_symbolic
+
 
 class ImageHistoryBuffer(nn.Module):
     """Keeps `capacity` refined images, so that the discriminator also sees what the refiner did earlier.
@@ -36,16 +39,18 @@ class ImageHistoryBuffer(nn.Module):
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    @torch.no_grad()
     def query(self, batch: Tensor) -> Tensor:
         """Half current, half earlier images, (N, C, H, W) like `batch`, detached; the buffer is updated.
 
         Raises ValueError for a batch whose images do not have the shape of the stored ones or that is on
-        another device, TypeError for another dtype.
+        another device, TypeError for another dtype, RuntimeError in torch.jit.trace, torch.export and
+        torch.fx.symbolic_trace, which would record one draw for ever.
         """
+        if is_symbolic(batch) or _torch.tracing() or torch.compiler.is_exporting():
+            raise RuntimeError("ImageHistoryBuffer: its state and its draws cannot be traced or exported")
         if batch.dim() != 4:
             raise ValueError(f"ImageHistoryBuffer: batch must be (N, C, H, W), got {tuple(batch.shape)}")
-        stored, n = len(self), batch.shape[0]
+        stored = len(self)
         if stored and batch.shape[1:] != self.images.shape[1:]:
             raise ValueError(
                 f"ImageHistoryBuffer: batch must hold images of shape {tuple(self.images.shape[1:])}, "
@@ -55,6 +60,16 @@ class ImageHistoryBuffer(nn.Module):
             raise TypeError(f"ImageHistoryBuffer: batch must be {self.images.dtype}, got {batch.dtype}")
         if stored and batch.device != self.images.device:
             raise ValueError(f"ImageHistoryBuffer: batch must be on {self.images.device}, got {batch.device}")
+        if torch.compiler.is_compiling():
+            return self._query(batch)
+        with torch.inference_mode(False):  # an inference tensor could not be changed outside of that mode
+            if self.images.is_inference():
+                self.images = self.images.clone()
+            return self._query(batch)
+
+    @torch.no_grad()
+    def _query(self, batch: Tensor) -> Tensor:
+        stored, n = len(self), batch.shape[0]
         batch = batch.detach().clone()
         if stored < self.capacity:
             new = batch[: self.capacity - stored]
@@ -75,10 +90,11 @@ class ImageHistoryBuffer(nn.Module):
         return self.query(batch)
 
     def get_extra_state(self) -> Any:
-        return None if self.generator is None else self.generator.get_state()
+        # Empty rather than None, which safetensors and torch.onnx.export don't take for a state.
+        return torch.empty(0, dtype=torch.uint8) if self.generator is None else self.generator.get_state()
 
     def set_extra_state(self, state: Any) -> None:
-        if state is not None:
+        if state is not None and state.numel():
             if self.generator is None:
                 self.generator = torch.Generator()
             self.generator.set_state(state.cpu())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastda.ops.common import number, shown
 from fastda.ops.patch_loss import (
     KINDS,
     REDUCTIONS,
@@ -153,7 +154,7 @@ class RefinerLoss(nn.Module):
         if isinstance(reg_scale, Tensor):
             self.register_buffer("reg_scale", reg_scale)
         else:
-            self.reg_scale = reg_scale
+            self.reg_scale = number(reg_scale)
 
     def forward(self, fake_logits: Tensor, refined: Tensor, synthetic: Tensor) -> Tensor:
         return refiner_loss(
@@ -161,6 +162,4 @@ class RefinerLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        scale = self.reg_scale
-        value = scale.item() if isinstance(scale, Tensor) else scale
-        return f"reg_scale={value}, {self.kind!r}, reduction={self.reduction!r}"
+        return f"reg_scale={shown(self.reg_scale)}, {self.kind!r}, reduction={self.reduction!r}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function
 
 from fastda import _torch
+from fastda.ops.common import is_symbolic
 from fastda.ops.refiner_conv import checked_refiner_block, conv_same
 
 
@@ -77,9 +79,20 @@ class Refiner(nn.Module):
         return cls(1, 64, 10, 7, recompute_inner=recompute_inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"Refiner: x must be (N, C, H, W), got {tuple(x.shape)}")
-        layout = _torch.memory_format(x)
-        h = conv_same(_torch.as_channels_last(x), self.first.weight, self.first.bias, relu=True)
+        h = conv_same(_as_channels_last(x), self.first.weight, self.first.bias, relu=True)
         h = conv_same(self.blocks(h), self.last.weight, self.last.bias)
-        return h.contiguous(memory_format=layout)
+        return _laid_out_as(x, h)
+
+
+def _as_channels_last(x: Tensor) -> Tensor:
+    if is_symbolic(x):
+        return handle_torch_function(_as_channels_last, (x,), x)
+    if x.dim() != 4:
+        raise ValueError(f"Refiner: x must be (N, C, H, W), got {tuple(x.shape)}")
+    return _torch.as_channels_last(x)
+
+
+def _laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    if is_symbolic(x):
+        return handle_torch_function(_laid_out_as, (x,), x, y)
+    return y.contiguous(memory_format=_torch.memory_format(x))

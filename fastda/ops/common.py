@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -36,6 +37,21 @@ def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, output, 0)
 
 
+def shown(value: Any) -> Any:
+    """For a repr: the number that a 0-dim tensor holds; itself where it holds none, as on `meta`."""
+    try:
+        return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+    except RuntimeError:
+        return value
+
+
+def laid_out_as(parameter: Tensor, grad: Tensor) -> Tensor:
+    """`grad` with the strides of its parameter, as DistributedDataParallel's buckets have them."""
+    if grad.stride() == parameter.stride():
+        return grad
+    return torch.empty_like(parameter, dtype=grad.dtype).copy_(grad)
+
+
 def autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast makes of the operands of a product: its lower precision, float64 left alone."""
     dtype = _torch.autocast_dtype(x.device.type)
@@ -52,10 +68,21 @@ def is_symbolic(x: Any) -> bool:
     return not isinstance(x, Tensor) and has_torch_function((x,))
 
 
-def distinct(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Arguments for a Function. Under torch.compile, which refuses a tensor passed twice, views stand in."""
+def number(value: Any) -> Any:
+    """A real number of any library, such as NumPy's float32, as Python's; whatever else as it is."""
+    if isinstance(value, (float, int, Tensor)) or not isinstance(value, Real):
+        return value
+    return float(value)
+
+
+def recordable(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Arguments for a Function.
+
+    Copies stand in for tensors made in inference mode, which autograd refuses to save; under torch.compile,
+    which refuses a tensor passed twice, views.
+    """
     if not is_compiling():
-        return tensors
+        return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
     seen: list[Tensor | None] = []
     for t in tensors:
         seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)

@@ -17,7 +17,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.overrides import handle_torch_function
 
 from fastda import _torch, backend, reference
-from fastda.ops.common import autocast, is_symbolic
+from fastda.ops.common import autocast, is_symbolic, number, recordable
 
 _node = backend.autograd_module
 
@@ -58,7 +58,7 @@ def _check_x(op: str, x: Tensor) -> None:
 def _factor(x: Tensor, scale: float | Tensor) -> float | Tensor:
     """−scale as it is now: a later in-place change of the scale must not reach a recorded gradient."""
     if isinstance(scale, Tensor) and scale.dim() == 0:
-        if scale.device.type == "cpu" and not is_compiling():
+        if _torch.value_known(scale):
             return -scale.item()
         scale = scale.to(x.device)
     return -scale
@@ -130,6 +130,7 @@ def grad_reverse(x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
             return y
     if is_symbolic(x):
         return handle_torch_function(grad_reverse, (x,), x, scale)
+    scale = number(scale)
     _check_x("grad_reverse", x)
     _check_scale("grad_reverse", x, scale)
     if _torch.tracing():
@@ -222,6 +223,7 @@ def grad_reverse_linear(
             return y
     if is_symbolic(x):
         return handle_torch_function(grad_reverse_linear, (x,), x, weight, bias, scale)
+    scale = number(scale)
     _check_x("grad_reverse_linear", x)
     _check_scale("grad_reverse_linear", x, scale)
     if _torch.tracing():
@@ -231,6 +233,8 @@ def grad_reverse_linear(
     serving = backend.select(x)
     if serving == "reference":
         return reference.grad_reverse_linear(x, weight, bias, scale)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        x, weight, bias = recordable(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         factor = _factor(x, scale)
         if isinstance(factor, Tensor) or is_compiling():

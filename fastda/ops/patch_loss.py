@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.overrides import handle_torch_function
 
 from fastda import _torch, backend, reference
-from fastda.ops.common import composite_backward, distinct
+from fastda.ops.common import composite_backward, is_symbolic, laid_out_as, number, recordable
 from fastda.reference.patch_loss import patch_terms
 from fastda.registry.patch_loss import KINDS, REDUCTIONS, wide
 
@@ -97,9 +98,14 @@ def _run(
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, ...]:
     """The raw operator's results; the last ones are the gradients of its first tensors."""
-    if name == "patch_head_discriminator_loss":
-        needs = (needs[0], needs[1], needs[2] or needs[3])
-    return getattr(backend.kernels(serving), name)(*tensors, *options, *needs)
+    run = getattr(backend.kernels(serving), name)
+    if name != "patch_head_discriminator_loss":
+        return run(*tensors, *options, *needs)
+    *results, d_weight, d_bias = run(*tensors, *options, needs[0], needs[1], needs[2] or needs[3])
+    weight = tensors[2]
+    if needs[2] and weight is not None:
+        d_weight = laid_out_as(weight, d_weight)
+    return (*results, d_weight, d_bias)
 
 
 def differentiable_gradients(
@@ -166,7 +172,7 @@ def _apply(name: str, serving: str, options: tuple[Any, ...], *tensors: Tensor |
             outputs = _node.loss(name, count, options, *tensors)
             if outputs is not None:
                 return outputs
-        return _Loss.apply(name, serving, options, *distinct(*tensors))
+        return _Loss.apply(name, serving, options, *recordable(*tensors))
     return _run(name, serving, tensors, options, (False,) * count)[:-count]
 
 
@@ -241,9 +247,10 @@ def _scale(op: str, name: str, scale: float | Tensor, x: Tensor) -> tuple[Tensor
             raise ValueError(
                 f"{op}: {name} must be a float or a 0-dim tensor, got shape {tuple(scale.shape)}"
             )
-        if scale.device.type == "cpu" and not is_compiling():
+        if _torch.value_known(scale):
             return None, scale.item()
         return scale.to(x.device), 0.0
+    scale = number(scale)
     if not isinstance(scale, (float, int)):
         raise TypeError(f"{op}: {name} must be a float or a 0-dim tensor, got {type(scale).__name__}")
     if is_compiling():
@@ -302,6 +309,19 @@ def patch_discriminator_loss(
         results = _node.patch_discriminator_loss(real_logits, fake_logits, kind, reduction)
         if results is not None:
             return results if return_accuracy else results[0]
+    if is_symbolic(real_logits) or is_symbolic(fake_logits):
+        logits = (real_logits, fake_logits)
+        return handle_torch_function(
+            patch_discriminator_loss,
+            logits,
+            *logits,
+            kind,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            real_weight=real_weight,
+            fake_weight=fake_weight,
+            return_accuracy=return_accuracy,
+        )
     op = "patch_discriminator_loss"
     _check_options(op, kind, reduction, label_smoothing, (*REDUCTIONS, "none"))
     _check_tensor(op, "real_logits", real_logits)
@@ -344,6 +364,10 @@ def patch_generator_loss(
     Per patch −log p₀ for `softmax`, softplus(−s) for `bce`, (s − 1)² for `lsgan`, −s for `hinge` and `wgan`.
     Arguments, result, what is saved, and errors: see `patch_discriminator_loss`.
     """
+    if is_symbolic(fake_logits):
+        return handle_torch_function(
+            patch_generator_loss, (fake_logits,), fake_logits, kind, reduction=reduction, weight=weight
+        )
     op = "patch_generator_loss"
     _check_options(op, kind, reduction, 0.0, (*REDUCTIONS, "none"))
     _check_tensor(op, "fake_logits", fake_logits)
@@ -413,6 +437,9 @@ def self_regularization(
         loss = _node.self_regularization(refined, synthetic, scale, reduction)
         if loss is not None:
             return loss
+    if is_symbolic(refined) or is_symbolic(synthetic):
+        pair = (refined, synthetic)
+        return handle_torch_function(self_regularization, pair, *pair, scale, reduction=reduction)
     op = "self_regularization"
     if reduction not in (*REDUCTIONS, "none"):
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, none, got {reduction!r}")
@@ -444,6 +471,9 @@ def refiner_loss(
     Arguments, result, what is saved, and errors: see `patch_generator_loss` and `self_regularization`.
     Source: SimGAN, arXiv 1612.07828, equation 4.
     """
+    if is_symbolic(fake_logits) or is_symbolic(refined):
+        inputs = (fake_logits, refined, synthetic)
+        return handle_torch_function(refiner_loss, inputs, *inputs, reg_scale, kind, reduction=reduction)
     op = "refiner_loss"
     _check_options(op, kind, reduction, 0.0, REDUCTIONS)
     _check_tensor(op, "fake_logits", fake_logits)
@@ -490,6 +520,17 @@ def patch_head_discriminator_loss(
     computed in the same pass and kept, with the arguments, for backward. Double backward works.
     Raises ValueError for shapes, devices and options that do not fit, TypeError for dtypes.
     """
+    if is_symbolic(real_features) or is_symbolic(fake_features):
+        inputs = (real_features, fake_features, weight, bias)
+        return handle_torch_function(
+            patch_head_discriminator_loss,
+            inputs,
+            *inputs,
+            kind,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            return_accuracy=return_accuracy,
+        )
     op = "patch_head_discriminator_loss"
     _check_options(op, kind, reduction, label_smoothing, (*REDUCTIONS, "none"))
     _check_tensor(op, "real_features", real_features)

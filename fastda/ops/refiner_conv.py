@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from fastda import backend, reference
-from fastda.ops.common import autocast, composite_backward, distinct, is_symbolic, relu_gradient
+from fastda.ops.common import (
+    autocast,
+    composite_backward,
+    is_symbolic,
+    laid_out_as,
+    recordable,
+    relu_gradient,
+)
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -82,7 +89,7 @@ class _ConvSame(torch.autograd.Function):
         )
         return (
             d_x if needs[0] else None,
-            d_weight if needs[1] else None,
+            laid_out_as(weight, d_weight) if needs[1] else None,
             d_bias if needs[2] else None,
             grad if needs[3] else None,
             None,
@@ -124,7 +131,14 @@ class _RefinerBlock(torch.autograd.Function):
         grads = backend.kernels(ctx.serving).refiner_block_backward(
             grad, x, inner, y, weight1, bias1, weight2, *needs[:5]
         )
-        return (*(g if need else None for g, need in zip(grads, needs, strict=False)), None, None)
+        d_x, d_weight1, d_bias1, d_weight2, d_bias2 = (
+            g if need else None for g, need in zip(grads, needs, strict=False)
+        )
+        if d_weight1 is not None:
+            d_weight1 = laid_out_as(weight1, d_weight1)
+        if d_weight2 is not None:
+            d_weight2 = laid_out_as(weight2, d_weight2)
+        return d_x, d_weight1, d_bias1, d_weight2, d_bias2, None, None
 
 
 def conv_same(
@@ -166,7 +180,7 @@ def conv_same(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _ConvSame.apply(*distinct(x, weight, bias, residual), relu, serving)
+        return _ConvSame.apply(*recordable(x, weight, bias, residual), relu, serving)
     return backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
 
 
@@ -230,5 +244,5 @@ def checked_refiner_block(
         or (bias1 is not None and bias1.requires_grad)
         or (bias2 is not None and bias2.requires_grad)
     ):
-        return _RefinerBlock.apply(*distinct(x, weight1, bias1, weight2, bias2), recompute, serving)
+        return _RefinerBlock.apply(*recordable(x, weight1, bias1, weight2, bias2), recompute, serving)
     return backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
