@@ -28,7 +28,16 @@ def exporting_torch_operators() -> bool:
     torch.onnx.export knows no others. What torch.export records with gradients enabled can be trained, and
     there a custom Function would leave nothing but its forward.
     """
-    return torch.compiler.is_exporting() and (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
+    return exporting() and (torch.is_grad_enabled() or torch.onnx.is_in_onnx_export())
+
+
+def exporting() -> bool:
+    """True inside torch.export and what builds on it."""
+    return torch.compiler.is_exporting()
+
+
+# The compiler of torch 2.11 takes it for True in whatever it traces.
+exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def tracing() -> bool:

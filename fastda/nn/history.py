@@ -46,7 +46,7 @@ class ImageHistoryBuffer(nn.Module):
         another device, TypeError for another dtype, RuntimeError in torch.jit.trace, torch.export and
         torch.fx.symbolic_trace, which would record one draw for ever.
         """
-        if is_symbolic(batch) or _torch.tracing() or torch.compiler.is_exporting():
+        if is_symbolic(batch) or _torch.tracing() or _torch.exporting():
             raise RuntimeError("ImageHistoryBuffer: its state and its draws cannot be traced or exported")
         if batch.dim() != 4:
             raise ValueError(f"ImageHistoryBuffer: batch must be (N, C, H, W), got {tuple(batch.shape)}")
