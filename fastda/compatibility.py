@@ -239,7 +239,7 @@ def _local_adversarial_loss(logits: Tensor, target: int) -> Tensor:
     if backend.select(logits) == "reference" or logits.numel() < 2 * max(1, LEAST_PATCHES["softmax"]):
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         shape = (logits.shape[0], *logits.shape[2:])
-        return F.cross_entropy(wide, torch.full(shape, target, device=logits.device))
+        return F.cross_entropy(wide, torch.full(shape, target, dtype=torch.int64, device=logits.device))
     patches = logits if logits.dim() == 4 else logits.t()[None, :, None]
     return one_side_loss(patches, "softmax", target == 0)
 

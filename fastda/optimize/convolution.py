@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling
 
 from fastda import _torch
 from fastda.ops.refiner_conv import conv_same
@@ -126,7 +126,7 @@ class Convolution(StandIn):
         if (
             type(conv)._conv_forward is not _CONV_FORWARD
             or F.conv2d is not _CONV2D
-            or (is_exporting() if compiling else _torch.modes_active())
+            or (_torch.exporting() if compiling else _torch.modes_active())
             or not (x.is_cpu and weight.is_cpu)
             or x.layout is not torch.strided
             or x.is_nested

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastda
 from fastda import compatibility
-from fastda.compatibility import GANLoss, ReverseLayerF, WarmStartGradientReverseLayer
+from fastda.compatibility import GANLoss, LocalAdversarialLoss, ReverseLayerF, WarmStartGradientReverseLayer
 from fastda.nn import (
     DomainClassifier,
     GradientReversal,
@@ -36,11 +36,11 @@ class Call(nn.Module):
 
 
 class Answer(nn.Module):
-    """GANLoss for one side."""
+    """A loss for one side."""
 
-    def __init__(self, gan_mode, real, *labels):
+    def __init__(self, criterion, real):
         super().__init__()
-        self.criterion, self.real = GANLoss(gan_mode, *labels), real
+        self.criterion, self.real = criterion, real
 
     def forward(self, prediction):
         return self.criterion(prediction, self.real)
@@ -121,10 +121,13 @@ MODULES = {
     "WarmStartGradientReverseLayer": (rising, features),
     "WarmStartGradientReverseLayer, auto_step": (lambda: rising(auto_step=True), features),
     "ReverseLayerF": (Copied, features),
-    "GANLoss, lsgan": (lambda: Answer("lsgan", True), image()),
-    "GANLoss, lsgan, large": (lambda: Answer("lsgan", True), image(size=(192, 192))),
-    "GANLoss, vanilla, large": (lambda: Answer("vanilla", False, 0.9, 0.1), image(size=(96, 96))),
-    "GANLoss, wgangp": (lambda: Answer("wgangp", False), image()),
+    "GANLoss, lsgan": (lambda: Answer(GANLoss("lsgan"), True), image()),
+    "GANLoss, lsgan, large": (lambda: Answer(GANLoss("lsgan"), True), image(size=(192, 192))),
+    "GANLoss, vanilla, large": (lambda: Answer(GANLoss("vanilla", 0.9, 0.1), False), image(size=(96, 96))),
+    "GANLoss, nonsaturating": (lambda: Answer(GANLoss("nonsaturating"), True), image()),
+    "LocalAdversarialLoss": (lambda: Answer(LocalAdversarialLoss(), True), image(2)),
+    "LocalAdversarialLoss, large": (lambda: Answer(LocalAdversarialLoss(1), True), image(2, (64, 64))),
+    "GANLoss, wgangp": (lambda: Answer(GANLoss("wgangp"), False), image()),
 }
 
 
