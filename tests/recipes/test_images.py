@@ -222,6 +222,9 @@ def test_a_part_is_where_its_transform_says(tmp_path):
         ((35, 55), (35, 55)),
     ):
         part = Part.middle(of, size)
+        assert 2 * part.left + size[1] / part.scale == pytest.approx(of[1])
+        assert 2 * part.top + size[0] / part.scale == pytest.approx(of[0])
+        assert min(part.left, part.top) == pytest.approx(0)
         y, x = np.mgrid[: of[0], : of[1]] + 0.5
         ramp = np.stack([x, y, x], -1)
         taken = [part.taken((ramp[..., i] * 40).astype(np.uint16)) / 40 for i in (0, 1)]

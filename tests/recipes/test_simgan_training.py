@@ -10,6 +10,7 @@ import torch
 import fastda
 from fastda.recipes.common.images import shifted
 from fastda.recipes.simgan import models
+from fastda.recipes.simgan.cli import TUNED
 from fastda.recipes.simgan.train import (
     Trainer,
     load_refiner,
@@ -51,6 +52,17 @@ def test_a_mirrored_refiner_leaves_no_frame():
     assert mirrored(flat).shape == flat.shape and mirrored(flat).std() < 1e-6
     x = torch.rand(2, 1, 20, 30)
     assert torch.allclose(plain(x)[..., 5:-5, 5:-5], mirrored(x)[..., 5:-5, 5:-5], atol=1e-6)
+
+
+@pytest.mark.parametrize("data", ["eyes", "folders"])
+def test_defaults_leave_no_frame(data):
+    settings = TUNED[data]
+    torch.manual_seed(0)
+    net = models.refiner(settings.net, 3, settings.mirror)
+    torch.nn.init.normal_(net.last.weight)  # where it began as the identity
+    flat = torch.tensor([0.7, -0.2, 0.1]).view(1, 3, 1, 1).expand(1, 3, 30, 40).contiguous()
+    made = net(flat)
+    assert (made - made[..., 15:16, 20:21]).abs().max() < 1e-5
 
 
 def test_a_refiner_of_changes_begins_as_the_identity(domains, tmp_path):

@@ -41,7 +41,7 @@ TUNED = {
         QUICK, net="change", steps=200, pretrain_refiner=0, pretrain_discriminator=50, reg_scale=8.0,
         batch=16, refiner_steps=1, lr=0.0001, discriminator_lr=0.001, match=1, mirror=5, shift=2,
     ),
-    "folders": replace(QUICK, reg_scale=0.1),
+    "folders": replace(QUICK, reg_scale=0.5, mirror=5, shift=2),
 }  # fmt: skip
 # The paper's networks for gaze, step sizes, minibatch and sums; it gives neither λ nor B.
 PAPER = Settings(
