@@ -10,7 +10,9 @@ from pathlib import Path
 COMPILED = (".cpp", ".h", ".inl", ".cu", ".cuh")
 # Compiled faults are in one binary, in which the environment chooses; a definition before all else of a file.
 SWITCH = """\
-#ifndef FASTDA_FAULT
+#if defined(__CUDACC__)
+#define fastda_fault 0
+#elif !defined(FASTDA_FAULT)
 #define FASTDA_FAULT
 #include <cstdlib>
 namespace {
