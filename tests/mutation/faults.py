@@ -164,7 +164,7 @@ DTYPES = (
     ),
     fault(
         "float16: infinity read as a number", "csrc/common",
-        "(h & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u", "0u",
+        "a >= 0x7c00u ? 0x7f800000u : 0u", "0u",
         "test_edge[rounding_to_16_bits]",
     ),
     fault(
@@ -559,7 +559,7 @@ OPS = (
     ),
     fault(
         "compiler: a tensor passed twice", "fastda/ops",
-        "if not is_compiling():\n        return tensors", "if True:\n        return tensors",
+        "t.view_as(t) if t is not None and any(t is s for s in seen) else t", "t",
         "test_a_tensor_passed_twice_compiles_in_one_graph",
     ),
     fault(
@@ -607,17 +607,17 @@ MODULES = (
     ),
     fault(
         "refiner: the result stays channels_last", "fastda/nn",
-        "h.contiguous(memory_format=layout)", "h",
+        "return _laid_out_as(x, h)", "return h",
         "test_refiner_module",
     ),
     fault(
         "warm start: steps in evaluation", "fastda/compatibility.py",
-        "if self.auto_step and self.training:", "if self.auto_step:",
+        "stepping = self.auto_step and self.training", "stepping = self.auto_step",
         "test_the_warm_start_is_tllibs",
     ),
     fault(
         "GANLoss: half of the label's smoothing", "fastda/compatibility.py",
-        "2 * abs(label - bool(target_is_real))", "abs(label - bool(target_is_real))",
+        "2 * abs(label - real)", "abs(label - real)",
         "test_gan_loss",
     ),
     fault(
