@@ -82,12 +82,10 @@ FASTDA_KERNEL(128) sum_kernel(int fault, const float* values, float* sums) {
         total + (fault == unwritten ? scratch[4 - 1] + reinterpret_cast<float*>(shared)[128] : 0);
 }
 
-FASTDA_KERNEL(64) vote_kernel(const int* values, unsigned* out) {
+FASTDA_KERNEL(64) shuffle_kernel(const int* values, int* out) {
   const unsigned t = threadIdx.x;
-  out[t] = __ballot_sync(0xffffffffu, values[t] > 0) + __any_sync(0xffffffffu, values[t] > 5) +
-           unsigned(__shfl_sync(0xffffffffu, values[t], 3)) +
-           unsigned(__shfl_down_sync(0xffffffffu, values[t], 2));
-  atomicAdd(out + 64, 1u);
+  out[t] =
+      100 * __shfl_sync(0xffffffffu, values[t], 3) + __shfl_xor_sync(0xffffffffu, values[t], 5);
 }
 
 }  // namespace
@@ -167,10 +165,9 @@ PYBIND11_MODULE(cuda_host, m) {
            [&] { sum_kernel(fault, values.data(), out.mutable_data()); });
     return out;
   });
-  m.def("vote", [](py::array_t<int> values) {
-    py::array_t<unsigned> out(65);
-    out.mutable_data()[64] = 0;
-    launch("vote", 1, 64, 0, [&] { vote_kernel(values.data(), out.mutable_data()); });
+  m.def("shuffle", [](py::array_t<int> values) {
+    py::array_t<int> out(64);
+    launch("shuffle", 1, 64, 0, [&] { shuffle_kernel(values.data(), out.mutable_data()); });
     return out;
   });
   m.def("launch_bad",

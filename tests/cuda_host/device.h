@@ -119,7 +119,6 @@ struct Shuffle {
     return mine.result;
   }
 };
-unsigned ballot(const char* what, const Where& where, unsigned mask, bool vote);
 inline int lane_id() { return int(self->thread.x % 32); }
 
 // Matrix instructions, executor.cpp. `kind`: how the operands are read.
@@ -144,31 +143,6 @@ T __shfl_xor_sync(unsigned mask, T v, int other,
                   cuda_host::Where where = cuda_host::Where::current()) {
   return cuda_host::Shuffle<T>::run("__shfl_xor_sync", where, mask, v,
                                     cuda_host::lane_id() ^ other);
-}
-template <typename T>
-T __shfl_down_sync(unsigned mask, T v, unsigned by,
-                   cuda_host::Where where = cuda_host::Where::current()) {
-  return cuda_host::Shuffle<T>::run("__shfl_down_sync", where, mask, v,
-                                    cuda_host::lane_id() + int(by));
-}
-inline unsigned __ballot_sync(unsigned mask, bool vote,
-                              cuda_host::Where where = cuda_host::Where::current()) {
-  return cuda_host::ballot("__ballot_sync", where, mask, vote);
-}
-inline int __any_sync(unsigned mask, bool vote,
-                      cuda_host::Where where = cuda_host::Where::current()) {
-  return __ballot_sync(mask, vote, where) != 0;
-}
-inline int __all_sync(unsigned mask, bool vote,
-                      cuda_host::Where where = cuda_host::Where::current()) {
-  return __ballot_sync(mask, vote, where) == 0xffffffffu;
-}
-// A thread is never interrupted between barriers, so that plain memory operations are atomic.
-template <typename T>
-T atomicAdd(T* p, std::type_identity_t<T> v) {
-  const T before = *p;
-  *p = before + v;
-  return before;
 }
 
 namespace fastda::cuda {

@@ -342,20 +342,6 @@ void meet(const char* what, const Where& where, void* mine, void (*together)(voi
   warp.ready = 0xffffffffu;
 }
 
-unsigned ballot(const char* what, const Where& where, unsigned mask, bool vote) {
-  if (mask != 0xffffffffu) fail(std::string(what) + ": only the full mask is modelled");
-  struct Vote {
-    bool vote;
-    unsigned result;
-  } mine{vote, 0};
-  meet(what, where, &mine, [](void* const* lanes) {
-    unsigned result = 0;
-    for (int l = 0; l < warp_size; ++l) result |= unsigned(static_cast<Vote*>(lanes[l])->vote) << l;
-    for (int l = 0; l < warp_size; ++l) static_cast<Vote*>(lanes[l])->result = result;
-  });
-  return mine.result;
-}
-
 namespace {
 
 // Shared memory has 32 banks of 4 bytes; eight rows of 16 bytes that touch each bank once go in one
