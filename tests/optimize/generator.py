@@ -352,7 +352,8 @@ def toggle_bias(model, conv, rng):
 
 
 def reparametrise(model, conv, rng):
-    if type(conv) is nn.Conv2d and "weight" in conv._parameters and not hasattr(conv, "weight_g"):
+    # Those that view a weight as a matrix refuse one in channels_last.
+    if type(conv) is nn.Conv2d and "weight" in conv._parameters and conv.weight.is_contiguous():
         PARAMETRISATIONS[rng.choice(list(PARAMETRISATIONS))](conv)
 
 

@@ -154,8 +154,9 @@ def _expected(name, inner, forward, **more):
     )
 
 
-def label(prediction, real):
-    return torch.tensor(float(real), dtype=prediction.dtype).expand_as(prediction)
+def label(prediction, real, factor=1.0, dtype=None):
+    """One number, expanded: what a patch loss is told by."""
+    return torch.tensor(factor * real, dtype=dtype or prediction.dtype).expand_as(prediction)
 
 
 OTHERS = [
@@ -167,7 +168,7 @@ OTHERS = [
         lambda self, x, real: self.loss(x.clamp(-50, 50), label(x, real)),
     ),
     _expected("WithEpsilon", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real)) + 1e-12),
-    _expected("LabelPlusEpsilon", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real) + 1e-9)),
+    _expected("LabelPlusEpsilon", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real, 1 + 1e-9))),
     _expected(
         "BySize",
         nn.MSELoss,
@@ -193,9 +194,9 @@ OTHERS = [
     _expected("ByName", nn.MSELoss, lambda self, x, real: self.loss(target=label(x, real), input=x)),
     _expected("Detached", nn.MSELoss, lambda self, x, real: self.loss(x.detach(), label(x, real))),
     _expected("Broadcast", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real)[:1, :1, :1, :1])),
-    _expected("AWideLabel", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real) * 3)),
-    _expected("ALabelOfNaN", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real) * torch.nan)),
-    _expected("ANegativeLabel", nn.BCEWithLogitsLoss, lambda self, x, real: self.loss(x, -label(x, real))),
+    _expected("AWideLabel", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real, 3))),
+    _expected("ALabelOfNaN", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real, torch.nan))),
+    _expected("ANegativeLabel", nn.BCEWithLogitsLoss, lambda self, x, real: self.loss(x, label(x, real, -1))),
     _expected(
         "NoisyLabels",
         nn.MSELoss,
@@ -210,8 +211,14 @@ OTHERS = [
     _expected("OfNothing", nn.MSELoss, lambda self, x, real: self.loss(x[:0], label(x, real)[:0])),
     _expected("Strided", nn.MSELoss, lambda self, x, real: self.loss(x[..., ::2], label(x, real)[..., ::2])),
     _expected("Transposed", nn.MSELoss, lambda self, x, real: self.loss(x.mT, label(x, real).mT)),
-    _expected("LabelOfAnotherDtype", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real).float())),
-    _expected("LabelOfIntegers", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real).long())),
+    _expected(
+        "LabelOfAnotherDtype",
+        nn.MSELoss,
+        lambda self, x, real: self.loss(x, label(x, real, dtype=torch.float32)),
+    ),
+    _expected(
+        "LabelOfIntegers", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real, dtype=torch.int64))
+    ),
     _expected("TooMany", nn.MSELoss, lambda self, x, real: self.loss(x, label(x, real), 3)),
     _expected("HalfTheDtype", nn.MSELoss, lambda self, x, real: self.loss(x.half(), label(x, real).half())),
     _expected("Complex", nn.MSELoss, lambda self, x, real: self.loss(x + 0j, label(x, real) + 0j).abs()),

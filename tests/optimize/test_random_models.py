@@ -36,7 +36,7 @@ KINDS = {
     ],
 }
 COPIES = {
-    "deepcopy": copy.deepcopy,
+    "deepcopy": lambda model: copied(model),
     "pickle": lambda model: pickled(model),
     "load": lambda model: loaded(model),
     "to": lambda model: model.float().double(),
@@ -44,10 +44,15 @@ COPIES = {
 }
 
 
+def copied(model):
+    """A deep copy, unless torch refuses it: nn.utils.weight_norm leaves a computed weight behind."""
+    return model if any(hasattr(m, "weight_g") for m in model.modules()) else copy.deepcopy(model)
+
+
 def pickled(model):
     """By pickle, which torch refuses for parametrized modules alone."""
-    if any(parametrize.is_parametrized(module) for module in model.modules()):
-        return copy.deepcopy(model)
+    if any(parametrize.is_parametrized(m) or hasattr(m, "weight_g") for m in model.modules()):
+        return copied(model)
     return pickle.loads(pickle.dumps(model))
 
 
