@@ -43,12 +43,15 @@ struct Epilogue {
   }
 };
 
+// One vector of results, of channel k and column w from those of the epilogue on.
 template <typename T, typename S>
-inline void store_result(const ConvArgs& a, Vec<S> sum, int valid, int64_t n, int64_t c, int64_t h,
-                         int64_t w) {
-  const Epilogue<T, S> e(a, n, c, h, w);
+inline void store_result(const ConvArgs& a, const Epilogue<T, S>& e, Vec<S> sum, int valid,
+                         int64_t k, int64_t w) {
+  const auto offset = [=](const View& v) { return k * v.c + w * v.w; };
   const auto first = [=](const T* x) { return load_first<S>(x, valid); };
-  store_first<S>(e.out, e.apply(sum, 0, 0, 0, first), valid);
+  const Vec<S> result =
+      e.apply(sum, offset(a.residual), offset(a.residual_mask), offset(a.out_mask), first);
+  store_first<S>(e.out + offset(a.out), result, valid);
 }
 
 // sums[r * columns + q][0, stride) to the output block at (block.h + r, block.w + q).
@@ -58,14 +61,14 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
   constexpr int L = lanes<S>;
   const T* bias = static_cast<const T*>(a.bias);
   for (int64_t r = 0; r < block.rows; ++r, sums += columns * stride) {
-    const int64_t h = block.h + r;
+    const Epilogue<T, S> e(a, block.n, 0, block.h + r, block.w);
     if (a.out_channels_last) {
       for (int64_t q = 0; q < block.columns; ++q) {
         for (int64_t k = 0; k < a.out_channels; k += L) {
           const int valid = int(min(L, a.out_channels - k));
           Vec<S> v = load_vec(sums + q * stride + k);
           if (bias) v += load_first<S>(bias + k, valid);
-          store_result<T, S>(a, v, valid, block.n, k, h, block.w + q);
+          store_result<T, S>(a, e, v, valid, k, q);
         }
       }
       continue;
@@ -81,7 +84,7 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
         for (int64_t k = 0; k < channels; ++k) {
           Vec<S> v = tile[k];
           if (bias) v += broadcast(S(load(bias + k0 + k)));
-          store_result<T, S>(a, v, valid, block.n, k0 + k, h, block.w + q);
+          store_result<T, S>(a, e, v, valid, k0 + k, q);
         }
       }
     }
