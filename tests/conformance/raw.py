@@ -60,8 +60,14 @@ def check_discriminator(
     # A mean has terms of about one, which may cancel; a sum has as many as there are patches.
     patches = sum(x.numel() // x.shape[1] for x in (real, fake))
     terms = {"mean": 1, "sum": patches, "batchmean": patches / real.shape[0]}[reduction]
+    # lsgan's slope is a difference of logit and target, which may cancel.
+    targets = {"real_logits": (real, 1 - smoothing / 2), "fake_logits": (fake, smoothing / 2)}
     for what, o, e in zip(names, out, expected, strict=True):
-        matches("patch_discriminator_loss", what, o, e, wide(real), terms=terms if what == "value" else 0.0)
+        size = terms if what == "value" else 0.0
+        if kind == "lsgan" and what != "value":
+            logits, target = targets[what]
+            size = (e / (logits.double() - target)).nan_to_num(0.0).abs().max().item()
+        matches("patch_discriminator_loss", what, o, e, wide(real), terms=size)
     return out
 
 

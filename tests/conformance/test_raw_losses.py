@@ -182,6 +182,14 @@ def test_patch_head_discriminator_loss(lane, kind, dtype):
                 assert (o.double() - e).abs().max() <= bound.relative_l2 * terms
                 continue
             terms = {0: 1, 1: (n + m) * h * w, 2: h * w}[r] if what == "value" else 0.0
+            if what == "weight":  # likewise a sum over pixels: its size where none of them cancel
+                score = weight.double()[:1] - weight.double()[1:] if classes == 2 else weight.double()
+                slopes = [(g * score).sum(1, keepdim=True) / score.square().sum() for g in grads[:2]]
+                parts = [
+                    (x.double() * s).square().sum((0, 2, 3))
+                    for x, s in zip((real, fake), slopes, strict=True)
+                ]
+                terms = sum(parts).mean().sqrt().item()
             matches("patch_head_discriminator_loss", what, o, e, wide(real), terms=terms)
 
 

@@ -33,6 +33,21 @@ from tests.ops.refiner_conv import CHANNELS_LAST, block, conv, images_as
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, CHANNELS_LAST], ids=str)
 def test_block_accuracy_with_the_same_gates(shape, k, memory_format):
+    # A bias' gradient is one sum a channel of a small image: its error scatters by a fifth from draw to draw.
+    draws = [_block_with_the_same_gates(shape, k, memory_format) for _ in range(3 if k == 7 else 1)]
+
+    def relative_l2(i):
+        errors = sum((got[i].double() - right[i]).square().sum() for got, right in draws)
+        return (errors / sum(right[i].square().sum() for _, right in draws)).sqrt().item()
+
+    bounds = {"value": 1.5e-6, "x": 2e-6, "weight1": 1e-5, "bias1": 2e-6, "weight2": 1e-5, "bias2": 2e-6}
+    for i, (name, bound) in enumerate(bounds.items()):
+        assert relative_l2(i) <= bound, name
+    assert max((got[0].double() - right[0]).abs().max() for got, right in draws) <= 3e-5
+
+
+def _block_with_the_same_gates(shape, k, memory_format):
+    """Value and gradients of a random block, and the exact ones for the ReLU masks that it has."""
     c = shape[1]
     x = torch.randn(shape).contiguous(memory_format=memory_format)
     weights = [torch.randn(c, c, k, k) * (2 / (k * k * c)) ** 0.5 for _ in range(2)]
@@ -49,17 +64,7 @@ def test_block_accuracy_with_the_same_gates(shape, k, memory_format):
     gated = F.conv2d(exact_x, w1, b1, padding=k // 2) * (inner > 0)
     gated = (exact_x + F.conv2d(gated, w2, b2, padding=k // 2)) * (y > 0)
     right = torch.autograd.grad(gated, leaves, grad.double())
-
-    def relative_l2(a, b):
-        return ((a.double() - b).norm() / b.norm()).item()
-
-    assert relative_l2(y, exact.detach()) <= 1.5e-6
-    assert (y.double() - exact.detach()).abs().max() <= 3e-5
-    assert relative_l2(got[0], right[0]) <= 2e-6
-    for i in (1, 3):
-        assert relative_l2(got[i], right[i]) <= 1e-5
-    for i in (2, 4):
-        assert relative_l2(got[i], right[i]) <= 2e-6
+    return [y, *got], [exact.detach(), *right]
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class ACellRebound(WrittenBlock):
 
 class AnImportInside(WrittenBlock):
     def forward(self, x):
-        from tests.optimize.test_adversarial_blocks import GAIN
+        from tests.optimize.test_adversarial_code import GAIN
 
         return self.relu(self.convs(x) + (x if GAIN == 1.0 else x * GAIN))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastda
 from benchmarks import agreement, cli, growth, report
 from benchmarks.peers import PEERS
 from fastda import bench, workloads
@@ -172,7 +173,7 @@ def test_a_training_call_prepares_its_weights_anew():
 
     def forward():
         seen.append(arguments["weight1"]._version)
-        return workloads._block(**arguments)
+        return fastda.refiner_block(**arguments)
 
     call = task.bound(forward, arguments)
     call(), call()
