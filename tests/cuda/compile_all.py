@@ -79,11 +79,11 @@ print(json.dumps(found))
 PASSES = """
 import json
 import torch, fastda
-from tests.cuda import cuda_host_executed as t
+from tests.cuda import emulated as t
 t.cuda_host.set_device(16, 227 << 10)
 for dtype, tf32 in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
     torch.backends.cudnn.conv.fp32_precision = tf32
-    x = torch.randn(1, 64, 35, 55).to(dtype).contiguous(memory_format=t.LAST)
+    x = torch.randn(1, 64, 35, 55).to(dtype).contiguous(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3).to(dtype)
     t.ops.conv_same(x, w, None, None, True)
     t.ops.conv_same_backward(x, x, w, x, False, True, True)
