@@ -239,6 +239,11 @@ SIMGAN = [
     (["refine", "nothing.safetensors", "x", "--out", "y"], "nothing.safetensors: no such file"),
     (["evaluate", "nothing.safetensors"], "nothing.safetensors: no such file"),
     (["train", "--data", "folders", "--synthetic", "none", "--real", "none"], "none: no such folder"),
+    (
+        ["train", "--data", "folders", "--synthetic", __file__, "--real", "x"],
+        "is a file, and a folder is wanted",
+    ),
+    (["train", "--mnist", __file__], "is a file, and a folder is wanted"),
 ]
 DANN = [
     (["--source", "a"], "--source and --target go together"),

@@ -43,10 +43,16 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM
 
 
-def files(folder: Path) -> list[Path]:
-    """All files under `folder` but hidden ones and the system's, in order of names; links are followed."""
+def check_folder(folder: Path) -> None:
+    if folder.is_file():
+        raise DataError(f"{folder}: is a file, and a folder is wanted")
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder")
+
+
+def files(folder: Path) -> list[Path]:
+    """All files under `folder` but hidden ones and the system's, in order of names; links are followed."""
+    check_folder(folder)
     return list(_files(folder, ()))
 
 

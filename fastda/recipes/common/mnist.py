@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastda.recipes.common.folders import DataError, reading
+from fastda.recipes.common.folders import DataError, check_folder, reading
 
 
 def read_idx(path: Path, rank: int) -> torch.Tensor:
@@ -33,8 +33,7 @@ def read_idx(path: Path, rank: int) -> torch.Tensor:
 
 def _mnist_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Training and test digits of the four IDX files in `folder`, gzipped or not."""
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
+    check_folder(folder)
     found = []
     for stem in ("train-images", "train-labels", "t10k-images", "t10k-labels"):
         rank = 3 if stem.endswith("images") else 1
