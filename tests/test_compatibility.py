@@ -310,6 +310,18 @@ def test_image_pool_keeps_copies_and_no_graph():
             ImagePool(bad)
 
 
+def test_image_pool_keeps_copies_of_what_takes_a_stored_ones_place():
+    pool = ImagePool(4)
+    pool.query(torch.ones(4, 1, 2, 2))
+    for _ in range(10):  # most places are taken again
+        batch = torch.full((4, 1, 2, 2), 2.0)
+        pool.query(batch)
+        batch.zero_()
+    assert all((image == 2).all() or (image == 1).all() for image in pool.images)
+    assert any((image == 2).all() for image in pool.images)
+    assert all(image.untyped_storage().nbytes() == 16 for image in pool.images)
+
+
 def test_image_pool_takes_images_of_any_size_one_at_a_time():
     pool = ImagePool(2)
     sizes = [(4, 5), (6, 3), (2, 2)]

@@ -629,7 +629,7 @@ MODULES = (
     fault(
         "ImagePool: what is stored is the batch's own memory", "fastda/compatibility.py",
         "self.images[places[i]], image.clone()", "self.images[places[i]], image",
-        "test_image_pool_fills_then_mixes",
+        "test_image_pool_keeps_copies_of_what_takes_a_stored_ones_place",
     ),
     fault(
         "ImageHistoryBuffer: grows without end", "fastda/compatibility.py",
