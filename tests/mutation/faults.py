@@ -433,12 +433,12 @@ DEVICE = (
     fault(
         "CUDA: a block's inner bias is the second convolution's", CUDA,
         "bias1[k + f]", "bias2[k + f]",
-        "test_refiner_block",
+        "test_block_by_tiles",
     ),
     fault(
         "CUDA: a block without its shortcut", CUDA,
         "out[i][j][e + f] + bias2[k + f] + widen(pair.at[f])", "out[i][j][e + f] + bias2[k + f]",
-        "test_refiner_block",
+        "test_block_by_tiles",
     ),
     fault(
         "CUDA: direct filter gradients move on to the next row too late", CUDA,
