@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 import fastda
 from fastda.compatibility import ImagePool
+from tests.optimize.cases import GANLoss
 
 pytestmark = [pytest.mark.isa_independent, pytest.mark.gain]
 
@@ -348,29 +349,6 @@ class NLayerDiscriminator(nn.Module):
 
     def forward(self, input):
         return self.model(input)
-
-
-class GANLoss(nn.Module):
-    """As in CycleGAN's repository."""
-
-    def __init__(self, gan_mode, target_real_label=1.0, target_fake_label=0.0):
-        super().__init__()
-        self.register_buffer("real_label", torch.tensor(target_real_label))
-        self.register_buffer("fake_label", torch.tensor(target_fake_label))
-        self.gan_mode = gan_mode
-        self.loss = {"lsgan": nn.MSELoss(), "vanilla": nn.BCEWithLogitsLoss(), "wgangp": None}[gan_mode]
-
-    def get_target_tensor(self, prediction, target_is_real):
-        target_tensor = self.real_label if target_is_real else self.fake_label
-        return target_tensor.expand_as(prediction)
-
-    def forward(self, prediction, target_is_real):
-        if self.gan_mode in ["lsgan", "vanilla"]:
-            target_tensor = self.get_target_tensor(prediction, target_is_real)
-            loss = self.loss(prediction, target_tensor)
-        elif self.gan_mode == "wgangp":
-            loss = -prediction.mean() if target_is_real else prediction.mean()
-        return loss
 
 
 class CycleGAN(nn.Module):

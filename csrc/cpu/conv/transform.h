@@ -159,6 +159,7 @@ void transform_gradient_run(const Source& s, const Grid& grid, const Run& run, i
     }
   }
 }
+
 // The channels of s that v has room for.
 template <typename T>
 void transform_input_tiles(const Source& s, const Grid& grid, int64_t begin, int64_t end,
