@@ -305,7 +305,10 @@ def gradients_pass_where_the_output_is_nan(ops):
             grad, x, inner, output, weights[0], None, weights[1], True, True, True, False, True
         )
         close("refiner_block", "grad", out[0], by_x)
-        assert (out[2] - by_inner.sum((0, 2, 3))).abs().max() < 1e-5
+        # A sum of gradients that are rounded themselves: by the size of what is summed, not of what is left.
+        size = by_inner.square().sum((0, 2, 3)).mean().sqrt()
+        bound = testing.tolerance("refiner_block", "bias1", torch.float32).max_over_rms
+        assert (out[2] - by_inner.sum((0, 2, 3))).abs().max() <= bound * size
         assert (out[4] - masked.sum((0, 2, 3))).abs().max() < 1e-5
 
 
