@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import os
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-# Taken from this tree in both processes; the rest of fastda is each one's own.
-SHARED = ("cli", "verify", "steps", "workloads", "bench")
+# What measures is this tree's in both processes. What `import fastda` loads besides is each one's own.
+SHARED = ("fastda.registry", "fastda.timing", "fastda.tools")
 
 
 class BaseError(Exception):
@@ -89,7 +88,7 @@ class Worker:
 
 @contextlib.contextmanager
 def session(name: str, tree: Path) -> Iterator[Callable[..., dict[str, Any]]]:
-    """For `fastda.bench.run`: measures `fastda` against `base`, the revision `name` that `checkout` put in
+    """For `bench.run`: measures `fastda` against `base`, the revision `name` that `checkout` put in
     `tree`, in a process each."""
     workers = {"fastda": Worker(ROOT), f"base {name}": Worker(tree)}
     try:
@@ -102,7 +101,7 @@ def session(name: str, tree: Path) -> Iterator[Callable[..., dict[str, Any]]]:
 def _measure(
     workers: dict[str, Worker], case: Any, providers: Any, *, device: str, seed: int, **settings: Any
 ) -> dict[str, Any]:
-    from fastda import bench
+    from fastda.tools import bench
 
     begin = time.perf_counter()
     samplers, absent = {}, {}
@@ -130,15 +129,14 @@ def _serve(tree: Path) -> None:
     ]
     import fastda
 
-    for name in SHARED:
-        spec = importlib.util.spec_from_file_location(f"fastda.{name}", ROOT / "fastda" / f"{name}.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
-        setattr(fastda, name, module)
-        spec.loader.exec_module(module)
-    from fastda import bench, workloads
+    own = list(fastda.__path__)
+    fastda.__path__[:] = [str(ROOT / "fastda")]
+    for name in [n for n in sys.modules if n.startswith(SHARED)]:
+        del sys.modules[name]
+    from fastda import timing
+    from fastda.tools import bench, workloads
 
+    fastda.__path__[:] = own
     assert Path(fastda.__file__).resolve().is_relative_to(tree.resolve())
     sample, settings = None, None
     for line in sys.stdin:
@@ -155,7 +153,7 @@ def _serve(tree: Path) -> None:
                 settings.__enter__()
                 task = bench.Task(case, message["device"], message["seed"])
                 _, call = next(bench.PROVIDERS["fastda"](task))
-                sample, value = bench.timed(call, task.clock()), True
+                sample, value = timing.timed(call, task.clock()), True
             answer = {"value": value}
         except Exception as error:
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}

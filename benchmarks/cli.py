@@ -18,8 +18,9 @@ from typing import Any
 from benchmarks import agreement, base, growth, report
 from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS
-from fastda import bench, cli, files
-from fastda.workloads import WORKLOADS, Case
+from fastda import files
+from fastda.tools import bench, cli
+from fastda.tools.workloads import WORKLOADS, Case
 
 # What holds torch, and the engines that have such a setting, to an instruction set.
 ISAS = {

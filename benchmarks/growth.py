@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fastda import bench
-from fastda.workloads import Case
+from fastda.tools import bench
+from fastda.tools.workloads import Case
 
 
 class Sweep(NamedTuple):

@@ -19,8 +19,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fastda.bench import PROVIDERS, Task, task_settings
-from fastda.workloads import Case
+from fastda.tools.bench import PROVIDERS, Task, task_settings
+from fastda.tools.workloads import Case
 
 CONTENDERS = {
     "fastda": ("fastda", "fastda channels_last"),

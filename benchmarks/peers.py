@@ -1,6 +1,6 @@
 """Contenders that need further packages: inference engines, and published gradient-reversal layers.
 
-Each is a provider (see fastda.bench). A missing package is a note in the results, not an error.
+Each is a provider (see fastda.tools.bench). A missing package is a note in the results, not an error.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastda.bench import Contenders, Frozen, Provider, Task
-from fastda.workloads import Case
+from fastda.tools.bench import Contenders, Frozen, Provider, Task
+from fastda.tools.workloads import Case
 
 
 def _inference_of_refiner(task: Task) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 
 from benchmarks.base import ROOT
 from fastda import files
-from fastda.bench import FLOOR, combined
-from fastda.workloads import WORKLOADS, Workload
+from fastda.tools.bench import FLOOR, combined
+from fastda.tools.workloads import WORKLOADS, Workload
 
 ENGINES = ("ONNX Runtime", "OpenVINO", "ncnn")
 FAMILIES = {

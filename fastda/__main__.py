@@ -1,5 +1,5 @@
 import sys
 
-from fastda.cli import main
+from fastda.tools.cli import main
 
 sys.exit(main())

@@ -1,7 +1,7 @@
 """What the tests of every operator family share.
 
 A call is the name of a public function and a dict of its arguments; the tensors in it that require grad are
-those whose gradients are compared. `draw` makes one from the operator's entry in `fastda.verify`.
+those whose gradients are compared. `draw` makes one from the operator's entry in `fastda.tools.verify`.
 """
 
 import pytest
@@ -11,8 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 import fastda
-from fastda import backend, reference, verify
+from fastda import backend, reference
 from fastda.testing import assert_matches
+from fastda.tools import verify
 
 F64 = torch.float64
 needs_node = pytest.mark.skipif(

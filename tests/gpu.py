@@ -33,7 +33,8 @@ from typing import Any
 import torch
 
 import fastda
-from fastda import backend, bench, files, testing, verify, workloads
+from fastda import backend, files, testing
+from fastda.tools import bench, verify, workloads
 
 ROOT = Path(__file__).resolve().parents[1]
 TF32 = testing.Tolerance(5e-4, 5e-3)  # ten bits of mantissa: each product is off by 2^-11 of itself

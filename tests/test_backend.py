@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastda
-from fastda import backend, cli, verify
+from fastda import backend
+from fastda.tools import cli, verify
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,7 +244,7 @@ def test_without_the_extension_every_operator_still_runs():
         + """
 import warnings
 warnings.simplefilter('ignore')
-from fastda import verify
+from fastda.tools import verify
 seen = set()
 for case in verify.cases(backends=['reference']):
     if case.operator.name not in seen:

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastda import cli, recipes
+from fastda import recipes
+from fastda.tools import cli
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[1]

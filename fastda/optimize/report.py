@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastda import timing
 from fastda.optimize.reversal import Reversal
 from fastda.optimize.stand_in import Change, Found, StandIn
 
@@ -116,8 +117,6 @@ class Report:
         5 ms. The model's mode (train or eval) is taken as it is; both start from the same random state, so
         that dropout compares too.
         """
-        from fastda import bench
-
         models = {"fastda": copy.deepcopy(self.model), "original": copy.deepcopy(self.model)}
         for module in models["original"].modules():
             for value in list(vars(module).values()):
@@ -126,14 +125,14 @@ class Report:
         # What is replaced in a Function is replaced for both.
         around: dict[str, Callable[[], Any]] = {"fastda": contextlib.nullcontext, "original": Reversal.paused}
 
-        def ratio(function: Callable[[nn.Module], object]) -> bench.Ratio:
+        def ratio(function: Callable[[nn.Module], object]) -> timing.Ratio:
             def call(name: str) -> None:
                 with around[name]():
                     function(models[name])
 
-            samplers = {name: bench.timed(functools.partial(call, name)) for name in models}
-            samples = bench.interleave(samplers, rounds=rounds, seed=seed)
-            return bench.compare(samples["original"], samples["fastda"])
+            samplers = {name: timing.timed(functools.partial(call, name)) for name in models}
+            samples = timing.interleave(samplers, rounds=rounds, seed=seed)
+            return timing.compare(samples["original"], samples["fastda"])
 
         with torch.random.fork_rng():
             results = []

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 OPERATORS: tuple[Operator, ...] = (*grad_reverse.OPERATORS, *patch_loss.OPERATORS, *refiner_conv.OPERATORS)
-# Of single operators; fastda.workloads has those of networks and training steps, too.
+# Of single operators; fastda.tools.workloads has those of networks and training steps, too.
 WORKLOADS: tuple[Workload, ...] = (*grad_reverse.WORKLOADS, *patch_loss.WORKLOADS, *refiner_conv.WORKLOADS)
 # The raw operators, and what a compiler is told that each returns.
 RAW: dict[str, Callable[..., Any]] = {name: shapes for op in OPERATORS for name, shapes in op.raw.items()}

@@ -1,4 +1,4 @@
-"""Cases of the conformance tests, from the rows of `fastda.verify`."""
+"""Cases of the conformance tests, from the rows of `fastda.tools.verify`."""
 
 import itertools
 
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import fastda
-from fastda import reference, verify
+from fastda import reference
 from fastda.testing import error, tolerance
+from fastda.tools import verify
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 import fastda
-from fastda import reference, verify
+from fastda import reference
+from fastda.tools import verify
 from tests.conformance.cases import arguments_for, every_dtype, every_operator, few, judge, small
 
 

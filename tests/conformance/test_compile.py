@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastda
-from fastda import verify
 from fastda.testing import assert_matches
+from fastda.tools import verify
 from tests import lanes
 from tests.common import compiled
 from tests.conformance.cases import arguments_for, every_operator, small

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastda
-from fastda import verify
+from fastda.tools import verify
 from tests import lanes
 from tests.conformance.cases import arguments_for, every_operator
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 import fastda
-from fastda import backend, verify
+from fastda import backend
+from fastda.tools import verify
 from tests.conformance.cases import arguments_for, every_operator, small
 
 CHANGES = {

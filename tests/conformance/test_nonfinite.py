@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fastda
-from fastda import reference, verify
+from fastda import reference
 from fastda.testing import tolerance
+from fastda.tools import verify
 from tests import lanes
 from tests.conformance.cases import arguments_for, compare, every_dtype, every_operator, few, small
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastda import verify
+from fastda.tools import verify
 from tests import lanes
 from tests.conformance.cases import cases, every_dtype, every_operator
 

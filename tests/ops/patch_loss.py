@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastda import backend, verify
+from fastda import backend
+from fastda.tools import verify
 from tests import common
 
 KINDS = verify.KINDS

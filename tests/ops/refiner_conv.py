@@ -2,7 +2,7 @@
 
 import torch
 
-from fastda.verify import lay_out
+from fastda.tools.verify import lay_out
 from tests.common import (
     draw,
 )

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.autograd import grad
 
 import fastda
-from fastda import reference, verify
+from fastda import reference
 from fastda.testing import error, tolerance
+from fastda.tools import verify
 from tests import common
 from tests.common import both_routes
 from tests.ops.patch_loss import KINDS, arguments_of, calls, channels

@@ -8,7 +8,7 @@ from torch import nn
 from torch.autograd import Function
 
 import fastda
-from fastda import bench
+from fastda import timing
 from fastda.optimize import Calls, Measurement
 from tests.optimize.helpers import assert_same
 
@@ -253,13 +253,13 @@ def test_measure_repeats_short_calls_and_says_where_nothing_is_gained(monkeypatc
     model = nn.Conv2d(8, 8, 3)
     report = fastda.optimize(model)
     repeats = []
-    timed = bench.timed
+    timed = timing.timed
 
     def spy(call):
         sample = timed(call)
         return lambda n: repeats.append(n) or sample(n)
 
-    monkeypatch.setattr(bench, "timed", spy)
+    monkeypatch.setattr(timing, "timed", spy)
     report.measure(torch.randn(1, 8, 4, 4), rounds=1)
     assert max(repeats) > 10
     gained = Measurement(1.5, 0.99, 0.0, 0.0, (1.4, 1.6), (0.9, 1.1))

@@ -177,7 +177,7 @@ def test_the_wheel_declares_its_floors(wheel):
     ]
     assert required == ["Requires-Dist: torch>=2.11"]
     (name,) = [n for n in archive.namelist() if n.endswith("entry_points.txt")]
-    assert "fastda = fastda.cli:main" in archive.read(name).decode()
+    assert "fastda = fastda.tools.cli:main" in archive.read(name).decode()
 
 
 def symbols(library, *flags):

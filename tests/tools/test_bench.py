@@ -12,8 +12,9 @@ import torch
 import fastda
 from benchmarks import agreement, cli, growth, report
 from benchmarks.peers import PEERS
-from fastda import bench, workloads
-from fastda.workloads import Case
+from fastda import timing
+from fastda.tools import bench, workloads
+from fastda.tools.workloads import Case
 
 pytestmark = pytest.mark.isa_independent
 SMALL = Case("refiner_block", (1, 4, 3, 5, 7))
@@ -26,7 +27,7 @@ def spin(seconds):
 
 
 def timed(call):
-    return bench.timed(call, time.process_time)
+    return timing.timed(call, time.process_time)
 
 
 def test_identical_contenders_have_ratio_one_inside_the_interval():
@@ -34,8 +35,8 @@ def test_identical_contenders_have_ratio_one_inside_the_interval():
     x = torch.randn(200, 200)
     call = functools.partial(torch.mm, x, x)
     for seed in range(3):
-        samples = bench.interleave({"a": timed(call), "b": timed(call)}, rounds=20, seed=seed)
-        r = bench.compare(samples["a"], samples["b"])
+        samples = timing.interleave({"a": timed(call), "b": timed(call)}, rounds=20, seed=seed)
+        r = timing.compare(samples["a"], samples["b"])
         assert r.low <= r.ratio <= r.high
         if r.low <= 1 <= r.high:
             return
@@ -44,8 +45,8 @@ def test_identical_contenders_have_ratio_one_inside_the_interval():
 
 def test_a_contender_twice_as_slow_has_ratio_two():
     slow, quick = (timed(functools.partial(spin, t)) for t in (0.004, 0.002))
-    samples = bench.interleave({"slow": slow, "quick": quick}, rounds=10, min_sample=0.0)
-    r = bench.compare(samples["slow"], samples["quick"])
+    samples = timing.interleave({"slow": slow, "quick": quick}, rounds=10, min_sample=0.0)
+    r = timing.compare(samples["slow"], samples["quick"])
     assert 1.8 < r.low <= r.ratio <= r.high < 2.2
 
 
@@ -54,7 +55,7 @@ def test_the_interval_covers_the_true_ratio_as_often_as_it_says():
     covered = 0
     for _ in range(200):
         a, b = (1 + 0.1 * torch.randn(2, 25, generator=generator, dtype=torch.float64)).tolist()
-        r = bench.compare([3 * t for t in a], b)
+        r = timing.compare([3 * t for t in a], b)
         covered += r.low <= 3 <= r.high
     assert 0.9 <= covered / 200 <= 1
 
@@ -65,12 +66,12 @@ def test_the_sessions_interval_covers_what_differs_between_processes():
     for _ in range(1000):
         logs = (math.log(3) + 0.05 * torch.randn(4, generator=generator, dtype=torch.float64)).tolist()
         # Each process is sure of its own ratio.
-        r = bench.over_sessions([bench.Ratio(*(math.exp(x + d) for d in (0, -0.001, 0.001))) for x in logs])
+        r = timing.over_sessions([timing.Ratio(*(math.exp(x + d) for d in (0, -0.001, 0.001))) for x in logs])
         covered += r.low <= 3 <= r.high
     assert 0.93 <= covered / 1000 <= 0.97
-    assert bench.over_sessions([bench.Ratio(2, 1, 3)]) == (2, 1, 3)
-    assert bench.over_sessions([bench.Ratio(1, 1, 1)] * 3) == (1, 1, 1)
-    assert bench.over_sessions([bench.Ratio(1, 1, 1), bench.Ratio(1000, 1000, 1000)]).high > 1e6
+    assert timing.over_sessions([timing.Ratio(2, 1, 3)]) == (2, 1, 3)
+    assert timing.over_sessions([timing.Ratio(1, 1, 1)] * 3) == (1, 1, 1)
+    assert timing.over_sessions([timing.Ratio(1, 1, 1), timing.Ratio(1000, 1000, 1000)]).high > 1e6
 
 
 def test_two_runs_of_recorded_sessions_agree():
@@ -81,9 +82,9 @@ def test_two_runs_of_recorded_sessions_agree():
     def agreeing(count):
         found = []
         for sessions in recorded.values():
-            ratios = [bench.Ratio(*s) for s in sessions]
+            ratios = [timing.Ratio(*s) for s in sessions]
             for i in range(len(ratios) - 2 * count + 1):
-                a, b = (bench.over_sessions(ratios[j : j + count])._asdict() for j in (i, i + count))
+                a, b = (timing.over_sessions(ratios[j : j + count])._asdict() for j in (i, i + count))
                 found.append(agreement.Pair("", "", True, a, b).agree)
         return sum(found) / len(found)
 
@@ -108,14 +109,14 @@ def test_runs_agree_where_their_difference_is_within_their_intervals():
 def test_what_is_added_is_compared_above_the_floor():
     floor = [1.0, 1.1, 1.2]
     ours, peer = [t + 0.1 for t in floor], [t + 0.4 for t in floor]
-    assert bench.compare(peer, ours, floor).ratio == pytest.approx(4)
-    assert bench.compare(peer, floor, floor).ratio == 1000  # nothing is added that can be measured
+    assert timing.compare(peer, ours, floor).ratio == pytest.approx(4)
+    assert timing.compare(peer, floor, floor).ratio == 1000  # nothing is added that can be measured
 
 
 def test_rounds_take_every_contender_in_a_shuffled_order():
     calls = []
     samplers = {n: lambda count, n=n: calls.append(n) or 0.01 for n in "abc"}
-    samples = bench.interleave(samplers, rounds=30, min_sample=0.005)
+    samples = timing.interleave(samplers, rounds=30, min_sample=0.005)
     rounds = [tuple(calls[i : i + 3]) for i in range(6, len(calls), 3)]
     assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
     assert len(set(rounds)) > 3

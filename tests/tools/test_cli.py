@@ -5,8 +5,9 @@ import sys
 
 import pytest
 
-from fastda import backend, bench, cli, recipes, testing, verify
-from fastda.console import Column, Console
+from fastda import backend, recipes, testing
+from fastda.tools import bench, cli, verify
+from fastda.tools.console import Column, Console
 
 pytestmark = pytest.mark.isa_independent
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastda
-from fastda import reference, testing, verify
+from fastda import reference, testing
+from fastda.tools import verify
 
 pytestmark = pytest.mark.isa_independent
 

@@ -242,7 +242,7 @@ def distributed() -> bool:
 def step_ratio(pair: data.Pair, settings: Settings) -> tuple[float, float, float]:
     """Time of a step with the reference ops over that with the fused ones, in turn; its 95 % interval."""
     import fastda
-    from fastda.bench import compare, interleave, timed
+    from fastda.timing import compare, interleave, timed
 
     trainer = Trainer(pair, replace(settings, method="dann"))
     batch = next(iter(trainer.batches()))

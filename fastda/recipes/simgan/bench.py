@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from fastda import bench, files
+from fastda import files
 from fastda.recipes.simgan.data import Domains, Images
 from fastda.recipes.simgan.train import Settings, Trainer
-from fastda.workloads import Case
+from fastda.tools import bench
+from fastda.tools.workloads import Case
 
 
 def trainer(task: bench.Task) -> bench.Contenders:

@@ -20,7 +20,7 @@ from fastda import registry
 from fastda.nn import Refiner
 from fastda.registry.refiner_conv import block, convolution_flops
 from fastda.registry.row import Call, Options, Sizes, Workload
-from fastda.steps import DannStep, SimganStep
+from fastda.tools.steps import DannStep, SimganStep
 
 
 def _network(x: Tensor, **p: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fastda import backend, files, recipes
-from fastda.console import Cell, Column, Console
+from fastda.tools.console import Cell, Column, Console
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +95,7 @@ def _recipe(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _operators(wanted: Sequence[str] | None) -> Sequence[str]:
-    from fastda import verify
+    from fastda.tools import verify
 
     known = [op.name for op in verify.OPERATORS]
     for name in wanted or ():
@@ -153,7 +153,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from fastda import verify
+    from fastda.tools import verify
 
     check_writable(args)
     console = Console()
@@ -270,9 +270,9 @@ def run_bench(
 ) -> int:
     """Measure what the arguments say and print a table per family.
 
-    `peers`: providers beyond torch's own; `run`: what measures, in place of `fastda.bench.run`.
+    `peers`: providers beyond torch's own; `run`: what measures, in place of `fastda.tools.bench.run`.
     """
-    from fastda import bench, workloads
+    from fastda.tools import bench, workloads
 
     check_writable(args)
     providers = {**bench.PROVIDERS, **(peers or {})}

@@ -1,0 +1,1 @@
+"""What stands above the library: the command line, verification, benchmarks."""
