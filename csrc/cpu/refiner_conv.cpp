@@ -67,7 +67,8 @@ ConvProblem check(const Tensor& x, const Tensor& weight, const char* op) {
           .out_channels = weight.size(0),
           .height = x.size(2),
           .width = x.size(3),
-          .kernel = weight.size(2)};
+          .kernel = weight.size(2),
+          .padding = weight.size(2) / 2};
 }
 void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
   if (t)
@@ -86,8 +87,8 @@ MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channel
 }
 
 const ConvKernels& kernels_for(const ConvProblem& problem) {
-  for (const ConvKernels* kernels :
-       {&winograd_panels_kernels(), &winograd_tiles_kernels(), &winograd_large_kernels()})
+  for (const ConvKernels* kernels : {&winograd_panels_kernels(), &winograd_tiles_kernels(),
+                                     &winograd_large_kernels(), &winograd_5x5_kernels()})
     if (kernels->serves && kernels->serves(problem)) return *kernels;
   return direct_kernels();
 }
@@ -112,6 +113,7 @@ ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last, const 
   args.height = like.size(2);
   args.width = like.size(3);
   args.kernel = k;
+  args.padding = k / 2;
   args.in_channels = weight.size(rotate ? 0 : 1);
   args.out_channels = weight.size(rotate ? 1 : 0);
   args.x = x;
@@ -176,6 +178,7 @@ FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View&
   args.height = x.size(2);
   args.width = x.size(3);
   args.kernel = want_weight ? d_weight.size(2) : 1;
+  args.padding = args.kernel / 2;
   if (want_weight) args.x = view_of(x);
   args.grad = grad;
   args.grad_mask = mask;

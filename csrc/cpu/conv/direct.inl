@@ -28,7 +28,7 @@ constexpr int64_t block_budget = 640 << 10;
 template <typename S>
 Blocking direct_blocking(const ConvArgs& a) {
   const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
-  return block_image(a.batch, a.height, a.width, bytes, block_budget);
+  return block_image(a.batch, a.out_height(), a.out_width(), bytes, block_budget);
 }
 template <typename S>
 struct DirectSizes {
@@ -64,18 +64,18 @@ void prepare_direct(const ConvArgs& a, S* out) {
 template <typename T, typename S>
 void conv_direct(const ConvArgs& a, int64_t task, void* memory) {
   const DirectSizes<S> sizes(a);
-  const Block block = sizes.blocking.block(task, a.height, a.width);
+  const Block block = sizes.blocking.block(task, a.out_height(), a.out_width());
   Arena scratch(memory);
   S* packed = scratch.take<S>(sizes.packed);
   S* sums = scratch.take<S>(sizes.sums);
   int64_t* offset = scratch.take<int64_t>(sizes.taps);
-  const int64_t p = a.kernel / 2, columns = block.columns + 2 * p;
+  const int64_t p = a.padding, halo = a.kernel - 1, columns = block.columns + halo;
   for (int64_t t = 0; t < sizes.taps; ++t)
     offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
   pack<T, S>(a.x, a.x_mask, a.x_channels_last, a.in_channels, a.height, a.width,
-             {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed,
+             {block.n, block.h - p, block.w - p, block.rows + halo, columns}, packed,
              a.in_channels);
-  const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
+  const int64_t tail = (block.rows + halo) * columns * a.in_channels;
   for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
   const int64_t pixels = (block.rows - 1) * columns + block.columns;
   const int64_t padded_k = padded<S>(a.out_channels);
@@ -109,7 +109,7 @@ bool conv(const ConvArgs& a, int64_t task, void* scratch) {
 template <typename S>
 Blocking grad_blocking(const FilterGradArgs& a) {
   const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
-  return block_image(a.batch, a.height, a.width, bytes, block_budget);
+  return block_image(a.batch, a.out_height(), a.out_width(), bytes, block_budget);
 }
 template <typename S>
 struct GradSizes {
@@ -141,17 +141,19 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
   int64_t* offset = scratch.take<int64_t>(sizes.taps);
   for (int64_t i = 0; i < sizes.sums; ++i) filter[i] = S(0);
   for (int64_t i = 0; i < sizes.padded_k; ++i) bias[i] = 0;
-  const int64_t p = a.kernel / 2, tasks = sizes.blocking.tasks, count = sizes.chunks(a);
+  const int64_t p = a.padding, halo = a.kernel - 1, tasks = sizes.blocking.tasks,
+                count = sizes.chunks(a);
   for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
-    const Block block = sizes.blocking.block(task, a.height, a.width);
-    const int64_t columns = block.columns + 2 * p;
+    const Block block = sizes.blocking.block(task, a.out_height(), a.out_width());
+    const int64_t columns = block.columns + halo;
     // The gradient lies on the same grid as the packed input, with zeros where the grid has halo
     // columns.
     const int64_t pixels = block.rows * columns;
     for (int64_t r = 0; r < block.rows; ++r) {
       S* row = grads + r * columns * sizes.padded_k;
-      pack<T, S>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.height, a.width,
-                 {block.n, block.h + r, block.w, 1, block.columns}, row, sizes.padded_k);
+      pack<T, S>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.out_height(),
+                 a.out_width(), {block.n, block.h + r, block.w, 1, block.columns}, row,
+                 sizes.padded_k);
       for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i)
         row[i] = S(0);
     }
@@ -160,9 +162,9 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
     for (int64_t t = 0; t < sizes.taps; ++t)
       offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
     pack<T, S>(a.x, View{}, a.x_channels_last, a.in_channels, a.height, a.width,
-               {block.n, block.h - p, block.w - p, block.rows + 2 * p, columns}, packed,
+               {block.n, block.h - p, block.w - p, block.rows + halo, columns}, packed,
                a.in_channels);
-    const int64_t tail = (block.rows + 2 * p) * columns * a.in_channels;
+    const int64_t tail = (block.rows + halo) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
     multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads,
                            sizes.padded_k, filter);

@@ -1,9 +1,8 @@
-// Stride-1 "same" convolution with an odd square filter: forward, data gradient and filter
-// gradient.
+// Convolution with stride 1 and a square filter: forward, data gradient and filter gradient.
 //
-// Four implementations of one table: `direct` serves every case; `winograd_tiles` and
-// `winograd_panels` (3 x 3 filters; many tiles, many channels) and `winograd_large` (7 x 7,
-// 11 x 11, …), all in float32 arithmetic, are faster where they apply.
+// Five implementations of one table: `direct` serves every case; `winograd_tiles` and
+// `winograd_panels` (3 x 3 filters; many tiles, many channels), `winograd_large` (7 x 7,
+// 11 x 11, …) and `winograd_5x5`, all in float32 arithmetic, are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +20,18 @@ struct View {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
+// height and width: of x, which lies between `padding` zeros on each side.
 struct ConvProblem {
   DType dtype;
-  int64_t batch, in_channels, out_channels, height, width, kernel;
+  int64_t batch, in_channels, out_channels, height, width, kernel, padding;
+  int64_t out_height() const { return height + 2 * padding - (kernel - 1); }
+  int64_t out_width() const { return width + 2 * padding - (kernel - 1); }
 };
 
 // out = mask(out_mask, relu(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
 // mask(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g. The
-// data gradient is the same operation with the filter rotated by 180 degrees and its channels
-// swapped.
+// data gradient is the same operation with the filter rotated by 180 degrees, its channels swapped,
+// and a padding of kernel - 1 - padding.
 struct ConvArgs : ConvProblem {
   bool x_channels_last, out_channels_last;  // of x and x_mask; of the other activations
   View x, x_mask, filter;
@@ -41,7 +43,7 @@ struct ConvArgs : ConvProblem {
 };
 
 // d filter[k, c, i, j] = sum over n, h, w of mask(grad_mask, grad)[n, k, h, w] * x[n, c, h + i - p,
-// w + j - p], and d bias = sum of mask(grad_mask, grad).
+// w + j - p] with p = padding, and d bias = sum of mask(grad_mask, grad).
 struct FilterGradArgs : ConvProblem {
   bool x_channels_last, grad_channels_last;
   View x, grad, grad_mask;
@@ -87,5 +89,6 @@ FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_tiles)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5)
 
 }  // namespace fastda::cpu

@@ -1,5 +1,6 @@
-// Winograd's transforms. F(4x4, 3x3) and F(4x4, 4x4) give 4 x 4 pixels of the output from an input
-// tile of 6 x 6 or 7 x 7 pixels and a filter of 3 x 3 or 4 x 4 taps, by that many products:
+// Winograd's transforms. F(4x4, 3x3) gives a tile of 4 x 4 pixels of the output from 6 x 6 pixels of
+// the input and a filter of 3 x 3 taps; F(4x4, 4x4) and F(3x3, 5x5) take 7 x 7 pixels. As many
+// products as pixels of the input:
 //
 //   output = A' [ (G filter G') * (B' input B) ] A      (* entry by entry)
 //
@@ -241,10 +242,11 @@ FASTDA_INLINE void taps_gradient(F&& f, Taps& taps, F32& finite) {
 
 #endif
 
-// Interpolation at +-p, for three p, and infinity; the values were searched for the least error.
-struct Winograd44 {
-  static constexpr int tile = 4, taps = 4, points = 7;
-  static constexpr double p[3] = {0.3, 0.9, 1.9};
+// F(tile x tile, taps x taps) of seven points: interpolation at +-p, for three p, and infinity.
+template <int Tile, typename P>
+struct Winograd7 {
+  static constexpr int tile = Tile, points = 7, taps = points + 1 - tile;
+  static constexpr const double (&p)[3] = P::p;
   static constexpr double square(double x) { return x * x; }
   // For the pair i: sum and product of the squares of the other two.
   static constexpr double other_sum(int i) {
@@ -270,51 +272,61 @@ struct Winograd44 {
     }
     constexpr double S = square(p[0]) + other_sum(0);
     constexpr double Q = square(p[0]) * other_sum(0) + other_product(0);
-    constexpr double P = square(p[0]) * other_product(0);
-    v[6] = d[6] - float(S) * d[4] + float(Q) * d[2] - float(P) * d[0];
+    constexpr double R = square(p[0]) * other_product(0);
+    v[6] = d[6] - float(S) * d[4] + float(Q) * d[2] - float(R) * d[0];
   }
 
-  // Columns of A' for +p, -p and infinity:
+  // Columns of A' for +p, -p and infinity; the last row is that of p^(tile - 1):
   //
   //   |  1     1   0 |
   //   |  p    -p   0 |
   //   |  p^2  p^2  0 |
   //   |  p^3 -p^3  1 |
   static inline void output(const F32* m, F32* y) {
-    y[0] = y[1] = y[2] = F32{};
-    y[3] = m[6];
+#pragma GCC unroll 4
+    for (int t = 0; t < tile; ++t) y[t] = t < tile - 1 ? F32{} : m[6];
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       const F32 sum = m[2 * i] + m[2 * i + 1], difference = m[2 * i] - m[2 * i + 1];
       y[0] += sum;
       y[1] += float(p[i]) * difference;
       y[2] += float(square(p[i])) * sum;
-      y[3] += float(square(p[i]) * p[i]) * difference;
+      if constexpr (tile == 4) y[3] += float(square(p[i]) * p[i]) * difference;
     }
   }
 
-  // A: 4 pixels -> 7 points.
+  // A: the pixels of a tile -> 7 points.
   static inline void gradient(const F32* g, F32* z) {
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) {
       const F32 even = g[0] + float(square(p[i])) * g[2];
-      const F32 odd = g[1] + float(square(p[i])) * g[3];
+      F32 odd = g[1];
+      if constexpr (tile == 4) odd = g[1] + float(square(p[i])) * g[3];
       z[2 * i] = even + float(p[i]) * odd;
       z[2 * i + 1] = even - float(p[i]) * odd;
     }
-    z[6] = g[3];
+    z[6] = g[tile - 1];
   }
 };
+// The values were searched for the least error.
+struct Points44 {
+  static constexpr double p[3] = {0.3, 0.9, 1.9};
+};
+struct Points35 {
+  static constexpr double p[3] = {0.3, 0.85, 1.7};
+};
+using Winograd44 = Winograd7<4, Points44>;
+using Winograd35 = Winograd7<3, Points35>;
 
-// G of Winograd44, in double. Rows for +p, -p and infinity, n = 2p (p^4 - s p^2 + q):
+// G of Winograd7, in double. Rows for +p, -p and infinity, n = 2p (p^4 - s p^2 + q):
 //
-//   |  1/n   p/n   p^2/n   p^3/n |
-//   | -1/n   p/n  -p^2/n   p^3/n |
-//   |   0     0      0       1   |
+//   |  1/n   p/n   p^2/n   p^3/n  ... |
+//   | -1/n   p/n  -p^2/n   p^3/n  ... |
+//   |   0     0      0      ...     1 |
+template <typename W>
 struct FilterMatrix {
-  double at[Winograd44::points][Winograd44::taps];
+  double at[W::points][W::taps];
   constexpr FilterMatrix() : at{} {
-    using W = Winograd44;
     for (int i = 0; i < 3; ++i) {
       const double p2 = W::square(W::p[i]);
       const double norm = 2 * W::p[i] * (p2 * p2 - W::other_sum(i) * p2 + W::other_product(i));
@@ -324,10 +336,9 @@ struct FilterMatrix {
         for (int t = 0; t < W::taps; ++t, power *= p) at[2 * i + sign][t] = power;
       }
     }
-    at[6][3] = 1;
+    at[6][W::taps - 1] = 1;
   }
 };
-constexpr FilterMatrix G;
 
 }  // namespace
 }  // namespace fastda::cpu::FASTDA_ISA

@@ -1,13 +1,13 @@
 // Compiled once per instruction set, with FASTDA_ISA naming it.
 //
-// Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces. The filter is cut into pieces of 4 x
-// 4 taps; a piece's offset, a multiple of 4, is also the distance of the output tiles, so the
+// Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces, and of 5 x 5 by F(3x3, 5x5) in one
+// piece. A large filter is cut into pieces of 4 x 4 taps; a piece's offset, a multiple of 4, is also the distance of the output tiles, so the
 // transformed input of one tile serves all pieces: for every one of the 49 points,
 //
 //   M[tile][k] = sum over pieces and channels of V[tile + piece][c] * U[piece][c][k],
 //
 // which is the direct kernels' product on the grid of tiles, with pieces for taps. A 7 x 7 filter
-// costs 12.25 products per output instead of 49. A task is a block of tiles; its V and M stay near
+// costs 12.25 products per output instead of 49, one of 5 x 5 5.4 instead of 25. A task is a block of tiles; its V and M stay near
 // the second-level cache:
 //
 //   x block with halo -> packed [pixel][channel] -> V [49][tile][channel] -> M [49][tile][channel]
@@ -18,354 +18,369 @@
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
 
-using W = Winograd44;
-constexpr int TILE = W::tile, TAPS = W::taps, POINTS = W::points;
+template <typename W>
+struct Pieces {
+  static constexpr int TILE = W::tile, TAPS = W::taps, POINTS = W::points;
+  static constexpr FilterMatrix<W> G{};
 
-// A block of output tiles, and the grid of input tiles that it takes: `pieces` - 1 more each way.
-// Tile q of the grid has q / columns and q % columns; products run over its first `pixels` tiles,
-// those of the output and the few between them.
-struct Tiles {
-  Block block;
-  int64_t pieces, rows, columns, pixels;
-};
+  // A block of output tiles, and the grid of input tiles that it takes: `pieces` - 1 more each way.
+  // Tile q of the grid has q / columns and q % columns; products run over its first `pixels` tiles,
+  // those of the output and the few between them.
+  struct Tiles {
+    Block block;
+    int64_t pieces, rows, columns, pixels;
+  };
 
-template <typename Args>
-struct Layout {
-  int64_t pieces, high, wide, c, k;
-  Blocking blocking;
-  explicit Layout(const Args& a)
-      : pieces(ceil_div(a.kernel, TAPS)),
-        high(ceil_div(a.height, TILE)),
-        wide(ceil_div(a.width, TILE)),
-        c(padded<float>(a.in_channels)),
-        k(padded<float>(a.out_channels)),
-        blocking(block_image(a.batch, high, wide,
-                             POINTS * POINTS * (c + k) * int64_t(sizeof(float)), 1600 << 10)) {}
+  template <typename Args>
+  struct Layout {
+    int64_t pieces, high, wide, c, k;
+    Blocking blocking;
+    explicit Layout(const Args& a)
+        : pieces(ceil_div(a.kernel, TAPS)),
+          high(ceil_div(a.out_height(), TILE)),
+          wide(ceil_div(a.out_width(), TILE)),
+          c(padded<float>(a.in_channels)),
+          k(padded<float>(a.out_channels)),
+          blocking(block_image(a.batch, high, wide,
+                               POINTS * POINTS * (c + k) * int64_t(sizeof(float)), 1600 << 10)) {}
 
-  int64_t taps() const { return pieces * pieces; }
-  int64_t filter() const { return taps() * c * k; }  // floats of one point
-  int64_t grid() const { return (blocking.rows + pieces - 1) * (blocking.columns + pieces - 1); }
-  // Rows of V and M of one point; the micro-kernel runs past the end by up to max_rows.
-  int64_t v_rows() const { return grid() + max_rows; }
-  int64_t m_rows() const { return blocking.rows * (blocking.columns + pieces - 1) + max_rows; }
-  int64_t packed() const {
-    return (TILE * (blocking.rows + pieces) + TAPS) * (TILE * (blocking.columns + pieces) + TAPS) *
-           max(c, k);
-  }
-  Tiles tiles(int64_t task) const {
-    const Block b = blocking.block(task, high, wide);
-    const int64_t columns = b.columns + pieces - 1;
-    return {b, pieces, b.rows + pieces - 1, columns, (b.rows - 1) * columns + b.columns};
-  }
-  void offsets(const Tiles& t, int64_t* offset) const {
-    for (int64_t i = 0; i < taps(); ++i) offset[i] = (i / pieces * t.columns + i % pieces) * c;
-  }
-};
-
-// V[point][tile of the grid][c], `step` floats from point to point.
-template <typename T, typename Args>
-void transform_input(const Args& a, const View& mask, const Layout<Args>& layout, const Tiles& t,
-                     float* packed, float* v, int64_t step) {
-  const int64_t p = a.kernel / 2, c = layout.c;
-  const int64_t rows = TILE * t.rows + TAPS - 1, columns = TILE * t.columns + TAPS - 1;
-  pack<T, float>(a.x, mask, a.x_channels_last, a.in_channels, a.height, a.width,
-                 {t.block.n, TILE * t.block.h - p, TILE * t.block.w - p, rows, columns}, packed, c);
-  for (int64_t q = 0; q < t.rows * t.columns; ++q) {
-    const float* from = packed + (q / t.columns * TILE * columns + q % t.columns * TILE) * c;
-    for (int64_t i = 0; i < c; i += lanes<float>) {
-      F32 half[POINTS][POINTS];
-      for (int x = 0; x < POINTS; ++x) {
-        F32 d[POINTS], u[POINTS];
-#pragma GCC unroll 7
-        for (int y = 0; y < POINTS; ++y) d[y] = load_vec(from + (y * columns + x) * c + i);
-        W::input(d, u);
-#pragma GCC unroll 7
-        for (int y = 0; y < POINTS; ++y) half[y][x] = u[y];
-      }
-      float* to = v + q * c + i;
-      for (int y = 0; y < POINTS; ++y, to += POINTS * step) {
-        F32 u[POINTS];
-        W::input(half[y], u);
-#pragma GCC unroll 7
-        for (int x = 0; x < POINTS; ++x) store_vec(to + x * step, u[x]);
-      }
+    int64_t taps() const { return pieces * pieces; }
+    int64_t filter() const { return taps() * c * k; }  // floats of one point
+    int64_t grid() const { return (blocking.rows + pieces - 1) * (blocking.columns + pieces - 1); }
+    // Rows of V and M of one point; the micro-kernel runs past the end by up to max_rows.
+    int64_t v_rows() const { return grid() + max_rows; }
+    int64_t m_rows() const { return blocking.rows * (blocking.columns + pieces - 1) + max_rows; }
+    int64_t packed() const {
+      return (TILE * (blocking.rows + pieces) + TAPS) *
+             (TILE * (blocking.columns + pieces) + TAPS) * max(c, k);
     }
-  }
-}
+    Tiles tiles(int64_t task) const {
+      const Block b = blocking.block(task, high, wide);
+      const int64_t columns = b.columns + pieces - 1;
+      return {b, pieces, b.rows + pieces - 1, columns, (b.rows - 1) * columns + b.columns};
+    }
+    void offsets(const Tiles& t, int64_t* offset) const {
+      for (int64_t i = 0; i < taps(); ++i) offset[i] = (i / pieces * t.columns + i % pieces) * c;
+    }
+  };
 
-// M[point][tile][k] -> sums[pixel][k]. False where some value is not finite: that shows in the
-// corners.
-bool transform_output(const Tiles& t, const float* m, int64_t step, int64_t k, float* sums) {
-  const int64_t columns = TILE * t.block.columns;
-  F32 finite = {};
-  for (int64_t row = 0; row < t.block.rows; ++row) {
-    for (int64_t column = 0; column < t.block.columns; ++column) {
-      const float* from = m + (row * t.columns + column) * k;
-      float* to = sums + (row * TILE * columns + column * TILE) * k;
-      for (int64_t i = 0; i < k; i += lanes<float>) {
-        F32 half[TILE][POINTS];
+  // V[point][tile of the grid][c], `step` floats from point to point.
+  template <typename T, typename Args>
+  static void transform_input(const Args& a, const View& mask, const Layout<Args>& layout,
+                              const Tiles& t, float* packed, float* v, int64_t step) {
+    const int64_t p = a.padding, c = layout.c;
+    const int64_t rows = TILE * t.rows + TAPS - 1, columns = TILE * t.columns + TAPS - 1;
+    pack<T, float>(a.x, mask, a.x_channels_last, a.in_channels, a.height, a.width,
+                   {t.block.n, TILE * t.block.h - p, TILE * t.block.w - p, rows, columns}, packed,
+                   c);
+    for (int64_t q = 0; q < t.rows * t.columns; ++q) {
+      const float* from = packed + (q / t.columns * TILE * columns + q % t.columns * TILE) * c;
+      for (int64_t i = 0; i < c; i += lanes<float>) {
+        F32 half[POINTS][POINTS];
         for (int x = 0; x < POINTS; ++x) {
-          F32 d[POINTS], y[TILE];
+          F32 d[POINTS], u[POINTS];
 #pragma GCC unroll 7
-          for (int p = 0; p < POINTS; ++p) d[p] = load_vec(from + (p * POINTS + x) * step + i);
-          W::output(d, y);
-#pragma GCC unroll 4
-          for (int p = 0; p < TILE; ++p) half[p][x] = y[p];
+          for (int y = 0; y < POINTS; ++y) d[y] = load_vec(from + (y * columns + x) * c + i);
+          W::input(d, u);
+#pragma GCC unroll 7
+          for (int y = 0; y < POINTS; ++y) half[y][x] = u[y];
         }
-        for (int p = 0; p < TILE; ++p) {
-          F32 y[TILE];
-          W::output(half[p], y);
-          finite += (y[0] + y[3]) * 0.0f;
-#pragma GCC unroll 4
-          for (int x = 0; x < TILE; ++x) store_vec(to + (p * columns + x) * k + i, y[x]);
+        float* to = v + q * c + i;
+        for (int y = 0; y < POINTS; ++y, to += POINTS * step) {
+          F32 u[POINTS];
+          W::input(half[y], u);
+#pragma GCC unroll 7
+          for (int x = 0; x < POINTS; ++x) store_vec(to + x * step, u[x]);
         }
       }
     }
   }
-  float total = 0;
-  for (int i = 0; i < lanes<float>; ++i) total += finite[i];
-  return total == 0;
-}
 
-// Where the last pieces are nearly full: 7 x 7, 11 x 11, … Others save less, at the same error of a
-// piece. And where products are fused with sums, without which the error is near its
-// bound.
-bool serves(const ConvProblem& p) {
-  return fused_multiply_add && p.kernel >= 7 && p.kernel % TAPS == TAPS - 1 &&
-         p.dtype != DType::f64 && min(p.in_channels, p.out_channels) >= 16 &&
-         min(p.height, p.width) >= 2 * TILE;
-}
-
-int64_t prepared_bytes(const ConvArgs& a) {
-  return POINTS * POINTS * Layout(a).filter() * int64_t(sizeof(float));
-}
-// [point][panel][piece][c][k in panel]
-template <typename T>
-void transform_filter(const ConvArgs& a, float* out) {
-  constexpr int L = lanes<float>;
-  const Layout layout(a);
-  const int64_t vectors = layout.k / L;
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    const PanelColumn column = panel_column(vector, vectors, layout.taps() * layout.c);
-    const int64_t k = vector * L;
-    for (int64_t i = 0; i < layout.taps(); ++i) {
-      for (int64_t c = 0; c < layout.c; ++c) {
-        float* to = out + column.offset + (i * layout.c + c) * column.stride;
-        double half[POINTS][TAPS][L] = {};
-        for (int y = 0; y < TAPS; ++y) {
-          for (int x = 0; x < TAPS; ++x) {
-            const int64_t h = i / layout.pieces * TAPS + y, w = i % layout.pieces * TAPS + x;
-            double g[L] = {};
-            for (int64_t j = 0; j < min(L, a.out_channels - k); ++j)
-              if (h < a.kernel && w < a.kernel && c < a.in_channels)
-                g[j] = double(load(at<T>(a.filter, k + j, c, h, w)));
-            for (int p = 0; p < POINTS; ++p)
-              for (int j = 0; j < L; ++j) half[p][x][j] += G.at[p][y] * g[j];
-          }
-        }
-        for (int p = 0; p < POINTS * POINTS; ++p) {
-          for (int j = 0; j < L; ++j) {
-            double u = 0;
-            for (int x = 0; x < TAPS; ++x) u += G.at[p % POINTS][x] * half[p / POINTS][x][j];
-            to[p * layout.filter() + j] = float(u);
-          }
-        }
-      }
-    }
-  }
-}
-void prepare(const ConvArgs& a, void* prepared) {
-  with_float_type(a.dtype,
-                  [&]<typename T>() { transform_filter<T>(a, static_cast<float*>(prepared)); });
-}
-
-int64_t conv_scratch_bytes(const ConvArgs& a) {
-  const Layout l(a);
-  return Arena::bytes<float>(l.packed()) + Arena::bytes<float>(POINTS * POINTS * l.v_rows() * l.c) +
-         Arena::bytes<float>(POINTS * POINTS * l.m_rows() * l.k) + Arena::bytes<int64_t>(l.taps());
-}
-int64_t conv_tasks(const ConvArgs& a) { return Layout(a).blocking.tasks; }
-
-template <typename T>
-bool conv_block(const ConvArgs& a, int64_t task, void* memory) {
-  const Layout layout(a);
-  const Tiles t = layout.tiles(task);
-  Arena scratch(memory);
-  float* packed = scratch.take<float>(layout.packed());
-  const int64_t v_step = layout.v_rows() * layout.c, m_step = layout.m_rows() * layout.k;
-  float* v = scratch.take<float>(POINTS * POINTS * v_step);
-  float* m = scratch.take<float>(POINTS * POINTS * m_step);
-  int64_t* offset = scratch.take<int64_t>(layout.taps());
-  layout.offsets(t, offset);
-  transform_input<T>(a, a.x_mask, layout, t, packed, v, v_step);
-  // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow
-  // on Intel.
-  const int64_t rows = t.rows * t.columns;
-  for (int p = 0; p < POINTS * POINTS; ++p)
-    for (int64_t i = 0; i < max_rows * layout.c; ++i) v[p * v_step + rows * layout.c + i] = 0;
-  for (int p = 0; p < POINTS * POINTS; ++p)
-    multiply<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
-                    static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k,
-                    m + p * m_step);
-  float* sums = packed;  // which nobody needs any more
-  const bool finite = transform_output(t, m, m_step, layout.k, sums);
-  const int64_t h = TILE * t.block.h, w = TILE * t.block.w;
-  epilogue<T, float>(a, sums, TILE * t.block.columns, layout.k,
-                     {t.block.n, h, w, min(TILE * t.block.rows, a.height - h),
-                      min(TILE * t.block.columns, a.width - w)});
-  return finite;
-}
-bool conv(const ConvArgs& a, int64_t task, void* scratch) {
-  return with_float_type(a.dtype, [&]<typename T>() { return conv_block<T>(a, task, scratch); });
-}
-
-// Filter gradient: for every point, dU[piece][c][k] = sum over tiles of V[tile + piece][c] *
-// Z[tile][k].
-
-int64_t sum_bytes(const FilterGradArgs& a) {
-  const Layout l(a);
-  return Arena::bytes<float>(POINTS * POINTS * l.filter()) + Arena::bytes<double>(l.k);
-}
-int64_t chunks(const FilterGradArgs& a) {
-  return chunk_count(Layout(a).blocking.tasks, sum_bytes(a));
-}
-int64_t filter_grad_scratch_bytes(const FilterGradArgs& a) {
-  const Layout l(a);
-  return Arena::bytes<float>(l.packed()) + Arena::bytes<float>(POINTS * POINTS * l.v_rows() * l.c) +
-         Arena::bytes<float>(POINTS * POINTS * l.m_rows() * l.k) + Arena::bytes<int64_t>(l.taps());
-}
-
-// Z[point][tile of the grid][k], zero in the tiles between those of the output.
-template <typename T>
-void transform_gradient(const FilterGradArgs& a, const Tiles& t, int64_t k, float* packed, float* z,
-                        int64_t step, double* bias) {
-  const int64_t rows = TILE * t.block.rows, columns = TILE * t.block.columns;
-  pack<T, float>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.height, a.width,
-                 {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns}, packed, k);
-  add_rows<float>(packed, rows * columns, k, bias);
-  for (int64_t q = 0; q < t.pixels; ++q) {
-    const int64_t row = q / t.columns, column = q % t.columns;
-    const float* from = packed + (row * TILE * columns + column * TILE) * k;
-    for (int64_t i = 0; i < k; i += lanes<float>) {
-      float* to = z + q * k + i;
-      if (column >= t.block.columns) {
-        for (int p = 0; p < POINTS * POINTS; ++p) store_vec(to + p * step, F32{});
-        continue;
-      }
-      F32 half[POINTS][TILE];
-      for (int x = 0; x < TILE; ++x) {
-        F32 g[TILE], u[POINTS];
+  // M[point][tile][k] -> sums[pixel][k]. False where some value is not finite: that shows in the
+  // corners.
+  static bool transform_output(const Tiles& t, const float* m, int64_t step, int64_t k,
+                               float* sums) {
+    const int64_t columns = TILE * t.block.columns;
+    F32 finite = {};
+    for (int64_t row = 0; row < t.block.rows; ++row) {
+      for (int64_t column = 0; column < t.block.columns; ++column) {
+        const float* from = m + (row * t.columns + column) * k;
+        float* to = sums + (row * TILE * columns + column * TILE) * k;
+        for (int64_t i = 0; i < k; i += lanes<float>) {
+          F32 half[TILE][POINTS];
+          for (int x = 0; x < POINTS; ++x) {
+            F32 d[POINTS], y[TILE];
+#pragma GCC unroll 7
+            for (int p = 0; p < POINTS; ++p) d[p] = load_vec(from + (p * POINTS + x) * step + i);
+            W::output(d, y);
 #pragma GCC unroll 4
-        for (int y = 0; y < TILE; ++y) g[y] = load_vec(from + (y * columns + x) * k + i);
-        W::gradient(g, u);
-#pragma GCC unroll 7
-        for (int y = 0; y < POINTS; ++y) half[y][x] = u[y];
-      }
-      for (int y = 0; y < POINTS; ++y, to += POINTS * step) {
-        F32 u[POINTS];
-        W::gradient(half[y], u);
-#pragma GCC unroll 7
-        for (int x = 0; x < POINTS; ++x) store_vec(to + x * step, u[x]);
+            for (int p = 0; p < TILE; ++p) half[p][x] = y[p];
+          }
+          for (int p = 0; p < TILE; ++p) {
+            F32 y[TILE];
+            W::output(half[p], y);
+            finite += (y[0] + y[TILE - 1]) * 0.0f;
+#pragma GCC unroll 4
+            for (int x = 0; x < TILE; ++x) store_vec(to + (p * columns + x) * k + i, y[x]);
+          }
+        }
       }
     }
+    float total = 0;
+    for (int i = 0; i < lanes<float>; ++i) total += finite[i];
+    return total == 0;
   }
-}
 
-template <typename T>
-void grad_chunk(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void* memory) {
-  const Layout layout(a);
-  Arena sums(sums_memory), scratch(memory);
-  float* filter = sums.take<float>(POINTS * POINTS * layout.filter());
-  double* bias = sums.take<double>(layout.k);
-  float* packed = scratch.take<float>(layout.packed());
-  const int64_t v_step = layout.v_rows() * layout.c, z_step = layout.m_rows() * layout.k;
-  float* v = scratch.take<float>(POINTS * POINTS * v_step);
-  float* z = scratch.take<float>(POINTS * POINTS * z_step);
-  int64_t* offset = scratch.take<int64_t>(layout.taps());
-  for (int64_t i = 0; i < POINTS * POINTS * layout.filter(); ++i) filter[i] = 0;
-  for (int64_t i = 0; i < layout.k; ++i) bias[i] = 0;
-  const int64_t tasks = layout.blocking.tasks, count = chunks(a);
-  for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
-    const Tiles t = layout.tiles(task);
-    layout.offsets(t, offset);
-    transform_input<T>(a, View{}, layout, t, packed, v, v_step);
-    transform_gradient<T>(a, t, layout.k, packed, z, z_step, bias);
-    for (int p = 0; p < POINTS * POINTS; ++p)
-      multiply_transposed<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(),
-                                 layout.c, z + p * z_step, layout.k, filter + p * layout.filter());
+  // Where the last pieces are nearly full: 5 x 5; 7 x 7, 11 x 11, … Others save less, at the same
+  // error of a piece. And where products are fused with sums, without which the error is near its
+  // bound.
+  static bool serves(const ConvProblem& p) {
+    const bool full = TAPS == 5 ? p.kernel == 5 : p.kernel >= 7 && p.kernel % TAPS == TAPS - 1;
+    return fused_multiply_add && full && p.dtype != DType::f64 &&
+           min(p.in_channels, p.out_channels) >= 16 &&
+           min(p.out_height(), p.out_width()) >= 2 * TILE;
   }
-}
-void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scratch) {
-  with_float_type(a.dtype, [&]<typename T>() { grad_chunk<T>(a, chunk, sums, scratch); });
-}
 
-template <typename T>
-bool combine_chunks(const FilterGradArgs& a, const char* sums, T* d_bias) {
-  constexpr int L = lanes<float>;
-  const Layout layout(a);
-  const int64_t count = chunks(a), bytes = sum_bytes(a);
-  bool finite = true;
-  for (int64_t i = 0; i < layout.taps(); ++i) {
-    for (int64_t c = 0; c < a.in_channels; ++c) {
-      for (int64_t k = 0; k < a.out_channels; k += L) {
-        double half[TAPS][POINTS][L] = {};
-        for (int p = 0; p < POINTS * POINTS; ++p) {
-          double u[L] = {};
-          for (int64_t n = 0; n < count; ++n) {
-            const float* part = reinterpret_cast<const float*>(sums + n * bytes) +
-                                p * layout.filter() + (i * layout.c + c) * layout.k + k;
-            for (int j = 0; j < L; ++j) u[j] += double(part[j]);
+  static int64_t prepared_bytes(const ConvArgs& a) {
+    return POINTS * POINTS * Layout(a).filter() * int64_t(sizeof(float));
+  }
+  // [point][panel][piece][c][k in panel]
+  template <typename T>
+  static void transform_filter(const ConvArgs& a, float* out) {
+    constexpr int L = lanes<float>;
+    const Layout layout(a);
+    const int64_t vectors = layout.k / L;
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      const PanelColumn column = panel_column(vector, vectors, layout.taps() * layout.c);
+      const int64_t k = vector * L;
+      for (int64_t i = 0; i < layout.taps(); ++i) {
+        for (int64_t c = 0; c < layout.c; ++c) {
+          float* to = out + column.offset + (i * layout.c + c) * column.stride;
+          double half[POINTS][TAPS][L] = {};
+          for (int y = 0; y < TAPS; ++y) {
+            for (int x = 0; x < TAPS; ++x) {
+              const int64_t h = i / layout.pieces * TAPS + y, w = i % layout.pieces * TAPS + x;
+              double g[L] = {};
+              for (int64_t j = 0; j < min(L, a.out_channels - k); ++j)
+                if (h < a.kernel && w < a.kernel && c < a.in_channels)
+                  g[j] = double(load(at<T>(a.filter, k + j, c, h, w)));
+              for (int p = 0; p < POINTS; ++p)
+                for (int j = 0; j < L; ++j) half[p][x][j] += G.at[p][y] * g[j];
+            }
           }
-          for (int y = 0; y < TAPS; ++y)
-            for (int j = 0; j < L; ++j) half[y][p % POINTS][j] += G.at[p / POINTS][y] * u[j];
-        }
-        for (int y = 0; y < TAPS; ++y) {
-          for (int x = 0; x < TAPS; ++x) {
-            const int64_t h = i / layout.pieces * TAPS + y, w = i % layout.pieces * TAPS + x;
-            if (h >= a.kernel || w >= a.kernel) continue;
-            for (int64_t j = 0; j < min(L, a.out_channels - k); ++j) {
-              double g = 0;
-              for (int p = 0; p < POINTS; ++p) g += G.at[p][x] * half[y][p][j];
-              finite &= g - g == 0;
-              store(const_cast<T*>(at<T>(a.d_filter, k + j, c, h, w)), float(g));
+          for (int p = 0; p < POINTS * POINTS; ++p) {
+            for (int j = 0; j < L; ++j) {
+              double u = 0;
+              for (int x = 0; x < TAPS; ++x) u += G.at[p % POINTS][x] * half[p / POINTS][x][j];
+              to[p * layout.filter() + j] = float(u);
             }
           }
         }
       }
     }
   }
-  if (d_bias) {
-    const int64_t offset = Arena::bytes<float>(POINTS * POINTS * layout.filter());
-    for (int64_t k = 0; k < a.out_channels; ++k) {
-      double sum = 0;
-      for (int64_t n = 0; n < count; ++n)
-        sum += reinterpret_cast<const double*>(sums + n * bytes + offset)[k];
-      store(d_bias + k, float(sum));
+  static void prepare(const ConvArgs& a, void* prepared) {
+    with_float_type(a.dtype,
+                    [&]<typename T>() { transform_filter<T>(a, static_cast<float*>(prepared)); });
+  }
+
+  static int64_t conv_scratch_bytes(const ConvArgs& a) {
+    const Layout l(a);
+    return Arena::bytes<float>(l.packed()) +
+           Arena::bytes<float>(POINTS * POINTS * l.v_rows() * l.c) +
+           Arena::bytes<float>(POINTS * POINTS * l.m_rows() * l.k) +
+           Arena::bytes<int64_t>(l.taps());
+  }
+  static int64_t conv_tasks(const ConvArgs& a) { return Layout(a).blocking.tasks; }
+
+  template <typename T>
+  static bool conv_block(const ConvArgs& a, int64_t task, void* memory) {
+    const Layout layout(a);
+    const Tiles t = layout.tiles(task);
+    Arena scratch(memory);
+    float* packed = scratch.take<float>(layout.packed());
+    const int64_t v_step = layout.v_rows() * layout.c, m_step = layout.m_rows() * layout.k;
+    float* v = scratch.take<float>(POINTS * POINTS * v_step);
+    float* m = scratch.take<float>(POINTS * POINTS * m_step);
+    int64_t* offset = scratch.take<int64_t>(layout.taps());
+    layout.offsets(t, offset);
+    transform_input<T>(a, a.x_mask, layout, t, packed, v, v_step);
+    // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow
+    // on Intel.
+    const int64_t rows = t.rows * t.columns;
+    for (int p = 0; p < POINTS * POINTS; ++p)
+      for (int64_t i = 0; i < max_rows * layout.c; ++i) v[p * v_step + rows * layout.c + i] = 0;
+    for (int p = 0; p < POINTS * POINTS; ++p)
+      multiply<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
+                      static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k,
+                      m + p * m_step);
+    float* sums = packed;  // which nobody needs any more
+    const bool finite = transform_output(t, m, m_step, layout.k, sums);
+    const int64_t h = TILE * t.block.h, w = TILE * t.block.w;
+    epilogue<T, float>(a, sums, TILE * t.block.columns, layout.k,
+                       {t.block.n, h, w, min(TILE * t.block.rows, a.out_height() - h),
+                        min(TILE * t.block.columns, a.out_width() - w)});
+    return finite;
+  }
+  static bool conv(const ConvArgs& a, int64_t task, void* scratch) {
+    return with_float_type(a.dtype, [&]<typename T>() { return conv_block<T>(a, task, scratch); });
+  }
+
+  // Filter gradient: for every point, dU[piece][c][k] = sum over tiles of V[tile + piece][c] *
+  // Z[tile][k].
+
+  static int64_t sum_bytes(const FilterGradArgs& a) {
+    const Layout l(a);
+    return Arena::bytes<float>(POINTS * POINTS * l.filter()) + Arena::bytes<double>(l.k);
+  }
+  static int64_t chunks(const FilterGradArgs& a) {
+    return chunk_count(Layout(a).blocking.tasks, sum_bytes(a));
+  }
+  static int64_t filter_grad_scratch_bytes(const FilterGradArgs& a) {
+    const Layout l(a);
+    return Arena::bytes<float>(l.packed()) +
+           Arena::bytes<float>(POINTS * POINTS * l.v_rows() * l.c) +
+           Arena::bytes<float>(POINTS * POINTS * l.m_rows() * l.k) +
+           Arena::bytes<int64_t>(l.taps());
+  }
+
+  // Z[point][tile of the grid][k], zero in the tiles between those of the output.
+  template <typename T>
+  static void transform_gradient(const FilterGradArgs& a, const Tiles& t, int64_t k, float* packed,
+                                 float* z, int64_t step, double* bias) {
+    const int64_t rows = TILE * t.block.rows, columns = TILE * t.block.columns;
+    pack<T, float>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.out_height(),
+                   a.out_width(), {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns},
+                   packed, k);
+    add_rows<float>(packed, rows * columns, k, bias);
+    for (int64_t q = 0; q < t.pixels; ++q) {
+      const int64_t row = q / t.columns, column = q % t.columns;
+      const float* from = packed + (row * TILE * columns + column * TILE) * k;
+      for (int64_t i = 0; i < k; i += lanes<float>) {
+        float* to = z + q * k + i;
+        if (column >= t.block.columns) {
+          for (int p = 0; p < POINTS * POINTS; ++p) store_vec(to + p * step, F32{});
+          continue;
+        }
+        F32 half[POINTS][TILE];
+        for (int x = 0; x < TILE; ++x) {
+          F32 g[TILE], u[POINTS];
+#pragma GCC unroll 4
+          for (int y = 0; y < TILE; ++y) g[y] = load_vec(from + (y * columns + x) * k + i);
+          W::gradient(g, u);
+#pragma GCC unroll 7
+          for (int y = 0; y < POINTS; ++y) half[y][x] = u[y];
+        }
+        for (int y = 0; y < POINTS; ++y, to += POINTS * step) {
+          F32 u[POINTS];
+          W::gradient(half[y], u);
+#pragma GCC unroll 7
+          for (int x = 0; x < POINTS; ++x) store_vec(to + x * step, u[x]);
+        }
+      }
     }
   }
-  return finite;
-}
-bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
-  return with_float_type(a.dtype, [&]<typename T>() {
-    return combine_chunks<T>(a, static_cast<const char*>(sums), static_cast<T*>(d_bias));
-  });
-}
+
+  template <typename T>
+  static void grad_chunk(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void* memory) {
+    const Layout layout(a);
+    Arena sums(sums_memory), scratch(memory);
+    float* filter = sums.take<float>(POINTS * POINTS * layout.filter());
+    double* bias = sums.take<double>(layout.k);
+    float* packed = scratch.take<float>(layout.packed());
+    const int64_t v_step = layout.v_rows() * layout.c, z_step = layout.m_rows() * layout.k;
+    float* v = scratch.take<float>(POINTS * POINTS * v_step);
+    float* z = scratch.take<float>(POINTS * POINTS * z_step);
+    int64_t* offset = scratch.take<int64_t>(layout.taps());
+    for (int64_t i = 0; i < POINTS * POINTS * layout.filter(); ++i) filter[i] = 0;
+    for (int64_t i = 0; i < layout.k; ++i) bias[i] = 0;
+    const int64_t tasks = layout.blocking.tasks, count = chunks(a);
+    for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
+      const Tiles t = layout.tiles(task);
+      layout.offsets(t, offset);
+      transform_input<T>(a, View{}, layout, t, packed, v, v_step);
+      transform_gradient<T>(a, t, layout.k, packed, z, z_step, bias);
+      for (int p = 0; p < POINTS * POINTS; ++p)
+        multiply_transposed<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(),
+                                   layout.c, z + p * z_step, layout.k,
+                                   filter + p * layout.filter());
+    }
+  }
+  static void filter_grad(const FilterGradArgs& a, int64_t chunk, void* sums, void* scratch) {
+    with_float_type(a.dtype, [&]<typename T>() { grad_chunk<T>(a, chunk, sums, scratch); });
+  }
+
+  template <typename T>
+  static bool combine_chunks(const FilterGradArgs& a, const char* sums, T* d_bias) {
+    constexpr int L = lanes<float>;
+    const Layout layout(a);
+    const int64_t count = chunks(a), bytes = sum_bytes(a);
+    bool finite = true;
+    for (int64_t i = 0; i < layout.taps(); ++i) {
+      for (int64_t c = 0; c < a.in_channels; ++c) {
+        for (int64_t k = 0; k < a.out_channels; k += L) {
+          double half[TAPS][POINTS][L] = {};
+          for (int p = 0; p < POINTS * POINTS; ++p) {
+            double u[L] = {};
+            for (int64_t n = 0; n < count; ++n) {
+              const float* part = reinterpret_cast<const float*>(sums + n * bytes) +
+                                  p * layout.filter() + (i * layout.c + c) * layout.k + k;
+              for (int j = 0; j < L; ++j) u[j] += double(part[j]);
+            }
+            for (int y = 0; y < TAPS; ++y)
+              for (int j = 0; j < L; ++j) half[y][p % POINTS][j] += G.at[p / POINTS][y] * u[j];
+          }
+          for (int y = 0; y < TAPS; ++y) {
+            for (int x = 0; x < TAPS; ++x) {
+              const int64_t h = i / layout.pieces * TAPS + y, w = i % layout.pieces * TAPS + x;
+              if (h >= a.kernel || w >= a.kernel) continue;
+              for (int64_t j = 0; j < min(L, a.out_channels - k); ++j) {
+                double g = 0;
+                for (int p = 0; p < POINTS; ++p) g += G.at[p][x] * half[y][p][j];
+                finite &= g - g == 0;
+                store(const_cast<T*>(at<T>(a.d_filter, k + j, c, h, w)), float(g));
+              }
+            }
+          }
+        }
+      }
+    }
+    if (d_bias) {
+      const int64_t offset = Arena::bytes<float>(POINTS * POINTS * layout.filter());
+      for (int64_t k = 0; k < a.out_channels; ++k) {
+        double sum = 0;
+        for (int64_t n = 0; n < count; ++n)
+          sum += reinterpret_cast<const double*>(sums + n * bytes + offset)[k];
+        store(d_bias + k, float(sum));
+      }
+    }
+    return finite;
+  }
+  static bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
+    return with_float_type(a.dtype, [&]<typename T>() {
+      return combine_chunks<T>(a, static_cast<const char*>(sums), static_cast<T*>(d_bias));
+    });
+  }
+
+  static constexpr ConvKernels kernels = {
+      .serves = serves,
+      .prepared_bytes = prepared_bytes,
+      .prepare = prepare,
+      .conv_scratch_bytes = conv_scratch_bytes,
+      .conv_tasks = conv_tasks,
+      .conv = conv,
+      .chunks = chunks,
+      .sum_bytes = sum_bytes,
+      .filter_grad_scratch_bytes = filter_grad_scratch_bytes,
+      .filter_grad = filter_grad,
+      .combine = combine,
+  };
+};
 
 }  // namespace
 
-extern const ConvKernels winograd_large;
-const ConvKernels winograd_large = {
-    .serves = serves,
-    .prepared_bytes = prepared_bytes,
-    .prepare = prepare,
-    .conv_scratch_bytes = conv_scratch_bytes,
-    .conv_tasks = conv_tasks,
-    .conv = conv,
-    .chunks = chunks,
-    .sum_bytes = sum_bytes,
-    .filter_grad_scratch_bytes = filter_grad_scratch_bytes,
-    .filter_grad = filter_grad,
-    .combine = combine,
-};
+extern const ConvKernels winograd_large, winograd_5x5;
+const ConvKernels winograd_large = Pieces<Winograd44>::kernels;
+const ConvKernels winograd_5x5 = Pieces<Winograd35>::kernels;
 
 }  // namespace fastda::cpu::FASTDA_ISA
