@@ -3,8 +3,8 @@
 #include <Python.h>
 
 #include "common/isa.h"
-#include "common/tensor.h"
 #include "cpu/kernels/peak.h"
+#include "host/tensor.h"
 
 // clang-format off: one schema a line
 STABLE_TORCH_LIBRARY(fastda, m) {

@@ -1,7 +1,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/tensor.h"
+#include "cpu/device.h"
 #include "cpu/kernels/patch_loss.h"
 
 namespace fastda::cpu {
@@ -11,20 +11,9 @@ namespace {
 // they are the same bit for bit at any number of threads.
 constexpr int64_t chunk = 4096, chunks_per_thread = 4;
 
-// torch::stable::empty looks its operator up by name at every call, which for the many tiny results
-// here costs as much as a small loss itself. This way around it, PyTorch does not fill the memory
-// where it is asked to (torch.utils.deterministic), so gradients don't go here: tests find an
-// unwritten one by its NaN. dims: 0 for a scalar, 1 for an empty vector.
-Tensor tiny(int64_t dims, ScalarType dtype) {
-  const int64_t size = 0, stride = 1;
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, &size, &stride, static_cast<int32_t>(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-Tensor nothing(const Tensor& like) { return tiny(1, wide(like)); }
-Tensor scalar(double value, ScalarType dtype) {
-  Tensor t = tiny(0, dtype);
+Tensor nothing(const Tensor& like) { return fastda::nothing(like, wide(like)); }
+Tensor scalar(double value, const Tensor& like, ScalarType dtype) {
+  Tensor t = tiny(like, 0, dtype);
   if (dtype == ScalarType::Double)
     *data<double>(t) = value;
   else
@@ -58,10 +47,7 @@ std::vector<Sums> chunk_sums(int64_t total, F&& run) {
 }
 
 Tensor empty_image(const Tensor& like, bool channels_last) {
-  const int64_t size[] = {like.size(0), like.size(1), like.size(2), like.size(3)};
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(size, 4), wide(like), std::nullopt, std::nullopt,
-      std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return fastda::empty_image(like, like.size(1), wide(like), channels_last);
 }
 
 struct Evaluated {
@@ -133,25 +119,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
       evaluate(real, real_weight, term_of(kind, true, label_smoothing), reduction, real_grad, op);
   const Evaluated f =
       evaluate(fake, fake_weight, term_of(kind, false, label_smoothing), reduction, fake_grad, op);
-  return {scalar(r.loss + f.loss, wide(real)), scalar(r.accuracy, ScalarType::Float),
-          scalar(f.accuracy, ScalarType::Float), r.grad, f.grad};
+  return {scalar(r.loss + f.loss, real, wide(real)), scalar(r.accuracy, real, ScalarType::Float),
+          scalar(f.accuracy, real, ScalarType::Float), r.grad, f.grad};
 }
 
 std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight,
                                                 int64_t kind, int64_t reduction, bool grad) {
   const Evaluated e =
       evaluate(fake, weight, generator_term(kind), reduction, grad, "patch_generator_loss");
-  return {scalar(e.loss, wide(fake)), e.grad};
+  return {scalar(e.loss, fake, wide(fake)), e.grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor> patch_loss_map(const Tensor& logits, const MaybeTensor& weight,
                                                   int64_t kind, bool real, double label_smoothing,
                                                   bool grad) {
   FASTDA_CHECK(logits.dim() == 4, "patch_loss_map: logits must be (N, C, H, W)");
-  const Tensor terms = empty({logits.size(0), 1, logits.size(2), logits.size(3)}, wide(logits));
+  const Tensor terms = fastda::empty_image(logits, 1, wide(logits), false);
   const Evaluated e = evaluate(logits, weight, term_of(kind, real, label_smoothing), sum, grad,
                                "patch_loss_map", &terms);
-  return {terms, scalar(e.accuracy, ScalarType::Float), e.grad};
+  return {terms, scalar(e.accuracy, logits, ScalarType::Float), e.grad};
 }
 
 struct L1 {
@@ -200,7 +186,7 @@ std::tuple<Tensor, Tensor, Tensor> self_regularization(const Tensor& refined,
                                                        bool refined_grad, bool synthetic_grad) {
   const L1 e = evaluate_l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad,
                            synthetic_grad, "self_regularization");
-  return {scalar(e.loss, wide(refined)), e.refined, e.synthetic};
+  return {scalar(e.loss, refined, wide(refined)), e.refined, e.synthetic};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, const Tensor& refined,
@@ -214,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, cons
   const L1 r = evaluate_l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad,
                            synthetic_grad, op);
   const ScalarType dtype = wide(fake) == ScalarType::Double ? wide(fake) : wide(refined);
-  return {scalar(g.loss + r.loss, dtype), g.grad, r.refined, r.synthetic};
+  return {scalar(g.loss + r.loss, fake, dtype), g.grad, r.refined, r.synthetic};
 }
 
 // Channel by channel or patch by patch in memory, images without gaps between patches.
@@ -240,7 +226,7 @@ Tensor spread(const std::vector<double>& sums, size_t begin, size_t end, const T
               bool pair) {
   const bool is_bias = like.dim() == 1;
   const int64_t n = int64_t(end - begin), rows = pair ? 2 : 1;
-  Tensor out = is_bias ? empty({rows}, wide(like)) : empty({rows, n, 1, 1}, wide(like));
+  Tensor out = is_bias ? empty(like, {rows}, wide(like)) : empty(like, {rows, n, 1, 1}, wide(like));
   const auto fill = [&](auto* p) {
     using S = std::remove_pointer_t<decltype(p)>;
     for (int64_t i = 0; i < n; ++i) {
@@ -329,9 +315,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
     grad_weight = spread(total, 0, width - 1, weight, pair);
     if (bias) grad_bias = spread(total, width - 1, width, *bias, pair);
   }
-  return {scalar(loss, wide(real)),
-          scalar(accuracy[0], ScalarType::Float),
-          scalar(accuracy[1], ScalarType::Float),
+  return {scalar(loss, real, wide(real)),
+          scalar(accuracy[0], real, ScalarType::Float),
+          scalar(accuracy[1], real, ScalarType::Float),
           grads[0],
           grads[1],
           grad_weight,
@@ -356,7 +342,7 @@ void patch_loss_scale_(const Tensor& first, const Tensor& second, const Tensor& 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastda, CPU, m) {
+FASTDA_CPU_LIBRARY(m) {
   m.impl("patch_discriminator_loss", TORCH_BOX(&patch_discriminator_loss));
   m.impl("patch_generator_loss", TORCH_BOX(&patch_generator_loss));
   m.impl("patch_loss_map", TORCH_BOX(&patch_loss_map));

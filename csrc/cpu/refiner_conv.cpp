@@ -4,8 +4,8 @@
 #include <optional>
 #include <vector>
 
-#include "common/tensor.h"
 #include "cpu/conv/problem.h"
+#include "cpu/device.h"
 
 namespace fastda::cpu {
 namespace {
@@ -33,6 +33,10 @@ class Workspace {
 };
 thread_local Workspace workspace;
 
+Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
+                              dtype);
+}
 Tensor empty_image(int64_t n, int64_t c, int64_t h, int64_t w, ScalarType dtype,
                    bool channels_last) {
   const int64_t size[] = {n, c, h, w};

@@ -2,17 +2,16 @@
 
 #include <vector>
 
-#include "cuda/tensor.h"
+#include "cuda/device.h"
 
 namespace fastda::cuda {
 namespace {
 
-Tensor nothing(const Tensor& like) { return empty_on(like, {0}, wide(like)); }
-Tensor scalar(const Tensor& like, ScalarType dtype) { return empty_on(like, {}, dtype); }
+Tensor nothing(const Tensor& like) { return fastda::nothing(like, wide(like)); }
+Tensor scalar(const Tensor& like, ScalarType dtype) { return empty(like, {}, dtype); }
 
 Tensor empty_image(const Tensor& like, bool channels_last) {
-  return empty_on(like, {like.size(0), like.size(1), like.size(2), like.size(3)}, wide(like),
-                  channels_last);
+  return fastda::empty_image(like, like.size(1), wide(like), channels_last);
 }
 
 void check_patches(const Tensor& t, const char* op) {
@@ -119,7 +118,7 @@ Tensor run(Losses& p, const Tensor& logits_or_image, const Tensor& l1_image, Sca
     weights += part->weight_blocks;
   }
   // Sums of losses, of right patches, and of weights.
-  const Tensor partial = empty_on(logits_or_image, {2 * blocks + weights}, ScalarType::Double);
+  const Tensor partial = empty(logits_or_image, {2 * blocks + weights}, ScalarType::Double);
   p.losses = data<double>(partial);
   p.rights = p.losses + blocks;
   double* sums[2] = {};
@@ -152,8 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
     const MaybeTensor& fake_weight, int64_t kind, int64_t reduction, double label_smoothing,
     bool real_grad, bool fake_grad) {
   const char* op = "patch_discriminator_loss";
-  const OnDevice device(real, op);
-  check_devices(op, real, fake, real_weight, fake_weight);
+  const Device device(op, real, fake, real_weight, fake_weight);
   FASTDA_CHECK(real.scalar_type() == fake.scalar_type(), op, ": logits must have one dtype");
   Losses p;
   const Prepared r = prepare(p.side[0], real, real_weight, term_of(kind, true, label_smoothing),
@@ -169,8 +167,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> patch_discriminator_loss(
 std::tuple<Tensor, Tensor> patch_generator_loss(const Tensor& fake, const MaybeTensor& weight,
                                                 int64_t kind, int64_t reduction, bool grad) {
   const char* op = "patch_generator_loss";
-  const OnDevice device(fake, op);
-  check_devices(op, fake, weight);
+  const Device device(op, fake, weight);
   Losses p;
   const Prepared f = prepare(p.side[0], fake, weight, generator_term(kind), reduction, grad, op);
   return {run(p, fake, fake, wide(fake), device.stream(), op), f.grad};
@@ -180,13 +177,11 @@ std::tuple<Tensor, Tensor, Tensor> patch_loss_map(const Tensor& logits, const Ma
                                                   int64_t kind, bool real, double label_smoothing,
                                                   bool grad) {
   const char* op = "patch_loss_map";
-  const OnDevice device(logits, op);
-  check_devices(op, logits, weight);
+  const Device device(op, logits, weight);
   Losses p;
   const Prepared t =
       prepare(p.side[0], logits, weight, term_of(kind, real, label_smoothing), sum, grad, op);
-  const Tensor terms =
-      empty_on(logits, {logits.size(0), 1, logits.size(2), logits.size(3)}, wide(logits));
+  const Tensor terms = fastda::empty_image(logits, 1, wide(logits), false);
   const Tensor accuracy = scalar(logits, ScalarType::Float);
   p.side[0].terms = terms.mutable_data_ptr();
   p.side[0].part.accuracy = data<float>(accuracy);
@@ -200,8 +195,7 @@ std::tuple<Tensor, Tensor, Tensor> self_regularization(const Tensor& refined,
                                                        double scale, int64_t reduction,
                                                        bool refined_grad, bool synthetic_grad) {
   const char* op = "self_regularization";
-  const OnDevice device(refined, op);
-  check_devices(op, refined, synthetic, scale_tensor);
+  const Device device(op, refined, synthetic, scale_tensor);
   Losses p;
   const PreparedPair t = prepare(p.l1, refined, synthetic, scale_tensor, scale, reduction,
                                  refined_grad, synthetic_grad, op);
@@ -216,8 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> refiner_loss(const Tensor& fake, cons
                                                         int64_t reduction, bool fake_grad,
                                                         bool refined_grad, bool synthetic_grad) {
   const char* op = "refiner_loss";
-  const OnDevice device(fake, op);
-  check_devices(op, fake, refined, synthetic, scale_tensor);
+  const Device device(op, fake, refined, synthetic, scale_tensor);
   Losses p;
   const Prepared f =
       prepare(p.side[0], fake, std::nullopt, generator_term(kind), reduction, fake_grad, op);
@@ -236,8 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
     int64_t kind, int64_t reduction, double label_smoothing, bool real_grad, bool fake_grad,
     bool weight_grad) {
   const char* op = "patch_head_discriminator_loss";
-  const OnDevice device(real, op);
-  check_devices(op, real, fake, weight, bias);
+  const Device device(op, real, fake, weight, bias);
   const bool pair = kind == softmax;
   const int64_t channels = real.dim() == 4 ? real.size(1) : -1, rows = pair ? 2 : 1;
   FASTDA_CHECK(
@@ -284,14 +276,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
     blocks += s.part.blocks;
     sum_rows += head_rows(s.total, p.groups);
   }
-  const Tensor partial = empty_on(real, {2 * blocks}, ScalarType::Double);
+  const Tensor partial = empty(real, {2 * blocks}, ScalarType::Double);
   Tensor d_weight = nothing(weight), d_bias = nothing(weight);
   Tensor sums = nothing(real);
   if (weight_grad) {
-    sums = empty_on(real, {sum_rows, channels + 1}, wide(real));
+    sums = empty(real, {sum_rows, channels + 1}, wide(real));
     p.sums = sums.mutable_data_ptr();
-    d_weight = empty_on(weight, {rows, channels, 1, 1}, wide(weight));
-    if (bias) d_bias = empty_on(weight, {rows}, wide(weight));
+    d_weight = empty(weight, {rows, channels, 1, 1}, wide(weight));
+    if (bias) d_bias = empty(weight, {rows}, wide(weight));
   }
   run_head(dtype, p, data<double>(partial), data<double>(partial) + blocks, device.stream());
   Tensor loss = scalar(real, wide(real));
@@ -307,8 +299,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> patch_head_di
 
 void patch_loss_scale_(Tensor first, Tensor second, const Tensor& factor) {
   const char* op = "patch_loss_scale_";
-  const OnDevice device(factor, op);
-  check_devices(op, factor, first, second);
+  const Device device(op, factor, first, second);
   const auto wide_or_fail = [&](const Tensor& t) {
     const DType dtype = dtype_of(t, op);
     FASTDA_CHECK(dtype == DType::f32 || dtype == DType::f64, op,

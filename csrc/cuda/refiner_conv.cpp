@@ -2,7 +2,7 @@
 
 #include "cuda/kernels/refiner_conv.h"
 
-#include "cuda/tensor.h"
+#include "cuda/device.h"
 
 namespace fastda::cuda {
 namespace {
@@ -75,16 +75,15 @@ struct Call {
 };
 
 Tensor empty_image(const Tensor& x, int64_t channels, const Call& call) {
-  return empty_on(x, {x.size(0), channels, x.size(2), x.size(3)}, x.scalar_type(),
-                  call.channels_last);
+  return fastda::empty_image(x, channels, x.scalar_type(), call.channels_last);
 }
-Tensor nothing(const Tensor& like) { return empty_on(like, {0}, like.scalar_type()); }
+Tensor nothing(const Tensor& like) { return fastda::nothing(like, like.scalar_type()); }
 Tensor empty_filter(const Tensor& weight) {
-  return empty_on(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
-                  weight.scalar_type());
+  return empty(weight, {weight.size(0), weight.size(1), weight.size(2), weight.size(3)},
+               weight.scalar_type());
 }
 Tensor workspace(const Tensor& like, int64_t bytes) {
-  return empty_on(like, {bytes}, ScalarType::Byte);
+  return empty(like, {bytes}, ScalarType::Byte);
 }
 
 // Everything that a convolution is fused with.
@@ -147,8 +146,7 @@ void filter_gradient(const Tensor& x, const Tensor& grad, const MaybeTensor& gat
 Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                  const MaybeTensor& residual, bool relu) {
   const char* op = "conv_same";
-  const OnDevice device(x, op);
-  check_devices(op, x, weight, bias, residual);
+  const Device device(op, x, weight, bias, residual);
   const Shape s = check(x, weight, op);
   check_image(residual, x, s.out_channels, op);
   const Call call{arithmetic_of(x, op), device.stream(), prefers_channels_last(x)};
@@ -166,8 +164,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const 
                                                       const MaybeTensor& output, bool need_x,
                                                       bool need_weight, bool need_bias) {
   const char* op = "conv_same_backward";
-  const OnDevice device(x, op);
-  check_devices(op, x, grad, weight, output);
+  const Device device(op, x, grad, weight, output);
   const Shape s = check(x, weight, op);
   check_image(grad, x, s.out_channels, op);
   check_image(output, x, s.out_channels, op);
@@ -180,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const 
     convolve(grad, weight, true, fusion, d_x, call);
   }
   if (need_weight) d_weight = empty_filter(weight);
-  if (need_bias) d_bias = empty_on(x, {s.out_channels}, x.scalar_type());
+  if (need_bias) d_bias = empty(x, {s.out_channels}, x.scalar_type());
   filter_gradient(x, grad, output, d_weight, d_bias, call);
   return {d_x, d_weight, d_bias};
 }
@@ -210,8 +207,7 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x, const Tensor& weight1,
                                          const MaybeTensor& bias1_any, const Tensor& weight2,
                                          const MaybeTensor& bias2_any, bool keep_inner) {
   const char* op = "refiner_block";
-  const OnDevice device(x, op);
-  check_devices(op, x, weight1, bias1_any, weight2, bias2_any);
+  const Device device(op, x, weight1, bias1_any, weight2, bias2_any);
   const Shape s = check_block(x, weight1, weight2, op);
   const Call call{arithmetic_of(x, op), device.stream(), prefers_channels_last(x)};
   const MaybeTensor bias1 = check_bias(bias1_any, x, s.out_channels, op);
@@ -248,8 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     const Tensor& weight1, const MaybeTensor& bias1, const Tensor& weight2, bool need_x,
     bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) {
   const char* op = "refiner_block_backward";
-  const OnDevice device(x, op);
-  check_devices(op, x, grad, inner_any, output, weight1, bias1, weight2);
+  const Device device(op, x, grad, inner_any, output, weight1, bias1, weight2);
   const Shape s = check_block(x, weight1, weight2, op);
   check_image(grad, x, s.in_channels, op);
   check_image(output, x, s.in_channels, op);
@@ -261,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   Tensor d_x = nothing(x), d_weight1 = nothing(x), d_bias1 = nothing(x), d_weight2 = nothing(x),
          d_bias2 = nothing(x);
   if (need_weight2) d_weight2 = empty_filter(weight2);
-  if (need_bias2) d_bias2 = empty_on(x, {s.in_channels}, x.scalar_type());
+  if (need_bias2) d_bias2 = empty(x, {s.in_channels}, x.scalar_type());
   filter_gradient(inner, grad, output, d_weight2, d_bias2, call);
   if (need_x || need_weight1 || need_bias1) {
     Fusion fusion;
@@ -270,7 +265,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     const Tensor d_inner = empty_image(x, s.out_channels, call);
     convolve(grad, weight2, true, fusion, d_inner, call);
     if (need_weight1) d_weight1 = empty_filter(weight1);
-    if (need_bias1) d_bias1 = empty_on(x, {s.out_channels}, x.scalar_type());
+    if (need_bias1) d_bias1 = empty(x, {s.out_channels}, x.scalar_type());
     filter_gradient(x, d_inner, std::nullopt, d_weight1, d_bias1, call);
     if (need_x) {
       Fusion shortcut;

@@ -108,17 +108,17 @@ LOSSES_CPU = (
         "test_edge[sums_of_many_patches]",
     ),
     fault(
-        "planes with gaps are read as if they had none", "csrc/common",
+        "planes with gaps are read as if they had none", "csrc/host",
         "t.size(2) <= 1 || t.size(3) <= 1 || t.stride(2) == t.stride(3) * t.size(3)", "t.dim() == 4",
         "test_any_shape_kind_and_weight",
     ),
     fault(
-        "views: the stride of a dimension of size one is taken for a patch's", "csrc/common",
+        "views: the stride of a dimension of size one is taken for a patch's", "csrc/host",
         "t.size(3) == 1 ? t.stride(2) : t.stride(3)", "t.size(3) == 1 ? t.stride(3) : t.stride(3)",
         "test_edge[views_with_dimensions_of_size_one]",
     ),
     fault(
-        "views: dimensions of size one count for density", "csrc/common",
+        "views: dimensions of size one count for density", "csrc/host",
         "t.size(d) != 1 && t.stride(d) != expected", "t.stride(d) != expected",
         "test_edge[views_with_dimensions_of_size_one]",
         harmless="What is dense and taken for not dense is copied: slower, and the same.",
@@ -129,7 +129,7 @@ LOSSES_CPU = (
         "test_edge[one_scale_a_sample_in_any_order_of_dimensions]",
     ),
     fault(
-        "reversal: samples that do not follow one another taken as if", "csrc/common",
+        "reversal: samples that do not follow one another taken as if", "csrc/host",
         "!by_sample || b.stride(0) * b.size(0) == b.numel()", "!by_sample || b.dim() > 0",
         "test_edge[one_scale_a_sample_in_any_order_of_dimensions]",
     ),

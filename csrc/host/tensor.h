@@ -1,5 +1,18 @@
-// Host-side helpers over the stable tensor: checks, layouts and raw pointers. Only the *.cpp of
-// csrc include it; kernels never see torch.
+// What the host side of every operator shares, whatever its device: allocation, checks, layouts and
+// raw pointers over the stable tensor. Kernels never see torch.
+//
+// A family's host side is csrc/host/<family>.h, once for all devices: functions with the schemas'
+// arguments, templates over what a device gives, and register_<family>(), which registers them.
+// csrc/cpu/<family>.cpp and csrc/cuda/<family>.cpp each pass a struct that derives from their Device
+// (cpu/device.h, cuda/device.h) and adds the calls of their kernels:
+//
+//   template <typename Kernels>
+//   Tensor op(const Tensor& x, const Tensor& y) {
+//     const Kernels kernels("op", x, y);  // where the call runs, and that all tensors are there
+//     const Tensor out = empty(x, {x.size(0)}, x.scalar_type());
+//     kernels.run(x.const_data_ptr(), y.const_data_ptr(), out.mutable_data_ptr());
+//     return out;
+//   }
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -46,18 +59,34 @@ const T* const_data(const Tensor& t) {
   return static_cast<const T*>(t.const_data_ptr());
 }
 
-inline Tensor empty(std::initializer_list<int64_t> size, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()),
-                              dtype);
+// Uninitialised, on the device of `like`, as are all that follow.
+inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> size, ScalarType dtype,
+                    bool channels_last = false) {
+  return torch::stable::empty(
+      torch::headeronly::IntHeaderOnlyArrayRef(size.begin(), size.size()), dtype, std::nullopt,
+      like.device(), std::nullopt,
+      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
-
-// Whether entries of `a` and of `b`, made by empty_like(a), stand in the same order without gaps,
-// as they do where a is dense; and, if `by_sample`, the samples of dim 0 one after another.
-inline bool walk_together(const Tensor& a, const Tensor& b, bool by_sample) {
-  for (int64_t i = 0; i < a.dim(); ++i)
-    if (a.stride(i) != b.stride(i)) return false;
-  return !by_sample || b.stride(0) * b.size(0) == b.numel();
+// (N, channels, H, W), of the N, H and W of `like`.
+inline Tensor empty_image(const Tensor& like, int64_t channels, ScalarType dtype,
+                          bool channels_last) {
+  return empty(like, {like.size(0), channels, like.size(2), like.size(3)}, dtype, channels_last);
 }
+// A scalar for 0 dims, an empty vector for 1. torch::stable::empty looks its operator up by name at
+// every call, which for many tiny results costs as much as a small loss itself. This way around it,
+// PyTorch does not fill the memory where it is asked to (torch.utils.deterministic), so what a
+// kernel writes doesn't go here: tests find what was left unwritten by its NaN.
+inline Tensor tiny(const Tensor& like, int64_t dims, ScalarType dtype) {
+  const int64_t size = 0, stride = 1;
+  const auto device = like.device();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, &size, &stride, static_cast<int32_t>(dtype),
+                                                  static_cast<int32_t>(device.type()),
+                                                  device.index(), &handle));
+  return Tensor(handle);
+}
+// What stands for a gradient that is not needed.
+inline Tensor nothing(const Tensor& like, ScalarType dtype) { return tiny(like, 1, dtype); }
 
 // Accumulator type: float32 or wider.
 inline ScalarType wide(const Tensor& t) {
