@@ -15,12 +15,13 @@ from fastda.tools.bench import FLOOR, combined
 from fastda.tools.workloads import WORKLOADS, Workload
 
 ENGINES = ("ONNX Runtime", "OpenVINO", "ncnn")
-FAMILIES = {
+TITLES = {
     "step": "Training steps",
     "refiner": "Refiner convolutions",
     "patch_loss": "Patch losses",
     "grad_reverse": "Gradient reversal",
 }
+FAMILIES = {name: TITLES.get(name, name.capitalize()) for name in (*TITLES, *(w.family for w in WORKLOADS))}
 MODES = {"forward": "forward", "backward": "forward + backward", "step": "step"}
 ISAS = ("avx2", "base")  # folders of runs that were held to an instruction set
 RESULTS = ROOT / "benchmarks" / "results.json"

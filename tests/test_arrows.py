@@ -14,7 +14,7 @@ BELOW = {
     "registry": {"_torch", "reference"},
     "testing": {"registry"},
     "timing": {"registry"},
-    "triton": {"_torch"},
+    "triton": {"_torch", "registry"},
     "backend": {"_torch", "triton"},
     "ops": {"_torch", "backend", "reference", "registry"},
     "nn": {"_torch", "ops"},

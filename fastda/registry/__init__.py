@@ -10,6 +10,7 @@ from fastda.registry.patch_loss import KINDS, REDUCTIONS
 from fastda.registry.row import Operator, Sizes, Tolerance, Workload
 
 __all__ = [
+    "FAMILIES",
     "KINDS",
     "OPERATORS",
     "RAW",
@@ -21,8 +22,9 @@ __all__ = [
     "Workload",
 ]
 
-OPERATORS: tuple[Operator, ...] = (*grad_reverse.OPERATORS, *patch_loss.OPERATORS, *refiner_conv.OPERATORS)
+FAMILIES = (grad_reverse, patch_loss, refiner_conv)
+OPERATORS: tuple[Operator, ...] = tuple(op for family in FAMILIES for op in family.OPERATORS)
 # Of single operators; fastda.tools.workloads has those of networks and training steps, too.
-WORKLOADS: tuple[Workload, ...] = (*grad_reverse.WORKLOADS, *patch_loss.WORKLOADS, *refiner_conv.WORKLOADS)
+WORKLOADS: tuple[Workload, ...] = tuple(w for family in FAMILIES for w in family.WORKLOADS)
 # The raw operators, and what a compiler is told that each returns.
 RAW: dict[str, Callable[..., Any]] = {name: shapes for op in OPERATORS for name, shapes in op.raw.items()}

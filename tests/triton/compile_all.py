@@ -32,7 +32,6 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastda.triton
-from fastda.triton import common, grad_reverse, patch_loss, refiner_conv
 
 KIB = 1024
 # Compute capability or gfx name: target, shared memory that one program may take.
@@ -43,6 +42,7 @@ TARGETS = {
     "gfx90a": (GPUTarget("hip", "gfx90a", 64), 64 * KIB),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
+FILES = [m for m in vars(fastda.triton).values() if getattr(m, "__package__", "") == "fastda.triton"]
 TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -94,7 +94,7 @@ def jobs(everything: bool) -> list[Job]:
         if isinstance(args[0], torch.Tensor) and args[0].numel() == 0:
             return
         signature, constants, attributes, rest = describe(kernel, args, options)
-        module = next(m for m in (grad_reverse, patch_loss, refiner_conv) if hasattr(m, kernel.__name__))
+        module = next(m for m in FILES if hasattr(m, kernel.__name__))
         for name, (target, _) in TARGETS.items():
             if target.backend == state["platform"]:
                 job = Job(
@@ -116,9 +116,9 @@ def jobs(everything: bool) -> list[Job]:
                 key = (job.kernel, name, *map(str, (signature, alike, attributes, rest)))
                 found.setdefault(key, job)
 
-    for module in (grad_reverse, patch_loss, refiner_conv):
-        module.launch = record
-    common.platform = refiner_conv.platform = lambda x: state["platform"]
+    replaced = {"launch": record, "platform": lambda x: state["platform"]}
+    for module in FILES:
+        vars(module).update({name: new for name, new in replaced.items() if name in vars(module)})
 
     def calls(dtype: torch.dtype) -> None:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
