@@ -80,10 +80,10 @@ inline int panel_width(int64_t k0, int64_t channels) {
 // out[q][k] = sum over t, c of x[q * row_stride + offset[t] + c] * filter[panel][t][c][k in panel]
 // for q < round_up(pixels, max_rows). The taps are taken in groups whose filters stay in the
 // first-level cache, and whose sums are no longer than 64 products where one tap allows it: that
-// halves the rounding error of sums of 256.
+// halves the rounding error of sums of 256. `longest`: of one tap's sum, for a single tap alone.
 template <typename S>
 void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* offset, int64_t taps,
-              int64_t depth, const S* filter, int64_t padded_k, S* out) {
+              int64_t depth, const S* filter, int64_t padded_k, S* out, int64_t longest = 0) {
   int64_t row[max_rows];
   for (int r = 0; r < max_rows; ++r) row[r] = r * row_stride;
   for (int64_t k0 = 0; k0 < padded_k;) {
@@ -95,9 +95,11 @@ void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* off
         max(1, min(64, int64_t(24 << 10) / int64_t(width * sizeof(S))) / max(1, depth));
     for (int64_t t = 0; t < taps; t += group) {
       const int64_t n = min(group, taps - t);
-      for (int64_t q = 0; q < pixels; q += rows)
-        kernel(x + q * row_stride, row, rows, offset + t, n, depth, 1, b + t * depth * width, width,
-               out + q * padded_k + k0, padded_k, t > 0);
+      const int64_t part = longest > 0 ? ceil_div(depth, ceil_div(depth, longest)) : depth;
+      for (int64_t d = 0; d < depth; d += part)
+        for (int64_t q = 0; q < pixels; q += rows)
+          kernel(x + q * row_stride + d, row, rows, offset + t, n, min(part, depth - d), 1,
+                 b + (t * depth + d) * width, width, out + q * padded_k + k0, padded_k, t + d > 0);
     }
     k0 += width;
   }

@@ -22,6 +22,9 @@ template <typename W>
 struct Pieces {
   static constexpr int TILE = W::tile, TAPS = W::taps, POINTS = W::points;
   static constexpr FilterMatrix<W> G{};
+  // Of a single piece: the error of longer sums outweighs that of the transforms (64 channels: 1.4e-6
+  // instead of 1.1e-6; 256: 2.8e-6 instead of 1.2e-6).
+  static constexpr int64_t longest_sum = TAPS == 5 ? 32 : 0;
 
   // A block of output tiles, and the grid of input tiles that it takes: `pieces` - 1 more each way.
   // Tile q of the grid has q / columns and q % columns; products run over its first `pixels` tiles,
@@ -213,7 +216,7 @@ struct Pieces {
     for (int p = 0; p < POINTS * POINTS; ++p)
       multiply<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
                       static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k,
-                      m + p * m_step);
+                      m + p * m_step, longest_sum);
     float* sums = packed;  // which nobody needs any more
     const bool finite = transform_output(t, m, m_step, layout.k, sums);
     const int64_t h = TILE * t.block.h, w = TILE * t.block.w;
