@@ -91,8 +91,9 @@ MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channel
 }
 
 const ConvKernels& kernels_for(const ConvProblem& problem) {
-  for (const ConvKernels* kernels : {&winograd_panels_kernels(), &winograd_tiles_kernels(),
-                                     &winograd_large_kernels(), &winograd_5x5_kernels()})
+  for (const ConvKernels* kernels :
+       {&winograd_panels_kernels(), &winograd_tiles_kernels(), &winograd_large_kernels(),
+        &winograd_5x5_kernels(), &winograd_2x2_kernels()})
     if (kernels->serves && kernels->serves(problem)) return *kernels;
   return direct_kernels();
 }

@@ -189,7 +189,8 @@ std::vector<Method> methods_for(const ConvProblem& p) {
        {Method{"direct", &direct_kernels()}, Method{"winograd_tiles", &winograd_tiles_kernels()},
         Method{"winograd_panels", &winograd_panels_kernels()},
         Method{"winograd_large", &winograd_large_kernels()},
-        Method{"winograd_5x5", &winograd_5x5_kernels()}})
+        Method{"winograd_5x5", &winograd_5x5_kernels()},
+        Method{"winograd_2x2", &winograd_2x2_kernels()}})
     if (m.kernels->serves && m.kernels->serves(p)) serving.push_back(m);
   return serving;
 }
@@ -582,7 +583,8 @@ int main() {
       {DType::f32, 1, 16, 20, 13, 17, 7, 3}, {DType::f32, 1, 19, 16, 8, 9, 11, 5},
       {DType::f32, 2, 17, 20, 13, 11, 5, 2}, {DType::f32, 1, 16, 33, 10, 14, 5, 0},
       {DType::f32, 1, 20, 16, 7, 6, 5, 4},   {DType::f32, 1, 16, 17, 6, 9, 3, 0},
-      {DType::f32, 1, 3, 5, 6, 5, 4, 1},     {DType::f32, 1, 4, 3, 5, 3, 2, 1}};
+      {DType::f32, 1, 3, 5, 6, 5, 4, 1},     {DType::f32, 1, 4, 3, 5, 3, 2, 1},
+      {DType::f32, 2, 18, 33, 12, 23, 2, 0}, {DType::f32, 1, 70, 16, 17, 11, 2, 1}};
   for (ConvProblem p : shapes) {
     for (const DType dtype : dtypes) {
       p.dtype = dtype;

@@ -1,8 +1,8 @@
 // Convolution with stride 1 and a square filter: forward, data gradient and filter gradient.
 //
-// Five implementations of one table: `direct` serves every case; `winograd_tiles` and
+// Implementations of one table: `direct` serves every case; `winograd_tiles` and
 // `winograd_panels` (3 x 3 filters; many tiles, many channels), `winograd_large` (7 x 7,
-// 11 x 11, …) and `winograd_5x5`, all in float32 arithmetic, are faster where they apply.
+// 11 x 11, …), `winograd_5x5` and `winograd_2x2`, all in float32 arithmetic, are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -90,5 +90,6 @@ FASTDA_DECLARE_KERNELS(ConvKernels, winograd_tiles)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_2x2)
 
 }  // namespace fastda::cpu

@@ -318,27 +318,83 @@ struct Points35 {
 using Winograd44 = Winograd7<4, Points44>;
 using Winograd35 = Winograd7<3, Points35>;
 
-// G of Winograd7, in double. Rows for +p, -p and infinity, n = 2p (p^4 - s p^2 + q):
+// F(5x5, 2x2), at the points of Winograd43: 0, +-a, +-b, infinity.
+struct Winograd52 {
+  static constexpr int tile = 5, taps = 2, points = 6;
+  static constexpr double a = 0.70710678118654752440, b = 1.41421356237309504880;
+
+  // B' of Winograd43, for every instruction set.
+  static inline void input(const F32* d, F32* v) {
+    const F32 even_a = d[4] - 2.0f * d[2], odd_a = d[3] - 2.0f * d[1];
+    const F32 even_b = d[4] - 0.5f * d[2], odd_b = d[3] - 0.5f * d[1];
+    v[0] = (d[0] + d[4]) - 2.5f * d[2];
+    v[1] = even_a + float(a) * odd_a;
+    v[2] = even_a - float(a) * odd_a;
+    v[3] = even_b + float(b) * odd_b;
+    v[4] = even_b - float(b) * odd_b;
+    v[5] = (d[1] + d[5]) - 2.5f * d[3];
+  }
+
+  //        |  1    1    1    1    1   0 |
+  //        |  0    a   -a    b   -b   0 |
+  //   A' = |  0   1/2  1/2   2    2   0 |
+  //        |  0   a/2 -a/2   2b  -2b  0 |
+  //        |  0   1/4  1/4   4    4   1 |
+  static inline void output(const F32* m, F32* y) {
+    const F32 sum_a = m[1] + m[2], difference_a = float(a) * (m[1] - m[2]);
+    const F32 sum_b = m[3] + m[4], difference_b = float(b) * (m[3] - m[4]);
+    y[0] = m[0] + sum_a + sum_b;
+    y[1] = difference_a + difference_b;
+    y[2] = 0.5f * sum_a + 2.0f * sum_b;
+    y[3] = 0.5f * difference_a + 2.0f * difference_b;
+    y[4] = m[5] + 0.25f * sum_a + 4.0f * sum_b;
+  }
+
+  // A: 5 pixels -> 6 points.
+  static inline void gradient(const F32* g, F32* z) {
+    const F32 even_a = g[0] + 0.5f * g[2] + 0.25f * g[4], odd_a = g[1] + 0.5f * g[3];
+    const F32 even_b = g[0] + 2.0f * g[2] + 4.0f * g[4], odd_b = g[1] + 2.0f * g[3];
+    z[0] = g[0];
+    z[1] = even_a + float(a) * odd_a;
+    z[2] = even_a - float(a) * odd_a;
+    z[3] = even_b + float(b) * odd_b;
+    z[4] = even_b - float(b) * odd_b;
+    z[5] = g[4];
+  }
+};
+
+// G, in double.
+template <typename W>
+struct FilterMatrix {
+  double at[W::points][W::taps];
+  constexpr FilterMatrix();
+};
+// Rows for +p, -p and infinity, n = 2p (p^4 - s p^2 + q):
 //
 //   |  1/n   p/n   p^2/n   p^3/n  ... |
 //   | -1/n   p/n  -p^2/n   p^3/n  ... |
 //   |   0     0      0      ...     1 |
 template <typename W>
-struct FilterMatrix {
-  double at[W::points][W::taps];
-  constexpr FilterMatrix() : at{} {
-    for (int i = 0; i < 3; ++i) {
-      const double p2 = W::square(W::p[i]);
-      const double norm = 2 * W::p[i] * (p2 * p2 - W::other_sum(i) * p2 + W::other_product(i));
-      for (int sign = 0; sign < 2; ++sign) {
-        const double p = sign ? -W::p[i] : W::p[i];
-        double power = (sign ? -1 : 1) / norm;
-        for (int t = 0; t < W::taps; ++t, power *= p) at[2 * i + sign][t] = power;
-      }
+constexpr FilterMatrix<W>::FilterMatrix() : at{} {
+  for (int i = 0; i < 3; ++i) {
+    const double p2 = W::square(W::p[i]);
+    const double norm = 2 * W::p[i] * (p2 * p2 - W::other_sum(i) * p2 + W::other_product(i));
+    for (int sign = 0; sign < 2; ++sign) {
+      const double p = sign ? -W::p[i] : W::p[i];
+      double power = (sign ? -1 : 1) / norm;
+      for (int t = 0; t < W::taps; ++t, power *= p) at[2 * i + sign][t] = power;
     }
-    at[6][W::taps - 1] = 1;
   }
-};
+  at[6][W::taps - 1] = 1;
+}
+template <>
+constexpr FilterMatrix<Winograd52>::FilterMatrix()
+    : at{{1, 0},
+         {-2.0 / 3, -2.0 / 3 * Winograd52::a},
+         {-2.0 / 3, 2.0 / 3 * Winograd52::a},
+         {1.0 / 6, 1.0 / 6 * Winograd52::b},
+         {1.0 / 6, -1.0 / 6 * Winograd52::b},
+         {0, 1}} {}
 
 }  // namespace
 }  // namespace fastda::cpu::FASTDA_ISA

@@ -1,7 +1,7 @@
 // Compiled once per instruction set, with FASTDA_ISA naming it.
 //
-// Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces, and of 5 x 5 by F(3x3, 5x5) in one
-// piece. A large filter is cut into pieces of 4 x 4 taps; a piece's offset, a multiple of 4, is also the distance of the output tiles, so the
+// Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces, and of 5 x 5 by F(3x3, 5x5) and
+// of 2 x 2 by F(5x5, 2x2) in one piece. A large filter is cut into pieces of 4 x 4 taps; a piece's offset, a multiple of 4, is also the distance of the output tiles, so the
 // transformed input of one tile serves all pieces: for every one of the 49 points,
 //
 //   M[tile][k] = sum over pieces and channels of V[tile + piece][c] * U[piece][c][k],
@@ -24,7 +24,7 @@ struct Pieces {
   static constexpr FilterMatrix<W> G{};
   // Of a single piece: the error of longer sums outweighs that of the transforms (64 channels: 1.4e-6
   // instead of 1.1e-6; 256: 2.8e-6 instead of 1.2e-6).
-  static constexpr int64_t longest_sum = TAPS == 5 ? 32 : 0;
+  static constexpr int64_t longest_sum = TAPS == 4 ? 0 : 32;
 
   // A block of output tiles, and the grid of input tiles that it takes: `pieces` - 1 more each way.
   // Tile q of the grid has q / columns and q % columns; products run over its first `pixels` tiles,
@@ -116,14 +116,14 @@ struct Pieces {
 #pragma GCC unroll 7
             for (int p = 0; p < POINTS; ++p) d[p] = load_vec(from + (p * POINTS + x) * step + i);
             W::output(d, y);
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int p = 0; p < TILE; ++p) half[p][x] = y[p];
           }
           for (int p = 0; p < TILE; ++p) {
             F32 y[TILE];
             W::output(half[p], y);
             finite += (y[0] + y[TILE - 1]) * 0.0f;
-#pragma GCC unroll 4
+#pragma GCC unroll 5
             for (int x = 0; x < TILE; ++x) store_vec(to + (p * columns + x) * k + i, y[x]);
           }
         }
@@ -134,11 +134,11 @@ struct Pieces {
     return total == 0;
   }
 
-  // Where the last pieces are nearly full: 5 x 5; 7 x 7, 11 x 11, … Others save less, at the same
-  // error of a piece. And where products are fused with sums, without which the error is near its
+  // Where the pieces are full or nearly so: 2 x 2; 5 x 5; 7 x 7, 11 x 11, … Others save less, at the
+  // same error of a piece. And where products are fused with sums, without which the error is near its
   // bound.
   static bool serves(const ConvProblem& p) {
-    const bool full = TAPS == 5 ? p.kernel == 5 : p.kernel >= 7 && p.kernel % TAPS == TAPS - 1;
+    const bool full = TAPS == 4 ? p.kernel >= 7 && p.kernel % TAPS == TAPS - 1 : p.kernel == TAPS;
     return fused_multiply_add && full && p.dtype != DType::f64 &&
            min(p.in_channels, p.out_channels) >= 16 &&
            min(p.out_height(), p.out_width()) >= 2 * TILE;
@@ -268,7 +268,7 @@ struct Pieces {
         F32 half[POINTS][TILE];
         for (int x = 0; x < TILE; ++x) {
           F32 g[TILE], u[POINTS];
-#pragma GCC unroll 4
+#pragma GCC unroll 5
           for (int y = 0; y < TILE; ++y) g[y] = load_vec(from + (y * columns + x) * k + i);
           W::gradient(g, u);
 #pragma GCC unroll 7
@@ -382,8 +382,9 @@ struct Pieces {
 
 }  // namespace
 
-extern const ConvKernels winograd_large, winograd_5x5;
+extern const ConvKernels winograd_large, winograd_5x5, winograd_2x2;
 const ConvKernels winograd_large = Pieces<Winograd44>::kernels;
 const ConvKernels winograd_5x5 = Pieces<Winograd35>::kernels;
+const ConvKernels winograd_2x2 = Pieces<Winograd52>::kernels;
 
 }  // namespace fastda::cpu::FASTDA_ISA

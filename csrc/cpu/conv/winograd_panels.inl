@@ -43,8 +43,8 @@ struct Parts {
 // With few tiles, or filters that exceed the caches by far and fewer tiles than channels, so that V
 // is the smaller.
 bool serves(const ConvProblem& p) {
-  if (p.kernel != 3 || p.padding != 1 || p.dtype == DType::f64 || min(p.in_channels, p.out_channels) < 16 ||
-      min(p.height, p.width) < 4)
+  if (p.kernel != 3 || p.padding != 1 || p.dtype == DType::f64 ||
+      min(p.in_channels, p.out_channels) < 16 || min(p.height, p.width) < 4)
     return false;
   const int64_t tiles = Grid(p.batch, p.height, p.width).tiles;
   return tiles <= few_tiles || (p.in_channels * p.out_channels > many_pairs &&

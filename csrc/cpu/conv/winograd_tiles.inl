@@ -163,8 +163,8 @@ int64_t block_groups(int64_t group_floats) {
 
 // Few channels leave the transforms alone at work, and a map of less than a tile is mostly padding.
 bool serves(const ConvProblem& p) {
-  return p.kernel == 3 && p.padding == 1 && p.dtype != DType::f64 && min(p.in_channels, p.out_channels) >= 16 &&
-         min(p.height, p.width) >= 4;
+  return p.kernel == 3 && p.padding == 1 && p.dtype != DType::f64 &&
+         min(p.in_channels, p.out_channels) >= 16 && min(p.height, p.width) >= 4;
 }
 
 // Blocks of a convolution, near `step` groups each.
