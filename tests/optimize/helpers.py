@@ -1,7 +1,11 @@
 """Results of a model, and how far a model of several layers may be off another one."""
 
-import torch
+import copy
 
+import torch
+from torch import nn
+
+import fastda
 from fastda.testing import Tolerance, error
 
 BOUNDS = {torch.float64: (1e-13, 1e-12), torch.float32: (1e-5, 1e-4)}
@@ -38,3 +42,14 @@ def outcome(call):
         return call()
     except Exception as problem:
         return type(problem), str(problem)
+
+
+def pair(*layers, dtype=torch.float64):
+    """A Sequential as it is, the same optimized, and the report."""
+    original = nn.Sequential(*layers).to(dtype)
+    model = copy.deepcopy(original)
+    return model, original, fastda.optimize(model)
+
+
+def image(*shape, dtype=torch.float64):
+    return torch.randn(*(shape or (2, 8, 9, 7)), dtype=dtype)
