@@ -103,13 +103,3 @@ def known(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether calling `module` does more than its forward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

@@ -1,4 +1,4 @@
-"""tests/gpu.py without a GPU: every stage in its dry run, and what becomes of stages that go wrong."""
+"""tests/gpu without a GPU: every stage in its dry run, and what becomes of stages that go wrong."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fastda import backend
-from tests import gpu
+from tests.gpu import __main__ as gpu
 
 pytestmark = [
     pytest.mark.isa_independent,
@@ -39,7 +39,7 @@ STAGES = {
 
 def run(tmp_path, seconds):
     def command(stage):
-        code = "import os, time; from pathlib import Path; from tests import gpu; "
+        code = "import os, time; from pathlib import Path; from tests.gpu import device as gpu; "
         path = str(tmp_path / f"{stage.name}.json")
         return [sys.executable, "-c", f"{code}report = gpu.Report(Path({path!r})); {STAGES[stage.name]}"]
 

@@ -42,7 +42,7 @@ USERS = {
     "CONTRIBUTING.md": "an example",
     "tests/conftest.py": "C++ nodes, which few families have",
     "tests/lanes.py": "an example",
-    "tests/gpu.py": "timings of a choice of operators",
+    "tests/gpu/*": "timings of a choice of operators",
     "tests/cuda/*": "one emulated operator for a property of all",
     "tests/tools/*": "one operator for a property of all",
     "tests/test_*.py": "one operator for a property of all",

@@ -364,14 +364,6 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
     return x.stride(0), x.stride(1), x.stride(2) if x.shape[3] == 1 else x.stride(3)
 
 
-def _divisor(x: Tensor, reduction: int) -> int:
-    """What the sum over the patches (or, in general, entries past the channel) of `x` is divided by."""
-    if reduction == SUM:
-        return 1
-    images = x.shape[0] if x.dim() else 1
-    return images if reduction == BATCHMEAN else images * x[:1, :1].numel()
-
-
 def _absent(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=wide_dtype(x))
 

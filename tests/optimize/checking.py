@@ -37,10 +37,6 @@ def _plain(message):
     )
 
 
-def _leaves(value):
-    return [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
-
-
 def _differentiated(t):
     return isinstance(t, Tensor) and t.requires_grad and (t.is_floating_point() or t.is_complex())
 

@@ -1,0 +1,1 @@
+"""What only a GPU can tell; `python -m tests.gpu --help` says more."""
