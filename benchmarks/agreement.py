@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from benchmarks.report import best, number, ratio_key
+from benchmarks.rows import best, number, ratio_key
 
 Row = dict[str, Any]
 

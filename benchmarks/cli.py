@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import agreement, base, growth, report
+from benchmarks import agreement, base, growth, published, report
 from benchmarks.memory import peak_memory
 from benchmarks.peers import PEERS
+from benchmarks.rows import load
 from fastda import files
 from fastda.tools import bench, cli
 from fastda.tools.workloads import WORKLOADS, Case
@@ -129,7 +130,7 @@ def _compare(first: Path, second: Path) -> int:
 
 
 def _render(out: Path, readme: bool = False) -> int:
-    if not report.load(out):
+    if not load(out):
         raise cli.UsageError(f"there are no results in {out}; run python -m benchmarks --out {out} first")
     try:
         print(report.page(out))
@@ -137,7 +138,7 @@ def _render(out: Path, readme: bool = False) -> int:
         print(f"benchmarks: no page: {error} (pip install matplotlib jinja2)", file=sys.stderr)
     if readme:
         try:
-            report.publish(out)
+            published.publish(out)
         except ValueError as error:
             raise cli.UsageError(str(error)) from None
     return 0

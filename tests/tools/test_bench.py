@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fastda
-from benchmarks import agreement, cli, growth, report
+from benchmarks import agreement, cli, growth, published, report
 from benchmarks.peers import PEERS
+from benchmarks.rows import best, ratio_key
 from fastda import timing
 from fastda.tools import bench, workloads
 from fastda.tools.workloads import Case
@@ -338,13 +339,13 @@ def test_losses_are_said_as_plainly_as_wins():
     verdict = report.verdict([won, lost, even])
     assert (verdict["count"], verdict["faster"], verdict["equal"]) == (3, 1, 1)
     assert verdict["slower"] == ["refiner_block, 3×64×37×53, 3×3, forward (0.50×, ncnn)"]
-    text = report.markdown([{"machine": MACHINE, "rows": [won, lost]}])
+    text = published.markdown([{"machine": MACHINE, "rows": [won, lost]}])
     assert "2.00× [1.90–2.10]" in text
     assert "**0.50× [0.40–0.60]**" in text
     assert "a processor" in text and "torch 2" in text
     step = {**row("simgan_step", 2.5, "eager, usual code", "step"), "sessions": 3}
     step["contenders"]["torch.compile channels_last"] = won["contenders"]["eager"]
-    text = report.markdown([{"machine": MACHINE, "rows": [step]}])
+    text = published.markdown([{"machine": MACHINE, "rows": [step]}])
     assert (
         "over 3 processes" in text and "PyTorch as mostly written | best of eager and torch.compile" in text
     )
@@ -366,13 +367,15 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path):
 
 
 def test_readme_docs_and_chart_are_what_the_results_say():
-    runs = json.loads(report.RESULTS.read_text())
-    assert report.filled(report.README, report.short_markdown(runs[0])) == report.README.read_text()
-    assert report.filled(report.PAGE, report.markdown(runs)) == report.PAGE.read_text()
-    rows = report.short(runs[0])
-    assert [row["id"] for row in rows] == list(report.SHORT)
-    drawn = re.findall(r"(\d+\.\d\d)×", report.CHART.read_text())
-    ratios = [r["contenders"][report.best(r, "torch")][report.ratio_key(r)]["ratio"] for r in rows]
+    runs = json.loads(published.RESULTS.read_text())
+    assert (
+        published.filled(published.README, published.short_markdown(runs[0])) == published.README.read_text()
+    )
+    assert published.filled(published.PAGE, published.markdown(runs)) == published.PAGE.read_text()
+    rows = published.short(runs[0])
+    assert [row["id"] for row in rows] == list(published.SHORT)
+    drawn = re.findall(r"(\d+\.\d\d)×", published.CHART.read_text())
+    ratios = [r["contenders"][best(r, "torch")][ratio_key(r)]["ratio"] for r in rows]
     assert drawn == [f"{ratio:.2f}" for ratio in ratios]
 
 
