@@ -1,4 +1,4 @@
-"""Whole trainings of published methods on fastda's operators: `fastda dann` and `fastda simgan`.
+"""Whole trainings of published methods on fastda's operators: `fastda dann`, `reviews` and `simgan`.
 
 They need more packages than the library itself: `pip install 'fastda-kernels[recipes]'`.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 NAMES = {
-    "dann": "train classifiers across two domains: DANN, related weights, SDA",
+    "dann": "train classifiers of images across two domains: DANN, related weights",
+    "reviews": "train classifiers of reviews across domains: denoising auto-encoders, DANN",
     "simgan": "train refiners of synthetic images, refine folders of images, draw labelled ones",
 }
 # Packages of the extra `recipes` by the names that they are imported under.

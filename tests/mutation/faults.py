@@ -638,7 +638,7 @@ MODULES = (
     ),
 )  # fmt: skip
 
-SIMGAN, DANN = "fastda/recipes/simgan", "fastda/recipes/dann"
+SIMGAN, DANN, REVIEWS = (f"fastda/recipes/{name}" for name in ("simgan", "dann", "reviews"))
 TRAININGS = (
     fault(
         "SimGAN: asks the history and does not use the answer", SIMGAN,
@@ -713,9 +713,34 @@ TRAININGS = (
         "test_resumed_after_any_epoch_has_the_same_bits",
     ),
     fault(
-        "auto-encoders: the masking that serves worst", DANN,
-        "result[0] > best[0]", "best[0] < 0 or result[0] < best[0]",
-        "test_sda_takes_the_masking_that_serves_on_the_source",
+        "auto-encoders: masked values count as often as the others", REVIEWS,
+        "noisy = scatter * kept[:, None] * kept", "noisy = scatter * kept",
+        "test_denoising_layer_is_the_least_squares_solution_over_maskings",
+    ),
+    fault(
+        "auto-encoders: every layer restores the words", REVIEWS,
+        "weights = denoising_layer(codes, masked)", "weights = denoising_layer(x, masked)",
+        "test_codes_are_the_words_and_every_layers_output",
+    ),
+    fault(
+        "reviews: the domain classifier is as slow as the rest", REVIEWS,
+        "DOMAIN_RATE, DOMAIN_DECAY = 30, 1.0", "DOMAIN_RATE, DOMAIN_DECAY = 1, 0.0",
+        "test_dann_makes_the_domains_alike_and_learns_the_labels",
+    ),
+    fault(
+        "reviews: the scale whose way back is worst", REVIEWS,
+        "(accuracy, scale) > best[:2]", "(accuracy, scale) < best[:2]",
+        "test_reverse_validation_takes_the_scale_whose_way_back_is_best",
+    ),
+    fault(
+        "reviews: a learner is given the target's labels", REVIEWS,
+        "hold_out(other, net.predict(other), seed)", "hold_out(other, y, seed)",
+        "test_reverse_validation_takes_the_scale_whose_way_back_is_best",
+    ),
+    fault(
+        "reviews: sources that are done are trained once more", REVIEWS,
+        "if (representation, d.name) not in done", "if True",
+        "test_resumed_run_ends_with_the_same_rows",
     ),
     fault(
         "split: one image of every class in both parts", "fastda/recipes/common",

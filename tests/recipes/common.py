@@ -70,6 +70,27 @@ def write_mnist(folder, suffix=""):
     return folder
 
 
+def write_reviews(folder, names=("cameras", "novels", "pans"), suffix="", first=0):
+    """Ten words praise or blame anything, ten more one domain each: 60 reviews to train on, 40 to test on."""
+    from sklearn.datasets import dump_svmlight_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i, name in enumerate(names):
+        for part, count in (("train", 60), ("test", 40)):
+            y = np.arange(count) % 2
+            praises = np.arange(10) < 5
+            fits = np.where(praises == (y[:, None] == 1), 0.5, 0.1)
+            x = rng.random((count, 10 + 10 * len(names))) < 0.03
+            x[:, :10] = rng.random((count, 10)) < fits
+            x[:, 10 + 10 * i : 20 + 10 * i] = rng.random((count, 10)) < fits
+            counts = x * rng.integers(1, 4, x.shape)
+            path = folder / f"{name}_{part}.svmlight{suffix}"
+            with (gzip.open if suffix else open)(path, "wb") as file:
+                dump_svmlight_file(counts, 2 * y - 1, file, zero_based=not first)
+    return folder
+
+
 def thin_and_thick():
     """120 digits in hairlines and in thick lines, a third of each held out."""
     generator = torch.Generator().manual_seed(0)

@@ -207,16 +207,16 @@ def test_every_method_in_one_run_and_its_page(trees, tmp_path, capsys):
     out = tmp_path / "out"
     status = cli.main(
         ["--source", str(trees[0]), "--target", str(trees[1]), "--size", "16", "--batch", "16",
-         "--epochs", "1", "--methods", "source", "dann", "related", "target", "sda", "--seeds", "3",
+         "--epochs", "1", "--methods", "source", "dann", "related", "target", "--seeds", "3",
          "--jobs", "1", "--compare-reference", "--out", str(out)]
     )  # fmt: skip
     assert status == 0
     results = json.loads((out / "results.json").read_text())
-    assert {t["method"] for t in results["trainings"]} == {"source", "dann", "related", "target", "sda"}
+    assert {t["method"] for t in results["trainings"]} == {"source", "dann", "related", "target"}
     assert results["summary"]["reference"]["agreement"] > 0.9
     assert results["summary"]["reference"]["step_ratio"] > 0
     page = (out / "report.html").read_text()
-    for name in ("Source only", "DANN", "Related weights", "Train on target", "SDA"):
+    for name in ("Source only", "DANN", "Related weights", "Train on target"):
         assert name in page
     assert "a step with the reference takes" in " ".join(capsys.readouterr().out.split())
 

@@ -1,4 +1,4 @@
-"""DANN: the nets, the trainings, that they never see target labels, SDA."""
+"""DANN: the nets, the trainings, that they never see target labels."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastda.recipes.common.checkpoint import digest
-from fastda.recipes.dann import cli, sda
+from fastda.recipes.dann import cli
 from fastda.recipes.dann.data import Images
 from fastda.recipes.dann.models import SOURCE, TARGET, DomainBatchNorm, DomainNet, WeightRelation
 from fastda.recipes.dann.train import information, train, vary_strokes, warp
@@ -158,38 +158,3 @@ def test_stops_early_at_the_best_criterion(pair):
     criterion = [row["criterion"] for row in result.history]
     assert len(criterion) < 40
     assert criterion.index(max(criterion)) == len(criterion) - 3
-
-
-def test_denoising_layer_is_the_least_squares_solution_over_maskings():
-    """Against the normal equations of very many masked copies, drawn; and no better one is near."""
-    g = torch.Generator().manual_seed(0)
-    x = torch.rand(40, 6, generator=g).double() @ torch.rand(6, 6, generator=g).double()
-    ours = sda.denoising_layer(x, 0.4)
-    clean = x.repeat(20_000, 1)
-    noisy = clean * (torch.rand(clean.shape, generator=g) >= 0.4)
-    noisy = torch.cat([noisy, torch.ones(len(noisy), 1, dtype=torch.float64)], 1)
-    drawn = torch.linalg.solve(noisy.T @ noisy, noisy.T @ clean).T
-    torch.testing.assert_close(ours, drawn, atol=0.01, rtol=0.02)
-    unmasked = sda.denoising_layer(x, 0.0)
-    torch.testing.assert_close(unmasked[:, :-1], torch.eye(6, dtype=torch.float64), atol=1e-2, rtol=0)
-
-
-def test_sda_takes_the_masking_that_serves_on_the_source(pair):
-    better, worse = (sda.train_sda(pair, 0, layers=2, shares=(p,)) for p in (0.9, 0.3))
-    assert better["source_accuracy"] > worse["source_accuracy"]
-    for shares in ((0.3, 0.9), (0.9, 0.3)):
-        both = sda.train_sda(pair, 0, layers=2, shares=shares)
-        assert both["masked"] == 0.9 and both["predictions"] == better["predictions"]
-    assert len(both["predictions"]) == len(pair.target_test)
-    # Target labels are for the accuracies alone.
-    wrong = replace(
-        pair,
-        target_train=Images(pair.target_train.x, pair.target_train.y.flip(0)),
-        target_test=Images(pair.target_test.x, pair.target_test.y.flip(0)),
-    )
-    blind = sda.train_sda(wrong, 0, layers=2, shares=shares)
-    assert blind["predictions"] == both["predictions"]
-    assert (
-        blind["target_accuracy"]
-        == (torch.tensor(both["predictions"]) == pair.target_test.y.flip(0)).double().mean()
-    )

@@ -18,7 +18,7 @@ import torch
 
 from fastda import files
 from fastda.recipes.common import command, page
-from fastda.recipes.dann import data, sda
+from fastda.recipes.dann import data
 from fastda.recipes.dann.models import NORMALISATIONS, SOURCE, TARGET
 from fastda.recipes.dann.train import METHODS, Settings, Trainer, embed, train
 
@@ -39,7 +39,6 @@ NAMES = {
     "dann": "DANN",
     "related": "related weights",
     "target": "train on target",
-    "sda": "SDA + linear SVM",
 }
 
 
@@ -56,7 +55,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--source", type=Path, metavar="DIR", help="source domain: one folder of images per class")
     add("--target", type=Path, metavar="DIR", help="target domain: the same classes")
     add("--size", type=int, help="side of the square images of --source and --target (default 28)")
-    add("--methods", nargs="+", choices=(*METHODS, "sda"), default=["source", "dann", "target"])
+    add("--methods", nargs="+", choices=METHODS, default=["source", "dann", "target"])
     add("--seeds", nargs="+", type=int, metavar="N", help="default 0 1 2 (demo: 0)")
     add("--preset", choices=tuple(PRESETS), default="tuned")
     add("--out", type=Path, default=Path("out/dann"))
@@ -176,14 +175,12 @@ def _start(options: argparse.Namespace) -> None:
     _pair = load_pair(options)
 
 
-def run_one(options: argparse.Namespace, settings: Settings | None, seed: int, index: int) -> dict[str, Any]:
+def run_one(options: argparse.Namespace, settings: Settings, index: int) -> dict[str, Any]:
     """One training; everything that table and report need of it, as plain lists."""
     pair = _pair
     assert pair is not None
-    if settings is None:
-        return sda.train_sda(pair, seed)
     label = NAMES[settings.method] + (" (reference)" if settings.backend == "reference" else "")
-    name = f"{settings.method}{'-reference' if settings.backend == 'reference' else ''}-{seed}"
+    name = f"{settings.method}{'-reference' if settings.backend == 'reference' else ''}-{settings.seed}"
     try:
         result = train(
             pair,
@@ -192,7 +189,7 @@ def run_one(options: argparse.Namespace, settings: Settings | None, seed: int, i
             resume=options.resume,
             progress=True,
             position=index,
-            label=f"{label:<17} seed {seed}",
+            label=f"{label:<17} seed {settings.seed}",
             tensorboard=options.out / "tensorboard" / name if options.tensorboard else None,
         )
     except command.Diverged as error:
@@ -214,22 +211,22 @@ def run_one(options: argparse.Namespace, settings: Settings | None, seed: int, i
     }  # fmt: skip
 
 
-def all_runs(options: argparse.Namespace) -> list[tuple[Settings | None, int]]:
+def all_runs(options: argparse.Namespace) -> list[Settings]:
     base = settings_of(options)
-    runs: list[tuple[Settings | None, int]] = []
+    runs = []
     # The longest first, so that no core is left waiting at the end.
     for method in sorted(options.methods, key=lambda m: m not in ("related", "dann")):
         for seed in options.seeds:
-            runs.append((None if method == "sda" else replace(base, method=method, seed=seed), seed))
+            runs.append(replace(base, method=method, seed=seed))
     if options.compare_reference:
         first = options.seeds[0]
-        runs.insert(1, (replace(base, method="dann", seed=first, backend="reference"), first))
+        runs.insert(1, replace(base, method="dann", seed=first, backend="reference"))
     return runs
 
 
-def run_all(options: argparse.Namespace, runs: list[tuple[Settings | None, int]]) -> Iterator[dict[str, Any]]:
+def run_all(options: argparse.Namespace, runs: list[Settings]) -> Iterator[dict[str, Any]]:
     jobs = 1 if distributed() else min(options.jobs, len(runs))
-    results = command.side_by_side(jobs, run_one, [(options, *one) for one in runs], _start, options)
+    results = command.side_by_side(jobs, run_one, [(options, one) for one in runs], _start, options)
     for number, result in enumerate(results, 1):
         command.in_log(f"training {number} of {len(runs)}: {result.get('diverged', 'done')}")
         yield result
@@ -316,10 +313,6 @@ def print_table(pair: data.Pair, results: list[dict[str, Any]], summary: dict[st
     for method in dict.fromkeys(r["method"] for r in results if "diverged" in r):
         if method not in summary["accuracy"]:
             table.add_row(NAMES[method], *["diverged"] * len(seeds))
-    sda = {r["seed"]: r["baseline"] for r in results if r["method"] == "sda"}
-    if sda:
-        values = [f"{sda[s]:.3f}" if s in sda else "" for s in seeds]
-        table.add_row("the same SVM on pixels", *values, f"{median(sda.values()):.3f}")
     if "reference" in summary:
         table.add_row("DANN, reference ops", f"{summary['reference']['target_accuracy']:.3f}")
     console = Console()
@@ -341,9 +334,8 @@ def run(options: argparse.Namespace) -> int:
     claim = command.results_in(options.out, options.resume, options.overwrite)
     with contextlib.nullcontext() if rank else claim:
         pair = _pair = load_pair(options)
-        for settings, _ in runs:
-            if settings is not None:
-                Trainer(pair, settings)  # tells now what does not fit
+        for settings in runs:
+            Trainer(pair, settings)  # tells now what does not fit
         results = list(run_all(options, runs))
         if rank:
             return 0

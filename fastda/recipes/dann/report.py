@@ -19,11 +19,9 @@ COLOURS = {
     "dann": "#0b62a4",
     "related": "#2a8f5c",
     "target": "#c2571a",
-    "sda": "#7a5ba8",
 }
 NAMES = {
     "source": "Source only", "dann": "DANN", "related": "Related weights", "target": "Train on target",
-    "sda": "SDA + SVM",
 }  # fmt: skip
 
 
@@ -137,7 +135,7 @@ def feature_maps(names: tuple[str, ...], main: dict[str, dict[str, Any]]) -> tup
 def confusion(pair: Pair, main: dict[str, dict[str, Any]]) -> str:
     import matplotlib.pyplot as plt
 
-    shown = [m for m in ("source", "dann", "related", "target", "sda") if m in main][:4]
+    shown = [m for m in ("source", "dann", "related", "target") if m in main]
     n = len(pair.classes)
     figure, axes = plt.subplots(1, len(shown), figsize=(10.4 / 4 * len(shown), 2.9), squeeze=False)
     truth = pair.target_test.y.numpy()
@@ -173,7 +171,7 @@ def samples(pair: Pair, main: dict[str, dict[str, Any]], per_class: int = 2) -> 
     def picture(image: torch.Tensor) -> str:
         return png(image.permute(1, 2, 0).numpy())
 
-    methods = [m for m in ("source", "dann", "related", "target", "sda") if m in main]
+    methods = [m for m in ("source", "dann", "related", "target") if m in main]
     rows: list[dict[str, Any]] = [
         {"name": "Source", "images": [picture(pair.source_test.x[i]) for i in sources]},
         {"name": "Target", "images": [picture(pair.target_test.x[i]) for i in chosen]},
@@ -206,15 +204,6 @@ def write_report(path: Path, pair: Pair, results: list[dict[str, Any]], summary:
                 "median": f"{100 * median(values.values()):.1f}",
                 "covered": f"{covered['median']:.2f}" if covered else "",
                 "seconds": f"{median(seconds):.0f}",
-            }
-        )
-    sda = {r["seed"]: r["baseline"] for r in results if r["method"] == "sda"}
-    if sda:
-        table.append(
-            {
-                "name": "The same SVM on pixels",
-                "values": [f"{100 * sda[s]:.1f}" if s in sda else "" for s in seeds],
-                "median": f"{100 * median(sda.values()):.1f}",
             }
         )
     maps, how = feature_maps(pair.classes, main)
