@@ -38,7 +38,7 @@ def test_module_runs_as_a_command():
 
 
 @pytest.mark.parametrize(
-    "command", ["", "info", "verify", "bench", "dann", "simgan", "simgan train", "simgan refine"]
+    "command", ["", "info", "verify", "bench", "dann", "reviews", "simgan", "simgan train", "simgan refine"]
 )
 def test_help_everywhere(capsys, command):
     with pytest.raises(SystemExit) as stop:

@@ -55,8 +55,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
-    given = {field.name: getattr(options, field.name) for field in fields(Settings)}
-    return Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    given = ((field.name, getattr(options, field.name)) for field in fields(Settings))
+    settings: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in given}
+    return Settings(**settings)
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

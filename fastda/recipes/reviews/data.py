@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +70,7 @@ def load(folder: Path) -> list[Domain]:
     return [Domain(name, *parts_of[name, "train"], *parts_of[name, "test"]) for name in sorted(found)]
 
 
-def _read(path: Path) -> tuple[object, np.ndarray]:
+def _read(path: Path) -> tuple[Any, np.ndarray]:
     """Counts (N, D), sparse, and labels (N,)."""
     from sklearn.datasets import load_svmlight_file
 

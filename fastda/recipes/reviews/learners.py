@@ -115,8 +115,11 @@ def fit(
     net = Network(x.shape[1], hidden, scale)
     domain = list(net.domain.parameters())
     rest = [*net.hidden.parameters(), *net.label.parameters()]
-    quick = {"params": domain, "lr": DOMAIN_RATE * rate, "weight_decay": DOMAIN_DECAY}
-    optimiser = torch.optim.Adam([{"params": rest}, quick], rate, fused=True)
+    groups: list[dict[str, Any]] = [
+        {"params": rest},
+        {"params": domain, "lr": DOMAIN_RATE * rate, "weight_decay": DOMAIN_DECAY},
+    ]
+    optimiser = torch.optim.Adam(groups, rate, fused=True)
     batch = min(batch, len(x))
     best, kept, since = float("inf"), net.state_dict(), 0
     for _ in range(epochs):

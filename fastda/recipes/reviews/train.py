@@ -108,7 +108,7 @@ def _from(
     """Rows and predictions of the tasks from `source`. What looks at no target is trained once for all."""
     x, targets = codes[source.name][0], [d for d in domains if d is not source]
     # Six times as many values a review take a lesser rate.
-    network = {
+    network: dict[str, Any] = {
         "seed": settings.seed, "hidden": settings.hidden, "epochs": settings.epochs,
         "batch": settings.batch, "rate": 3e-4 if representation == "msda" else 1e-3,
     }  # fmt: skip
