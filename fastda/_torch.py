@@ -92,8 +92,28 @@ def as_channels_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def convolution_tf32() -> bool:
-    """Whether the user lets float32 convolutions round their operands to TF32 on a CUDA device."""
+    """Whether the user lets float32 convolutions round their operands to TF32 on a CUDA device.
+
+    A program of torch.compile is compiled again where this has changed.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return _guarded_convolution_tf32()
     return getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32"  # noqa: B009 (mypy)
+
+
+def _guarded_convolution_tf32() -> bool:
+    from torch._dynamo.guards import GuardBuilder, install_guard
+    from torch._dynamo.source import AttrSource, CallFunctionNoArgsSource
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    module = InstructionTranslator.current_tx().import_source(__name__)
+    source = CallFunctionNoArgsSource(AttrSource(module, convolution_tf32.__name__))
+    install_guard(source.make_guard(GuardBuilder.EQUALS_MATCH))
+    return convolution_tf32()
+
+
+# The compiler neither traces the reading nor guards on it by itself.
+_guarded_convolution_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def known(condition: bool | torch.SymBool) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
-from fastda import backend, reference
+from fastda import _torch, backend, reference
 from fastda.ops.common import (
     autocast,
     composite_backward,
@@ -54,6 +54,11 @@ def _check_like(op: str, x: Tensor, name: str, t: Tensor | None, shape: tuple[in
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
 
 
+def _tf32(x: Tensor, serving: str) -> bool:
+    """Whether the kernels may round the operands of products to TF32; asked where they could."""
+    return serving != "cpp" and x.dtype == torch.float32 and _torch.convolution_tf32()
+
+
 class _ConvSame(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -65,7 +70,7 @@ class _ConvSame(torch.autograd.Function):
         relu: bool,
         serving: str,
     ) -> Tensor:
-        y = backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
+        y = backend.kernels(serving).conv_same(x, weight, bias, residual, relu, _tf32(x, serving))
         ctx.serving = serving
         ctx.relu = relu
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
@@ -85,7 +90,7 @@ class _ConvSame(torch.autograd.Function):
         if needs[3] and ctx.relu:
             grad, y = relu_gradient(grad, y), None
         d_x, d_weight, d_bias = backend.kernels(ctx.serving).conv_same_backward(
-            grad, x, weight, y, *needs[:3]
+            grad, x, weight, y, *needs[:3], _tf32(x, ctx.serving)
         )
         return (
             d_x if needs[0] else None,
@@ -110,7 +115,9 @@ class _RefinerBlock(torch.autograd.Function):
         serving: str,
     ) -> Tensor:
         ctx.serving = serving
-        y, inner = backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, not recompute)
+        y, inner = backend.kernels(serving).refiner_block(
+            x, weight1, bias1, weight2, bias2, not recompute, _tf32(x, serving)
+        )
         ctx.save_for_backward(x, weight1, bias1, weight2, None if recompute else inner, y)
         return y
 
@@ -129,7 +136,7 @@ class _RefinerBlock(torch.autograd.Function):
             grads = composite_backward(before_relu, (x, weight1, bias1, weight2), needs[:4], grad)
             return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None, None)
         grads = backend.kernels(ctx.serving).refiner_block_backward(
-            grad, x, inner, y, weight1, bias1, weight2, *needs[:5]
+            grad, x, inner, y, weight1, bias1, weight2, *needs[:5], _tf32(x, ctx.serving)
         )
         d_x, d_weight1, d_bias1, d_weight2, d_bias2 = (
             g if need else None for g, need in zip(grads, needs, strict=False)
@@ -181,7 +188,7 @@ def conv_same(
         or (residual is not None and residual.requires_grad)
     ):
         return _ConvSame.apply(*recordable(x, weight, bias, residual), relu, serving)
-    return backend.kernels(serving).conv_same(x, weight, bias, residual, relu)
+    return backend.kernels(serving).conv_same(x, weight, bias, residual, relu, _tf32(x, serving))
 
 
 def refiner_block(
@@ -245,4 +252,5 @@ def checked_refiner_block(
         or (bias2 is not None and bias2.requires_grad)
     ):
         return _RefinerBlock.apply(*recordable(x, weight1, bias1, weight2, bias2), recompute, serving)
-    return backend.kernels(serving).refiner_block(x, weight1, bias1, weight2, bias2, False)[0]
+    inputs = (x, weight1, bias1, weight2, bias2)
+    return backend.kernels(serving).refiner_block(*inputs, False, _tf32(x, serving))[0]

@@ -45,7 +45,9 @@ def _image(x: Tensor, channels: Any) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
 
 
-def _conv_same(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+def _conv_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, tf32: bool = False
+) -> Tensor:
     return _image(x, weight.shape[0])
 
 
@@ -57,6 +59,7 @@ def _conv_same_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     return (
         _image(x, x.shape[1]) if need_x else x.new_empty(0),
@@ -66,7 +69,13 @@ def _conv_same_backward(
 
 
 def _refiner_block(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep_inner: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     inner = _image(x, weight1.shape[0])
     if x.device.type == "cpu":
@@ -87,6 +96,7 @@ def _refiner_block_backward(
     need_bias1: bool,
     need_weight2: bool,
     need_bias2: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, ...]:
     return (
         _image(x, x.shape[1]) if need_x else x.new_empty(0),

@@ -260,20 +260,20 @@ PIECES_BLOCK = 256
 PROGRAMS = 512  # what a weight gradient is cut into, roughly
 
 
-def arithmetic(x: Tensor) -> str:
+def arithmetic(x: Tensor, tf32: bool) -> str:
     """How the products of `x` are computed: `double`, `half`, or for float32 `tf32` or `ieee`."""
     if x.dtype == torch.float64:
         return "double"
     if x.dtype != torch.float32:
         return "half"
-    return "tf32" if platform(x) == "cuda" and _torch.convolution_tf32() else "ieee"
+    return "tf32" if tf32 and platform(x) == "cuda" else "ieee"
 
 
 def configuration(
-    x: Tensor, table: dict[str, Config], memory_format: torch.memory_format
+    x: Tensor, tf32: bool, table: dict[str, Config], memory_format: torch.memory_format
 ) -> tuple[str, Config]:
     """The row of a table that serves `x`, and its name."""
-    row = "interpreter" if INTERPRETED else arithmetic(x)
+    row = "interpreter" if INTERPRETED else arithmetic(x, tf32)
     if not INTERPRETED and (memory_format == torch.contiguous_format or x.shape[1] % 16):
         row += " gather"
     *blocks, warps, stages = table[row]
@@ -294,9 +294,9 @@ def _divide(channels: int, block: int, row: str) -> int:
     return block
 
 
-def _flags(x: Tensor) -> dict[str, Any]:
+def _flags(x: Tensor, tf32: bool) -> dict[str, Any]:
     return {
-        "PRECISION": "tf32" if arithmetic(x) == "tf32" else "ieee",
+        "PRECISION": "tf32" if arithmetic(x, tf32) == "tf32" else "ieee",
         "WIDE": wide_tl(x),
     }
 
@@ -319,6 +319,7 @@ def _conv(
     relu: bool = False,
     out_gate: Tensor | None = None,
     memory_format: torch.memory_format,
+    tf32: bool,
 ) -> Tensor:
     """gate(out_gate, relu(conv(gate(x_gate, x)) + bias + gate(residual_gate, residual))), in `memory_format`.
 
@@ -337,7 +338,7 @@ def _conv(
         return None if t is None else t.contiguous(memory_format=memory_format)
 
     x = x.contiguous(memory_format=memory_format)
-    row, (block_m, most_n, most_r, warps, stages) = configuration(x, CONV_CONFIGS, memory_format)
+    row, (block_m, most_n, most_r, warps, stages) = configuration(x, tf32, CONV_CONFIGS, memory_format)
     block_n, block_r = _block(out_channels, most_n), _divide(c, _block(kernel * kernel * c, most_r), row)
     launch(
         conv_kernel,
@@ -351,7 +352,7 @@ def _conv(
         FLIP=rotated,
         RELU=relu,
         ONE_TAP=c % block_r == 0,
-        **_flags(x),
+        **_flags(x, tf32),
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_R=block_r,
@@ -369,6 +370,7 @@ def _filter_grads(
     need_weight: bool,
     need_bias: bool,
     memory_format: torch.memory_format,
+    tf32: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and bias, empty if not needed; `grad`, gated, is that of what `x` led to."""
     if not need_weight:
@@ -386,7 +388,7 @@ def _filter_grads(
     if gate is not None:
         gate = gate.contiguous(memory_format=memory_format)
     entries = kernel * kernel * c
-    row, (most_k, most_n, block_p, warps, stages) = configuration(x, WEIGHT_CONFIGS, memory_format)
+    row, (most_k, most_n, block_p, warps, stages) = configuration(x, tf32, WEIGHT_CONFIGS, memory_format)
     block_k, block_n = _block(out_channels, most_k), _divide(c, _block(entries, most_n), row)
     tiles = triton.cdiv(out_channels, block_k) * triton.cdiv(entries, block_n)
     pixels = n * h * w
@@ -404,7 +406,7 @@ def _filter_grads(
         piece,
         KERNEL=kernel,
         ONE_TAP=c % block_n == 0,
-        **_flags(x),
+        **_flags(x, tf32),
         BLOCK_K=block_k,
         BLOCK_N=block_n,
         BLOCK_P=block_p,
@@ -424,10 +426,12 @@ def _filter_grads(
 
 
 @operator
-def conv_same(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool) -> Tensor:
+def conv_same(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, tf32: bool = False
+) -> Tensor:
     """relu?(conv(x, weight) + bias + residual) in the memory format of x."""
     memory_format = _torch.memory_format(x)
-    return _conv(x, weight, bias=bias, residual=residual, relu=relu, memory_format=memory_format)
+    return _conv(x, weight, bias=bias, residual=residual, relu=relu, memory_format=memory_format, tf32=tf32)
 
 
 @operator
@@ -439,23 +443,30 @@ def conv_same_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, empty where not needed; `output` is that of a forward with relu."""
     memory_format = _torch.memory_format(x)
     d_x = x.new_empty(0)
     if need_x:
-        d_x = _conv(grad, weight, rotated=True, x_gate=output, memory_format=memory_format)
-    return d_x, *_filter_grads(x, grad, output, weight, need_weight, need_bias, memory_format)
+        d_x = _conv(grad, weight, rotated=True, x_gate=output, memory_format=memory_format, tf32=tf32)
+    return d_x, *_filter_grads(x, grad, output, weight, need_weight, need_bias, memory_format, tf32)
 
 
 @operator
 def refiner_block(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, keep_inner: bool
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    keep_inner: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2), and the inner activation or none."""
     memory_format = _torch.memory_format(x)
-    inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format)
-    out = _conv(inner, weight2, bias=bias2, residual=x, relu=True, memory_format=memory_format)
+    inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format, tf32=tf32)
+    out = _conv(inner, weight2, bias=bias2, residual=x, relu=True, memory_format=memory_format, tf32=tf32)
     return out, inner if keep_inner else x.new_empty(0)
 
 
@@ -473,6 +484,7 @@ def refiner_block_backward(
     need_bias1: bool,
     need_weight2: bool,
     need_bias2: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2, bias2, empty if not needed. No `inner`: recomputed."""
     memory_format = _torch.memory_format(x)
@@ -482,14 +494,18 @@ def refiner_block_backward(
         output.contiguous(memory_format=memory_format),
     )
     if inner is None:
-        inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format)
-    d_weight2, d_bias2 = _filter_grads(inner, grad, output, weight2, need_weight2, need_bias2, memory_format)
+        inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format, tf32=tf32)
+    d_weight2, d_bias2 = _filter_grads(
+        inner, grad, output, weight2, need_weight2, need_bias2, memory_format, tf32
+    )
     d_x = d_weight1 = d_bias1 = None
     if need_x or need_weight1 or need_bias1:
         d_inner = _conv(
-            grad, weight2, rotated=True, x_gate=output, out_gate=inner, memory_format=memory_format
+            grad, weight2, rotated=True, x_gate=output, out_gate=inner, memory_format=memory_format, tf32=tf32
         )
-        d_weight1, d_bias1 = _filter_grads(x, d_inner, None, weight1, need_weight1, need_bias1, memory_format)
+        d_weight1, d_bias1 = _filter_grads(
+            x, d_inner, None, weight1, need_weight1, need_bias1, memory_format, tf32
+        )
         if need_x:
             d_x = _conv(
                 d_inner,
@@ -498,6 +514,7 @@ def refiner_block_backward(
                 residual=grad,
                 residual_gate=output,
                 memory_format=memory_format,
+                tf32=tf32,
             )
 
     def some(t: Tensor | None) -> Tensor:

@@ -83,7 +83,7 @@ def check_conv(ops, x, weight, bias, residual, grad, tf32=False):
     """Against the reference, with the kernel's own ReLU gates: a gate that rounding flips is no error."""
     dtype = x.dtype
     for relu, b, r in ((False, None, None), (True, bias, residual)):
-        y = ops.conv_same(x, weight, b, r, relu)
+        y = ops.conv_same(x, weight, b, r, relu, tf32)
         exact = [t.double().requires_grad_() for t in (x, weight, bias)]
         before = reference.conv_same(exact[0], exact[1], None if b is None else exact[2])
         after = before.detach() + (0 if r is None else r.double())
@@ -93,7 +93,7 @@ def check_conv(ops, x, weight, bias, residual, grad, tf32=False):
         expected = torch.autograd.grad(
             before, exact, gated.double(), allow_unused=True, materialize_grads=True
         )
-        out = ops.conv_same_backward(grad, x, weight, y if relu else None, True, True, b is not None)
+        out = ops.conv_same_backward(grad, x, weight, y if relu else None, True, True, b is not None, tf32)
         names = ("x", "weight", "bias") if b is not None else ("x", "weight")
         for what, o, e in zip(names, out, expected, strict=False):
             matches("conv_same", what, o, e, dtype, tf32)
@@ -107,8 +107,8 @@ def block_case(n, c, m, size, size2, h, w, dtype, memory_format):
 
 def check_block(ops, x, weight1, bias1, weight2, bias2, grad, tf32=False):
     dtype = x.dtype
-    y, inner = ops.refiner_block(x, weight1, bias1, weight2, bias2, True)
-    none = ops.refiner_block(x, weight1, bias1, weight2, bias2, False)
+    y, inner = ops.refiner_block(x, weight1, bias1, weight2, bias2, True, tf32)
+    none = ops.refiner_block(x, weight1, bias1, weight2, bias2, False, tf32)
     assert torch.equal(none[0], y) and none[1].numel() == 0
     exact = [t.double().requires_grad_() for t in (x, weight1, bias1, weight2, bias2)]
     # Both ReLUs take the kernel's gates, and the second convolution its rounded input.
@@ -120,7 +120,7 @@ def check_block(ops, x, weight1, bias1, weight2, bias2, grad, tf32=False):
     expected = torch.autograd.grad(before * (y > 0), exact, grad.double())
     for kept in (inner, None):
         out = ops.refiner_block_backward(
-            grad, x, kept, y, weight1, bias1, weight2, True, True, True, True, True
+            grad, x, kept, y, weight1, bias1, weight2, True, True, True, True, True, tf32
         )
         for what, o, e in zip(("x", "weight1", "bias1", "weight2", "bias2"), out, expected, strict=True):
             terms = grad[:, 0].numel() ** 0.5 if what.startswith("bias") else 1.0

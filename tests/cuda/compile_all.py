@@ -67,7 +67,6 @@ for limit in (99, 163, 227):
         t.cuda_host.forget()
         x = torch.zeros(1, 64, 35, 55, dtype=dtype).contiguous(memory_format=torch.channels_last)
         w = torch.zeros(64, 64, 3, 3, dtype=dtype)
-        torch.backends.cudnn.conv.fp32_precision = "ieee"
         t.ops.conv_same_backward(x, x, w, None, True, True, False)
         t.ops.refiner_block(x, w, None, w, None, False)
         for name, grid, threads, shared in t.cuda_host.launches():
@@ -81,13 +80,12 @@ import json
 import torch, fastda
 from tests.cuda import emulated as t
 t.cuda_host.set_device(16, 227 << 10)
-for dtype, tf32 in ((torch.bfloat16, "ieee"), (torch.float32, "ieee"), (torch.float32, "tf32")):
-    torch.backends.cudnn.conv.fp32_precision = tf32
+for dtype, tf32 in ((torch.bfloat16, False), (torch.float32, False), (torch.float32, True)):
     x = torch.randn(1, 64, 35, 55).to(dtype).contiguous(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3).to(dtype)
-    t.ops.conv_same(x, w, None, None, True)
-    t.ops.conv_same_backward(x, x, w, x, False, True, True)
-    t.ops.refiner_block(x, w, None, w, None, False)
+    t.ops.conv_same(x, w, None, None, True, tf32)
+    t.ops.conv_same_backward(x, x, w, x, False, True, True, tf32)
+    t.ops.refiner_block(x, w, None, w, None, False, tf32)
 found = {
     kernel: [(text, passes, least) for _, text, _, passes, least in lines if least]
     for kernel, lines in t.cuda_host.ptx_executed().items()

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastda import reference
+import fastda
+from fastda import reference, use_backend
 from tests.conformance.raw import (
     DTYPES,
     LAST,
@@ -58,7 +59,6 @@ def test_conv_by_tiles(cuda_host, ops, sizes, dtype):
 
 @pytest.mark.parametrize("sizes", [CONVOLUTIONS[0], CONVOLUTIONS[4], CONVOLUTIONS[7]], ids=str)
 def test_conv_same_in_tf32(cuda_host, ops, sizes):
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
     for memory_format in (LAST, torch.contiguous_format):
         x, weight, bias, residual, grad = conv_case(*sizes, torch.float32, memory_format)
         check_conv(ops, x, weight, bias, residual, grad, tf32=True)
@@ -69,6 +69,23 @@ def test_conv_same_in_float32_uses_no_tensor_cores_unless_allowed(cuda_host, ops
     x, weight, bias, residual, grad = conv_case(*CONVOLUTIONS[0], torch.float32)
     check_conv(ops, x, weight, bias, residual, grad)
     assert cuda_host.products() == 0
+
+
+@pytest.mark.parametrize("op", ["conv_same", "refiner_block"])
+def test_public_functions_take_tf32_from_torchs_setting(cuda_host, op):
+    """In the forward and, set anew, in the backward."""
+    x, weight, bias, _, grad = conv_case(*CONVOLUTIONS[0], torch.float32)
+    filters = (weight, bias) if op == "conv_same" else (weight, bias, weight, bias)
+    with use_backend("cuda"):
+        for allowed in (False, True):
+            torch.backends.cudnn.conv.fp32_precision = "tf32" if allowed else "ieee"
+            cuda_host.forget()
+            y = getattr(fastda, op)(x.requires_grad_(), *filters)
+            assert (cuda_host.products() > 0) == allowed
+            torch.backends.cudnn.conv.fp32_precision = "ieee" if allowed else "tf32"
+            cuda_host.forget()
+            y.backward(grad)
+            assert (cuda_host.products() > 0) != allowed
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -93,15 +110,14 @@ def test_conv_same_with_a_filter_wider_than_shared_memory(cuda_host, ops):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_conv_same_repeats_bit_for_bit_in_every_order(cuda_host, ops, dtype):
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
     for memory_format, size in ((LAST, (2, 13, 11)), (torch.contiguous_format, (1, 5, 7))):
         n, h, w = size
         x, weight, bias, residual, grad = conv_case(n, 64, 64, 3, h, w, dtype, memory_format)
         runs = []
         for seed in SEEDS:
             cuda_host.set_seed(seed)
-            y = ops.conv_same(x, weight, bias, residual, True)
-            runs.append((y, *ops.conv_same_backward(grad, x, weight, y, True, True, True)))
+            y = ops.conv_same(x, weight, bias, residual, True, True)
+            runs.append((y, *ops.conv_same_backward(grad, x, weight, y, True, True, True, True)))
         assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
         # What tensor cores read lies in different banks, but for rows that are computed in vain.
         if dtype == torch.bfloat16:
@@ -148,5 +164,4 @@ def test_refiner_block_in_one_launch_agrees_with_two_in_every_order(cuda_host, o
 
 
 def test_refiner_block_in_tf32(ops):
-    torch.backends.cudnn.conv.fp32_precision = "tf32"
     check_block(ops, *block_case(*BLOCKS[0], torch.float32, LAST), tf32=True)

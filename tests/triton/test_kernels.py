@@ -43,7 +43,7 @@ ROWS = ("interpreter", "half", "half gather", "ieee", "double")
 
 
 def use_row(name, monkeypatch):
-    def configuration(x, table, memory_format):
+    def configuration(x, tf32, table, memory_format):
         return name, table[name]
 
     monkeypatch.setattr(module("refiner_conv"), "configuration", configuration)

@@ -7,50 +7,12 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/conv.h"
 #include "common/isa.h"
 
 namespace fastda::cpu {
 
-// A 4-D tensor and its strides in elements (of a filter: n = out channel, c = in channel, h, w =
-// tap; negative strides are fine). No data: the operand is absent. Activations have a unit stride
-// along c (channels_last) or w.
-struct View {
-  void* data = nullptr;
-  int64_t n = 0, c = 0, h = 0, w = 0;
-};
-
-// height and width: of x, which lies between `padding` zeros on each side.
-struct ConvProblem {
-  DType dtype;
-  int64_t batch, in_channels, out_channels, height, width, kernel, padding;
-  int64_t out_height() const { return height + 2 * padding - (kernel - 1); }
-  int64_t out_width() const { return width + 2 * padding - (kernel - 1); }
-};
-
-// out = mask(out_mask, relu(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
-// mask(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g. The
-// data gradient is the same operation with the filter rotated by 180 degrees, its channels swapped,
-// and a padding of kernel - 1 - padding.
-struct ConvArgs : ConvProblem {
-  bool x_channels_last, out_channels_last;  // of x and x_mask; of the other activations
-  View x, x_mask, filter;
-  const void* prepared;  // by prepare
-  const void* bias;      // [out_channels] or null
-  View residual, residual_mask;
-  bool relu;
-  View out_mask, out;
-};
-
-// d filter[k, c, i, j] = sum over n, h, w of mask(grad_mask, grad)[n, k, h, w] * x[n, c, h + i - p,
-// w + j - p] with p = padding, and d bias = sum of mask(grad_mask, grad).
-struct FilterGradArgs : ConvProblem {
-  bool x_channels_last, grad_channels_last;
-  View x, grad, grad_mask;
-  const void* prepared;  // by prepare_grad
-  View d_filter;         // no data: not wanted
-};
-
+// Activations have a unit stride along c (channels_last) or w.
 struct ConvKernels {
   // Null where the instruction set has no such kernels.
   bool (*serves)(const ConvProblem&) = nullptr;

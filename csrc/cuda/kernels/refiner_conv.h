@@ -3,15 +3,9 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/conv.h"
 
 namespace fastda::cuda {
-
-// An image (N, C, H, W), or a filter (K, C, k, k), of any strides, in elements.
-struct View {
-  void* data = nullptr;
-  int64_t n = 0, c = 0, h = 0, w = 0;
-};
 
 // How the products are computed: float32 as it stands, or rounded to TF32 on tensor cores; 16-bit
 // types always on tensor cores; float64 as it stands.
