@@ -219,8 +219,8 @@ CONVOLUTIONS_CPU = (
         "test_conv_same_matches_reference",
     ),
     fault(
-        "products: every group of taps takes the first one's filter", CPU,
-        "b + t * depth * width", "b + 0 * depth * width",
+        "large filters: every piece reads the pixels of the first in its row", CPU,
+        "(i / pieces * t.columns + i % pieces) * c", "(i / pieces * t.columns + 0 * i) * c",
         "test_conv_same_matches_reference",
     ),
     fault(
