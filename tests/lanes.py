@@ -103,15 +103,35 @@ def _ptx_environment() -> dict[str, str]:
     }
 
 
+def _interpreter_why_not() -> str | None:
+    """Asked in the lane's own process, whose interpreter it is: Triton 3.6's cannot count to an argument
+    with NumPy 2.4, which no longer takes an array of one entry for an index."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if SERVING != "triton":
+        return None
+    triton = importlib.import_module("triton")
+
+    def count(end):
+        for _ in range(end):
+            pass
+
+    try:
+        triton.jit(count)[(1,)](2)
+    except triton.runtime.errors.InterpreterError as error:
+        numpy = importlib.import_module("numpy").__version__
+        return f"the interpreter of Triton {triton.__version__} fails with NumPy {numpy}: {error}"
+    return None
+
+
 def _lanes() -> tuple[Lane, ...]:
-    without_triton = None if importlib.util.find_spec("triton") else "triton is not installed"
     without_nvcc = None if shutil.which("nvcc") else "nvcc is not installed"
     elsewhere = None if sys.platform == "linux" else "the executor switches stacks as Linux has them"
     lanes = (
         Lane("reference", "reference", None),
         *map(_isa, reversed(backend.CPU_ISAS)),
         Lane(
-            *("triton", "triton", without_triton),
+            *("triton", "triton", _interpreter_why_not()),
             environment=lambda: {"TRITON_INTERPRET": "1"},
             folders=("tests/conformance", "tests/triton"),
             interpreted=True,
