@@ -34,7 +34,6 @@ def reset():
     """A small H100, threads in their first order, nothing recorded, no TF32."""
     cuda_host.set_seed(0)
     cuda_host.set_device(3, H100)
-    cuda_host.plant("")
     cuda_host.skip_barrier("", 0)
     cuda_host.forget()
     cuda_host.ptx_forget()

@@ -95,10 +95,6 @@ PYBIND11_MODULE(cuda_host, m) {
   m.def("set_seed", [](uint64_t seed) { control.seed = seed; });
   m.def("set_device",
         [](int multiprocessors, size_t shared_bytes) { device = {multiprocessors, shared_bytes}; });
-  m.def("faults", &faults);
-  m.def("plant", [](const std::string& fault) {
-    planted_fault = fault.empty() ? 0 : fault_id(fault.c_str());
-  });
   m.def("skip_barrier", [](const std::string& file, unsigned line) {
     control.skipped_file = file;
     control.skipped_line = line;

@@ -1,4 +1,4 @@
-// What tests set and read: thread order, planted faults, and what a run did.
+// What tests set and read: thread order, skipped barriers, and what a run did.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,5 @@ struct Record {
   int64_t products = 0;  // mma instructions
 };
 extern Record record;
-std::vector<std::string> faults();  // that can be planted, by id from 1
 
 }  // namespace cuda_host

@@ -30,11 +30,6 @@
 #define FASTDA_SHARED(type, name, count) \
   type* name = static_cast<type*>(::cuda_host::shared_array(sizeof(type) * (count)))
 #define FASTDA_DYNAMIC_SHARED(name) unsigned char* name = ::cuda_host::dynamic_shared()
-#define FASTDA_PLANTED(fault)                           \
-  ([] {                                                 \
-    static const int id = ::cuda_host::fault_id(fault); \
-    return ::cuda_host::planted_fault == id;            \
-  }())
 
 #define threadIdx (::cuda_host::self->thread)
 #define blockIdx (::cuda_host::self->block)
@@ -61,8 +56,6 @@ extern const Self* self;
 
 void* shared_array(size_t bytes, Where where = Where::current());
 unsigned char* dynamic_shared();
-int fault_id(const char* fault);  // from 1
-extern int planted_fault;         // 0: none
 
 // The warp's 32 lanes meet at one place in the source; the last to come runs `together` on what
 // each brought.

@@ -29,7 +29,6 @@ const Self* self = nullptr;
 Device device;
 Control control;
 Record record;
-int planted_fault = 0;
 
 namespace {
 
@@ -159,11 +158,6 @@ struct Block {
   size_t scheduler_size = 0;
 };
 Block* block = nullptr;
-
-std::vector<std::string>& fault_names() {
-  static std::vector<std::string> names;
-  return names;
-}
 
 std::shared_ptr<void> poisoned(size_t bytes, size_t alignment) {
   void* p = nullptr;
@@ -315,14 +309,6 @@ void* shared_array(size_t bytes, Where where) {
   return array.get();
 }
 unsigned char* dynamic_shared() { return block->dynamic; }
-
-int fault_id(const char* fault) {
-  auto& names = fault_names();
-  auto found = std::find(names.begin(), names.end(), fault);
-  if (found == names.end()) found = names.insert(found, fault);
-  return int(found - names.begin()) + 1;
-}
-std::vector<std::string> faults() { return fault_names(); }
 
 void meet(const char* what, const Where& where, void* mine, void (*together)(void* const*)) {
   Thread* me = block->running;

@@ -445,6 +445,72 @@ DEVICE = (
         "++column == p.width", "++column == p.width + 1",
         "test_conv_same_directly",
     ),
+    fault(
+        "CUDA: reversal goes on behind the end", f"{CUDA}/kernels/grad_reverse.cuh",
+        "if (i >= p.total) return;", NOTHING,
+        "test_grad_reverse",
+    ),
+    fault(
+        "CUDA: losses count the patches behind the end", f"{CUDA}/kernels/patch_loss.cuh",
+        "if (i >= n) break;", NOTHING,
+        "test_patch_losses_of_many_blocks_repeat_bit_for_bit",
+    ),
+    fault(
+        "CUDA: losses read behind the end", f"{CUDA}/kernels/patch_loss.cuh",
+        "i < n ? i : start", "i",
+        "test_patch_losses_of_many_blocks_repeat_bit_for_bit",
+    ),
+    fault(
+        "CUDA: a tile one row too high", CUDA,
+        "y0 - halo", "y0 - halo + 1",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a tile sees what lies right of the image", CUDA,
+        "x < shape.columns", "true",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a row of channels has those behind the last", CUDA,
+        "if (c >= channels) break;", NOTHING,
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: output channels behind the last are written", CUDA,
+        "if (c >= p.out_channels) break;", NOTHING,
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: fragments of a filter are swapped", CUDA,
+        "mma(T{}, sum[i][j], a[i], b[0], b[1]);", "mma(T{}, sum[i][j], a[i], b[0], b[2]);",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: copies of filters are not waited for", CUDA,
+        "wait_copies<conv_stages - 2>();", NOTHING,
+        "test_conv_same_repeats_bit_for_bit_in_every_order[dtype1]",
+    ),
+    fault(
+        "CUDA: sums of filter gradients are swapped", CUDA,
+        "lane % 4 * 2 + e % 2", "lane % 4 * 2 + (1 - e % 2)",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: taps behind the last are written", CUDA,
+        "if (first_tap + t >= taps) return;", NOTHING,
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a block's inner activation outside the image is not zero", CUDA,
+        "if (there) pair.at[f] = narrowed<T>(v <= 0 ? 0.0f : v);",
+        "pair.at[f] = narrowed<T>(v <= 0 ? 0.0f : v);",
+        "test_block_by_tiles",
+    ),
+    fault(
+        "CUDA: direct convolutions see what lies right of the image", CUDA,
+        "x + dx >= p.width", "false",
+        "test_conv_same_directly",
+    ),
 )  # fmt: skip
 
 TRITON_FAULTS = (

@@ -56,9 +56,7 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
   const auto place = [&](uint32_t pixel, uint32_t piece) {
     const uint32_t row = shape.width.quotient(pixel), column = pixel - row * shape.width.value;
     const int y = at.y + int(row), x = at.x + int(column);
-    bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.columns;
-    if (FASTDA_PLANTED("conv: no mask at the right edge"))
-      inside = y >= 0 && y < shape.height && x >= 0;
+    const bool inside = y >= 0 && y < shape.height && x >= 0 && x < shape.columns;
     const uint32_t key = (row * uint32_t(shape.key_width) + column) << key_shift;
     return Place{rows + (pixel * pieces + (piece ^ (key & 7))) * 16, y, x, channel + int(piece) * E,
                  inside};
@@ -109,7 +107,7 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
       FASTDA_UNROLL
       for (int e = 0; e < E && p.inside; ++e) {
         const int c = p.c + e;
-        if (c >= channels && !FASTDA_PLANTED("conv: no mask at the last channel")) break;
+        if (c >= channels) break;
         pack.at[e] = from[p.y * view.h + p.x * view.w + c * view.c];
         if (gate.data)
           pack.at[e] = gated(from_gate[p.y * gate.h + p.x * gate.w + c * gate.c], pack.at[e]);
@@ -146,10 +144,6 @@ FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pix
       uint32_t b[4];
       load_matrices(
           b, column + j * 8 * row_bytes + (((step * 2 + (lane >> 3 & 1)) ^ (lane & 7)) * 16));
-      if (FASTDA_PLANTED("conv: fragment indices swapped")) {
-        const uint32_t other = b[1];
-        b[1] = b[2], b[2] = other;
-      }
       FASTDA_UNROLL
       for (int i = 0; i < M; ++i) {
         mma(T{}, sum[i][j], a[i], b[0], b[1]);

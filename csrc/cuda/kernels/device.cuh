@@ -19,8 +19,6 @@
 #define FASTDA_NO_UNROLL _Pragma("unroll 1")
 #define FASTDA_SHARED(type, name, count) __shared__ type name[count]
 #define FASTDA_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
-// True where a test wants this fault, to see it caught; never on a device.
-#define FASTDA_PLANTED(fault) false
 #else
 #include "cuda_host/device.h"
 #endif

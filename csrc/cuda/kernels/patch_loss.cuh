@@ -115,7 +115,7 @@ FASTDA_DEVICE Sums<typename Wide<T>::type> side_block(const Side& p, int block, 
     FASTDA_UNROLL
     for (int u = 0; u < loss_unroll; ++u) {
       uint32_t i = start + u * loss_threads;
-      if (!FASTDA_PLANTED("patch_loss: no mask at the end")) i = i < n ? i : start;
+      i = i < n ? i : start;
       const uint32_t q = first_patch + i, ahead = patches.quotient(q);
       image[u] = first_image + ahead;
       patch[u] = q - ahead * patches.value;
@@ -126,7 +126,7 @@ FASTDA_DEVICE Sums<typename Wide<T>::type> side_block(const Side& p, int block, 
     FASTDA_UNROLL
     for (int u = 0; u < loss_unroll; ++u) {
       const uint32_t i = start + u * loss_threads;
-      if (i >= n && !FASTDA_PLANTED("patch_loss: no mask at the end")) break;
+      if (i >= n) break;
       const Scored<S> s = score(p.term, z[u]);
       // A patch of weight zero is taken out, whatever its logits are.
       const S term = w[u] == 0 ? S(0) : s.term * w[u];

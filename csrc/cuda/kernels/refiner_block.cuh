@@ -172,8 +172,7 @@ refiner_block_kernel(BlockKernel p) {
         const uint32_t r = p.inner_window.width.quotient(m), c = m - r * p.inner_window.width.value;
         const int y = at.y - halo2 + int(r), column = at.x - halo2 + int(c);
         const bool there =
-            (y >= 0 && y < p.x_window.height && column >= 0 && column < p.x_window.columns) ||
-            FASTDA_PLANTED("refiner block: no mask around the inner activation");
+            y >= 0 && y < p.x_window.height && column >= 0 && column < p.x_window.columns;
         FASTDA_UNROLL
         for (int j = 0; j < 4; ++j) {
           const int k = warp % 2 * 32 + j * 8 + lane % 4 * 2;

@@ -103,7 +103,7 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
     FASTDA_UNROLL
     for (int e = 0; e < ahead; ++e) {
       const int n = start + e, c = first + n;
-      if (c >= p.out_channels && !FASTDA_PLANTED("conv: no mask at the last output channel")) break;
+      if (c >= p.out_channels) break;
       place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], c,
                                                  residual[e], residual_gate[e], out_gate[e]);
     }
@@ -159,7 +159,7 @@ conv_kernel(ConvKernel p) {
   FASTDA_NO_UNROLL
   for (int chunk = 0; chunk < chunks; ++chunk) {
     if (chunk > 0) __syncthreads();  // no warp reads the last rows any more
-    const int halo = p.kernel / 2 - (FASTDA_PLANTED("conv: halo off by one") ? 1 : 0);
+    const int halo = p.kernel / 2;
     load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>,
                                        p.in_channels, {image, y0 - halo, x0 - halo}, p.window);
     commit_copies();
@@ -169,8 +169,7 @@ conv_kernel(ConvKernel p) {
     int dx = 0;
     FASTDA_NO_UNROLL
     for (int tap = 0; tap < taps; ++tap, ++step) {
-      if (FASTDA_PLANTED("conv: copies not waited for")) {
-      } else if (tap == 0) {
+      if (tap == 0) {
         wait_copies<0>();
       } else {
         wait_copies<conv_stages - 2>();
@@ -262,9 +261,7 @@ direct_conv_kernel(DirectConv p) {
   for (int dy = -half; dy <= half; ++dy) {
     if (y + dy < 0 || y + dy >= p.height) continue;
     for (int dx = -half; dx <= half; ++dx) {
-      if (x + dx < 0 ||
-          (x + dx >= p.width && !FASTDA_PLANTED("direct conv: no mask at the right edge")))
-        continue;
+      if (x + dx < 0 || x + dx >= p.width) continue;
       const T* in = at(p.x, 0) + dy * p.x.h + dx * p.x.w;
       const T* gate = p.x_gate.data ? at(p.x_gate, 0) + dy * p.x_gate.h + dx * p.x_gate.w : nullptr;
       const T* w = static_cast<const T*>(p.filter.data) + k * p.filter.n +

@@ -226,8 +226,7 @@ filter_grad_kernel(FilterGradKernel p) {
   }
   if (!p.weight) return;
   const auto add = [&](int t, int k, int c, float v) {
-    if (first_tap + t >= taps && !FASTDA_PLANTED("weight gradient: no mask at the last tap"))
-      return;
+    if (first_tap + t >= taps) return;
     if (k0 + k >= p.out_channels || c0 + c >= p.in_channels) return;
     p.sums[((piece * taps + first_tap + t) * p.out_channels + k0 + k) * p.in_channels + c0 + c] = v;
   };
@@ -243,10 +242,7 @@ filter_grad_kernel(FilterGradKernel p) {
           FASTDA_UNROLL
           for (int e = 0; e < 4; ++e)
             add(t, warp / 2 * 32 + i * 16 + lane / 4 + e / 2 * 8,
-                warp % 2 * 32 + j * 8 + lane % 4 * 2 +
-                    (FASTDA_PLANTED("weight gradient: fragment indices swapped") ? 1 - e % 2
-                                                                                 : e % 2),
-                sum[t][i][j][e]);
+                warp % 2 * 32 + j * 8 + lane % 4 * 2 + e % 2, sum[t][i][j][e]);
         }
       }
     }
