@@ -11,12 +11,13 @@ constexpr int64_t most_pieces = 4096;
 
 struct Plan {
   Tile tile;  // width 0: directly
+  int stages = 1;
   int blocks_across = 1, blocks_down = 1, groups = 1;
   int64_t tiles = 0, tiles_per_piece = 1, pieces = 1;
   int64_t piece_pixels = 0;  // of a direct one
 };
 
-int64_t shared_bytes(const FilterGrad& p, Tile t) {
+int64_t stage_bytes(const FilterGrad& p, Tile t) {
   const int64_t row = grad_channels * element_bytes(p.arithmetic.dtype);
   const int pixels = p.arithmetic.dtype == DType::f32 ? grad_pixels<float> : grad_pixels<bf16>;
   return (window_pixels(t, p.kernel) + 1 + pixels) * row + pixels * 4;
@@ -29,7 +30,9 @@ Plan plan_of(const FilterGrad& p) {
     const int64_t limit = shared_bytes_per_block();
     plan.tile = best_tile(p.height, p.width, p.kernel,
                           dtype == DType::f32 ? grad_pixels<float> : grad_pixels<bf16>,
-                          [&](Tile t) { return shared_bytes(p, t) <= limit; });
+                          [&](Tile t) { return stage_bytes(p, t) <= limit; });
+    // Two tiles a block, where a multiprocessor has room for two such blocks.
+    if (4 * stage_bytes(p, plan.tile) <= limit) plan.stages = 2;
   }
   if (plan.tile.width == 0) {
     const int64_t pixels = int64_t(p.batch) * p.height * p.width;
@@ -92,6 +95,7 @@ void filter_gradient(const FilterGrad& p, void* stream) {
     k.tile_width = Divisor(plan.tile.width);
     k.tiles = Divisor(tiles_of(plan.tile, p.height, p.width));
     k.tiles_across = Divisor(divide_up(p.width, plan.tile.width));
+    k.stages = plan.stages;
     k.window = window_of(plan.tile, p.kernel, p.height, p.width);
     k.core = window_of(plan.tile, 1, p.height, p.width);
     k.x_packs = in_packs(p.x, p.in_channels, element_bytes(dtype));
@@ -101,8 +105,8 @@ void filter_gradient(const FilterGrad& p, void* stream) {
     const dim3 grid(unsigned(plan.groups * plan.blocks_across * plan.blocks_down),
                     unsigned(plan.pieces));
     const auto run = [&](auto kernel) {
-      launch("filter_grad", kernel, grid, grad_threads, size_t(shared_bytes(p, plan.tile)), stream,
-             k);
+      launch("filter_grad", kernel, grid, grad_threads,
+             size_t(plan.stages * stage_bytes(p, plan.tile)), stream, k);
     };
     switch (dtype) {
       case DType::bf16: run(filter_grad_kernel<bf16, false>); break;

@@ -32,14 +32,19 @@ def conv_scalar(ops):
     conv_tiles(ops, torch.bfloat16, torch.contiguous_format, (1, 37, 41, 3, 9, 14))
 
 
-def weight_gradient(ops):
-    # So many tiles that a block has several.
-    x, weight, _, _, grad = conv_case(90, 64, 64, 3, 6, 6, torch.float32, LAST)
+def weight_gradient(ops, shared=H100):
+    importlib.import_module("cuda_host").set_device(3, shared)
+    # So many tiles that a block has three.
+    x, weight, _, _, grad = conv_case(173, 64, 64, 3, 6, 6, torch.float32, LAST)
     exact = weight.double().requires_grad_()
     (expected,) = torch.autograd.grad(reference.conv_same(x.double(), exact), exact, grad.double())
     _, d_weight, d_bias = ops.conv_same_backward(grad, x, weight, None, False, True, True)
     matches("conv_same", "weight", d_weight, expected, torch.float32)
     matches("conv_same", "bias", d_bias, grad.double().sum((0, 2, 3)), torch.float32)
+
+
+def weight_gradient_of_one_stage(ops):
+    weight_gradient(ops, 64 << 10)
 
 
 def block(ops):
@@ -99,7 +104,10 @@ def survives(cuda_host, ops, check, seeds=SEEDS):
 
 @pytest.mark.parametrize(
     "check",
-    [grad_reverse, losses, head, conv_exact, conv_many_channels, conv_scalar, weight_gradient, block],
+    [
+        *(grad_reverse, losses, head, conv_exact, conv_many_channels, conv_scalar, weight_gradient),
+        *(weight_gradient_of_one_stage, block),
+    ],
     ids=lambda check: check.__name__,
 )
 def test_removal_of_any_barrier_is_caught(cuda_host, ops, check):
@@ -126,6 +134,7 @@ def test_removal_of_any_barrier_or_wait_from_the_ptx_is_caught(cuda_host, ops):
         conv_many_channels,
         conv_scalar,
         weight_gradient,
+        weight_gradient_of_one_stage,
         block,
     ]
     met, caught = {}, set()

@@ -3,8 +3,8 @@
 //
 //   block (three taps × 64 output × 64 input channels, a piece of all tiles)
 //     for every tile of its piece
-//       grad ─ tile, gated ────────┐ shared memory: a row per pixel, 64 channels
-//       x ─ tile with halo ────────┤
+//       grad ─ tile, gated ────────┐ shared memory: a row per pixel, 64 channels; the next tile is
+//       x ─ tile with halo ────────┤ copied while this one is used, where there is room for both
 //                                  └─ registers: warp w has 32 × 32 channels at each of three taps
 //   registers ─ sums[piece]; another launch adds the pieces in order
 //
@@ -33,6 +33,7 @@ struct FilterGradKernel {
   float* bias_sums;                                      // [pieces][K] or null
   int in_channels, out_channels, kernel, blocks_across;  // blocks_across: of input channels
   int tile_height, tile_pixels, tiles_total, tiles_per_piece;
+  int stages;  // tiles in shared memory: 1 or 2
   Divisor tile_width, tiles, tiles_across;
   WindowShape window, core;  // with halo, without
   bool x_packs, grad_packs, weight;
@@ -44,11 +45,11 @@ filter_grad_kernel(FilterGradKernel p) {
   constexpr int pixels = grad_pixels<T>, pieces = grad_pieces<T>, row = pieces * 16,
                 shift = grad_key_shift<T>;
   FASTDA_DYNAMIC_SHARED(shared);
-  unsigned char* x_rows = shared;  // [window pixels + one of zeros]
+  // A stage: x [window pixels + one of zeros], grad [pixels], and of each pixel its row of x at the
+  // first tap.
   const uint32_t zero_row = p.window.pixels.value;
-  unsigned char* grad_rows = x_rows + (zero_row + 1) * row;  // [pixels]
-  // Of each pixel: its row of x at the first tap.
-  auto* row_of = reinterpret_cast<int*>(grad_rows + pixels * row);
+  const uint32_t grad_start = (zero_row + 1) * row, row_of_start = grad_start + pixels * row;
+  const uint32_t stage_bytes = row_of_start + pixels * 4;
 
   const int taps = p.kernel * p.kernel;
   const int groups = (taps + grad_taps - 1) / grad_taps;
@@ -69,40 +70,58 @@ filter_grad_kernel(FilterGradKernel p) {
     move[t] = uint32_t(tap / p.kernel) * p.window.width.value + uint32_t(tap % p.kernel);
     turn[t] = uint32_t(tap / p.kernel) * p.tile_width.value + uint32_t(tap % p.kernel);
   }
-  for (int i = thread; i < row / 4; i += grad_threads)
-    reinterpret_cast<float*>(x_rows + zero_row * row)[i] = 0;
+  for (int s = 0; s < p.stages; ++s) {
+    unsigned char* stage = shared + uint32_t(s) * stage_bytes;
+    for (int i = thread; i < row / 4; i += grad_threads)
+      reinterpret_cast<float*>(stage + zero_row * row)[i] = 0;
+    // What no pixel of a tile fills must count for nothing, even where x is not finite.
+    for (int i = thread + p.tile_pixels * pieces; i < pixels * pieces; i += grad_threads)
+      store_pack(reinterpret_cast<uint32_t*>(stage + grad_start + i * 16), Pack<uint32_t, 4>{});
+  }
 
   const int first_tile = int(blockIdx.y) * p.tiles_per_piece;
   const int end = first_tile + p.tiles_per_piece < p.tiles_total ? first_tile + p.tiles_per_piece
                                                                  : p.tiles_total;
-  FASTDA_NO_UNROLL
-  for (int tile = first_tile; tile < end; ++tile) {
+  const auto fetch = [&](int tile, unsigned char* stage) {
     const auto image = int(p.tiles.quotient(uint32_t(tile)));
     const uint32_t within = uint32_t(tile) - uint32_t(image) * p.tiles.value;
     const uint32_t down = p.tiles_across.quotient(within);
     const int y0 = int(down) * p.tile_height;
     const int x0 = int(within - down * p.tiles_across.value) * int(p.tile_width.value);
     const int half = p.kernel / 2;
-    if (tile > first_tile) __syncthreads();  // no warp reads the last tile any more
     if (p.weight)
-      load_window<T, grad_threads, pieces, shift>(x_rows, p.x, View{}, p.x_packs, c0, p.in_channels,
+      load_window<T, grad_threads, pieces, shift>(stage, p.x, View{}, p.x_packs, c0, p.in_channels,
                                                   {image, y0 - half, x0 - half}, p.window);
-    load_window<T, grad_threads, pieces, shift>(grad_rows, p.grad, p.gate, p.grad_packs, k0,
-                                                p.out_channels, {image, y0, x0}, p.core);
-    // What no pixel of the tile and the image fills must count for nothing, even where x is not
-    // finite.
-    for (int i = thread + p.tile_pixels * pieces; i < pixels * pieces; i += grad_threads)
-      store_pack(reinterpret_cast<uint32_t*>(grad_rows + i * 16), Pack<uint32_t, 4>{});
+    load_window<T, grad_threads, pieces, shift>(stage + grad_start, p.grad, p.gate, p.grad_packs,
+                                                k0, p.out_channels, {image, y0, x0}, p.core);
     for (int m = thread; m < pixels; m += grad_threads) {
       const uint32_t r = p.tile_width.quotient(uint32_t(m)),
                      c = uint32_t(m) - r * p.tile_width.value;
       const bool there =
           m < p.tile_pixels && y0 + int(r) < p.window.height && x0 + int(c) < p.window.columns;
-      row_of[m] = there ? int(r * p.window.width.value + c) : -1;
+      reinterpret_cast<int*>(stage + row_of_start)[m] =
+          there ? int(r * p.window.width.value + c) : -1;
     }
     commit_copies();
-    wait_copies<0>();
+  };
+  const int ahead = p.stages - 1;
+  uint32_t current = 0;  // where this tile's stage starts
+  FASTDA_NO_UNROLL
+  for (int tile = first_tile - ahead; tile < end; ++tile) {
+    const uint32_t other = ahead ? stage_bytes - current : 0;
+    if (ahead) wait_copies<0>();
+    // This tile is there for all, where it was fetched ahead, and no warp reads the last one any
+    // more.
     __syncthreads();
+    if (tile + ahead < end) fetch(tile + ahead, shared + (tile < first_tile ? current : other));
+    if (tile < first_tile) continue;
+    if (!ahead) {
+      wait_copies<0>();
+      __syncthreads();
+    }
+    const unsigned char *x_rows = shared + current, *grad_rows = x_rows + grad_start;
+    const auto* row_of = reinterpret_cast<const int*>(x_rows + row_of_start);
+    current = other;
 
     const auto x_row = [&](int m, int t) {  // and the key of its pieces
       const int at = row_of[m];
