@@ -5,18 +5,35 @@
 namespace fastda::cuda {
 namespace {
 
-int64_t shared_bytes(Tile t, int kernel) {
+int64_t shared_bytes(Tile t, int kernel, int each) {
   return std::max<int64_t>(window_pixels(t, kernel) * row_bytes + conv_stages * filter_bytes,
-                           staging_bytes);
+                           conv_pixels(each) * staging_stride * 4);
 }
 
-Tile tile_of(const Conv& p) {
-  if (p.arithmetic.dtype == DType::f64 ||
-      wasteful(p.arithmetic.dtype, p.in_channels, p.out_channels))
-    return {};
+struct Plan {
+  Tile tile;  // width 0: directly
+  int each = 2;
+};
+
+Plan plan_of(const Conv& p) {
+  const DType dtype = p.arithmetic.dtype;
+  if (dtype == DType::f64 || wasteful(dtype, p.in_channels, p.out_channels)) return {};
   const int64_t limit = shared_bytes_per_block();
-  return best_tile(p.height, p.width, p.kernel, conv_pixels,
-                   [&](Tile t) { return shared_bytes(t, p.kernel) <= limit; });
+  const auto tile_of = [&](int each, int64_t bytes) {
+    return best_tile(p.height, p.width, p.kernel, conv_pixels(each),
+                     [&](Tile t) { return shared_bytes(t, p.kernel, each) <= bytes; });
+  };
+  const Plan small{tile_of(2, limit), 2};
+  // The large tile, where a multiprocessor has room for two and the one with most to do has no more
+  // pixels than with small ones. What a pixel sums, and in which order, does not hang on its tile.
+  if (small.tile.width == 0 || (dtype == DType::f32 && !p.arithmetic.tf32)) return small;
+  const Plan large{tile_of(4, limit / 2), 4};
+  const auto most = [&](const Plan& plan) {
+    const int64_t blocks = p.batch * tiles_of(plan.tile, p.height, p.width) *
+                           divide_up(p.out_channels, filter_columns);
+    return divide_up(blocks, multiprocessors()) * conv_pixels(plan.each);
+  };
+  return large.tile.width > 0 && most(large) <= most(small) ? large : small;
 }
 
 void convolve_directly(const Conv& p, void* stream) {
@@ -35,14 +52,15 @@ void convolve_directly(const Conv& p, void* stream) {
 }  // namespace
 
 int64_t prepared_bytes(const Conv& p) {
-  if (tile_of(p).width == 0) return 0;
+  if (plan_of(p).tile.width == 0) return 0;
   return prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, p.arithmetic.dtype, nullptr)
              .pieces *
          16;
 }
 
 void convolve(const Conv& p, void* stream) {
-  const Tile tile = tile_of(p);
+  const Plan plan = plan_of(p);
+  const Tile tile = plan.tile;
   if (tile.width == 0) return convolve_directly(p, stream);
   const DType dtype = p.arithmetic.dtype;
   prepare_filters(p.arithmetic,
@@ -64,14 +82,16 @@ void convolve(const Conv& p, void* stream) {
     k.out_packs = k.out_packs && in_packs(v, p.out_channels, size);
 
   const dim3 grid(unsigned(p.batch * tiles), unsigned(divide_up(p.out_channels, filter_columns)));
-  const auto run = [&](auto kernel) {
-    launch("conv", kernel, grid, conv_threads, size_t(shared_bytes(tile, p.kernel)), stream, k);
+  const auto run = [&](auto small, auto large) {
+    launch("conv", plan.each == 4 ? large : small, grid, conv_threads,
+           size_t(shared_bytes(tile, p.kernel, plan.each)), stream, k);
   };
   switch (dtype) {
-    case DType::bf16: return run(conv_kernel<bf16, false>);
-    case DType::f16: return run(conv_kernel<f16, false>);
+    case DType::bf16: return run(conv_kernel<bf16, false, 2>, conv_kernel<bf16, false, 4>);
+    case DType::f16: return run(conv_kernel<f16, false, 2>, conv_kernel<f16, false, 4>);
     default:
-      return p.arithmetic.tf32 ? run(conv_kernel<float, false>) : run(conv_kernel<float, true>);
+      return p.arithmetic.tf32 ? run(conv_kernel<float, false, 2>, conv_kernel<float, false, 4>)
+                               : run(conv_kernel<float, true, 2>, conv_kernel<float, true, 2>);
   }
 }
 

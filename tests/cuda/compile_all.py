@@ -230,7 +230,7 @@ def matrix_instructions() -> list[str]:
             entries = re.split(r"\.entry ", path.read_text())[1:]
         for entry, name in zip(entries, demangled([re.match(r"\w+", e)[0] for e in entries]), strict=True):
             kernel, _, arguments = name.partition(" ")
-            dtype, _, exact = arguments.partition(", ")
+            dtype, exact = [*arguments.split(", "), ""][:2]
             meant = kernel in ("conv", "filter_grad", "refiner_block") and exact != "true"
             found = set(re.findall(r"mma\.sync[\w.]+", entry))
             if found != ({MMA[dtype]} if meant else set()):

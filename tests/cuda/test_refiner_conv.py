@@ -125,6 +125,28 @@ def test_conv_same_repeats_bit_for_bit_in_every_order(cuda_host, ops, dtype):
         cuda_host.forget()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format])
+def test_conv_of_large_tiles_agrees_with_small_ones_bit_for_bit(cuda_host, ops, dtype, memory_format):
+    """Which tile serves hangs on the device's multiprocessors, and the result must not."""
+    tf32 = dtype == torch.float32
+    x, weight, bias, residual, grad = conv_case(2, 72, 40, 3, 19, 21, dtype, memory_format)
+    runs, shared = {}, {}
+    for multiprocessors in (1, 132):
+        cuda_host.set_device(multiprocessors, H100)
+        cuda_host.forget()
+        y = ops.conv_same(x, weight, bias, residual, True, tf32)
+        d_x, *_ = ops.conv_same_backward(grad, x, weight, y, True, False, False, tf32)
+        runs[multiprocessors] = y, d_x
+        shared[multiprocessors] = min(s for name, *_, s in cuda_host.launches() if name == "conv")
+    assert shared[1] > 256 * 64 * 4 > shared[132]  # large tiles' sums do not fit what small ones take
+    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[132], strict=True))
+    exact = reference.conv_same(
+        *(t.double() for t in (x, weight, bias)), residual=residual.double(), relu=True
+    )
+    matches("conv_same", "value", y, exact, dtype, tf32)
+
+
 BLOCKS = [
     *((2, 64, 64, 3, 3, 7, 5), (1, 64, 64, 3, 3, 11, 21), (1, 48, 33, 3, 1, 7, 37), (1, 40, 64, 1, 3, 13, 5)),
     *((1, 5, 3, 3, 3, 7, 9), (1, 40, 64, 5, 5, 4, 3)),

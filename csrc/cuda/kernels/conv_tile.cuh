@@ -118,12 +118,13 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
 }
 
 // sum[16 i + …, 8 j + …] += pixels · filter over the channels of a row, on tensor cores: M tiles of
-// 16 pixels, of which this lane points at row `row[i]` with key `key[i]`, and 8 N filter rows from
-// `filter` on. Fragments as the PTX ISA has them for mma.m16n8k16 and, in TF32, mma.m16n8k8: both
-// take 32 bytes of a row a step.
+// 16 pixels, of which this lane points at row `row[i]`, and 8 N filter rows from `filter` on. Keys
+// count on from tile to tile, so that `key`, the first one's, is all of them but for multiples of 8.
+// Fragments as the PTX ISA has them for mma.m16n8k16 and, in TF32, mma.m16n8k8: both take 32 bytes
+// of a row a step.
 template <typename T, int M, int N>
 FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pixels,
-                                 const uint32_t (&row)[M], const uint32_t (&key)[M],
+                                 const uint32_t (&row)[M], uint32_t key,
                                  const unsigned char* filter) {
   const uint32_t lane = threadIdx.x % 32;
   const unsigned char* column = filter + ((lane & 7) + (lane >> 4) * 8) * row_bytes;
@@ -133,7 +134,7 @@ FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pix
     FASTDA_UNROLL
     for (int i = 0; i < M; ++i) {
       load_matrices(a[i],
-                    pixels + row[i] * row_bytes + (((step * 2 + (lane >> 4)) ^ (key[i] & 7)) * 16));
+                    pixels + row[i] * row_bytes + (((step * 2 + (lane >> 4)) ^ (key & 7)) * 16));
       if (sizeof(T) == 4) {
         FASTDA_UNROLL
         for (int e = 0; e < 4; ++e) a[i][e] = round_tf32(float_of(a[i][e]));
@@ -154,9 +155,9 @@ FASTDA_DEVICE void multiply_rows(float (&sum)[M][N][4], const unsigned char* pix
 }
 
 // The same in float32 without tensor cores: lane l of a warp has pixels 4 i + l / 8 and filter rows
-// 8 j + l % 8, so that what eight lanes read together has eight consecutive keys.
+// 8 j + l % 8, so that what eight lanes read together has eight consecutive keys; `key`: of i = 0.
 FASTDA_DEVICE void multiply_rows_exactly(float (&sum)[8][8], const unsigned char* pixels,
-                                         const uint32_t (&row)[8], const uint32_t (&key)[8],
+                                         const uint32_t (&row)[8], uint32_t key,
                                          const unsigned char* filter) {
   const uint32_t lane = threadIdx.x % 32;
   FASTDA_NO_UNROLL
@@ -165,7 +166,7 @@ FASTDA_DEVICE void multiply_rows_exactly(float (&sum)[8][8], const unsigned char
     FASTDA_UNROLL
     for (int i = 0; i < 8; ++i)
       a[i] = load_pack<4>(reinterpret_cast<const float*>(pixels + row[i] * row_bytes +
-                                                         ((piece ^ (key[i] & 7)) * 16)));
+                                                         ((piece ^ ((key + i * 4) & 7)) * 16)));
     FASTDA_UNROLL
     for (int j = 0; j < 8; ++j) {
       const Pack<float, 4> b = load_pack<4>(reinterpret_cast<const float*>(

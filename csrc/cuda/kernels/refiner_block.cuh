@@ -41,15 +41,15 @@ FASTDA_DEVICE void multiply_taps(float (&sum)[M][4][4], const unsigned char* pix
                                  const WindowShape& shape, Divisor width, int count, int kernel,
                                  const unsigned char* filter) {
   const int lane = int(threadIdx.x % 32), warp = int(threadIdx.x / 32);
-  uint32_t row[M], key[M];
+  uint32_t row[M];
   FASTDA_UNROLL
   for (int i = 0; i < M; ++i) {
     int m = (warp / 2 + i * 4) * 16 + lane % 16;
-    if (m >= count) m = 0;  // computed in vain
+    if (m >= count) m = 0;  // computed in vain, of whatever stands there
     const uint32_t r = width.quotient(uint32_t(m)), c = uint32_t(m) - r * width.value;
     row[i] = r * shape.width.value + c;
-    key[i] = r * uint32_t(shape.key_width) + c;
   }
+  auto key = uint32_t(lane % 16);  // along `width`, which is the key's
   int dx = 0;
   FASTDA_NO_UNROLL
   for (int tap = 0; tap < kernel * kernel; ++tap) {
@@ -59,10 +59,8 @@ FASTDA_DEVICE void multiply_taps(float (&sum)[M][4][4], const unsigned char* pix
     const bool ends = ++dx == kernel;
     if (ends) dx = 0;
     FASTDA_UNROLL
-    for (int i = 0; i < M; ++i) {
-      row[i] += ends ? shape.width.value - uint32_t(kernel) + 1 : 1;
-      key[i] += ends ? uint32_t(shape.key_width - kernel + 1) : 1;
-    }
+    for (int i = 0; i < M; ++i) row[i] += ends ? shape.width.value - uint32_t(kernel) + 1 : 1;
+    key += ends ? uint32_t(shape.key_width - kernel + 1) : 1;
   }
 }
 

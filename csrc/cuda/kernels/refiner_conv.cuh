@@ -1,12 +1,12 @@
-// Convolution of a tile of at most 128 output pixels (any height × width) with 64 output channels,
-// a block of four warps:
+// Convolution of a tile of at most 128 or 256 output pixels (any height × width) with 64 output
+// channels, a block of four warps:
 //
 //   for every row of channels
 //     x ─ tile with halo, one row of channels ────┐ shared memory
 //     for every tap                               │
 //       filter ─ 64 × row, the next two taps ─────┤ (copied ahead)
 //                                                 └─ registers
-//                                                    warp w: pixels [32 w, 32 w + 32) × 64 channels
+//                                                    warp: 32 or 64 pixels × 64 channels
 //   registers ─ shared memory, float32 ─ + bias + residual, ReLU, gate ─ out
 //
 // No pixel is stored twice per tap: a tap is another address into the same tile (implicit matrix
@@ -19,11 +19,12 @@
 namespace fastda::cuda {
 
 constexpr int conv_threads = 128;
-constexpr int conv_pixels = 128;
+// Of a tile, where a warp has so many tiles of 16 pixels: two, or four, for which a filter is read
+// half as often.
+constexpr int conv_pixels(int each) { return conv_threads / 32 * each * 16; }
 constexpr int conv_stages = 3;
 constexpr int staging_stride = 72;  // floats: conflict-free pairs, and rows of 16-byte packs
 constexpr int staging_stride_scalar = 65;
-constexpr int staging_bytes = conv_pixels * staging_stride * 4;
 
 struct ConvKernel {
   View x, x_gate, residual, residual_gate, out_gate, out;
@@ -37,7 +38,7 @@ struct ConvKernel {
 };
 
 // Adds everything but the product, and stores.
-template <typename T>
+template <typename T, int each>
 FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int image, int y0,
                                int x0) {
   constexpr int E = 16 / int(sizeof(T));
@@ -81,36 +82,41 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
     }
     return;
   }
-  const int m = int(threadIdx.x);  // a pixel a thread: neighbours write side by side
-  const auto row = int(p.tile_width.quotient(uint32_t(m)));
-  const int y = y0 + row, x = x0 + m - row * int(p.tile_width.value);
-  if (m >= p.tile_pixels || y >= p.window.height || x >= p.window.columns) return;
-  // Loads of eight channels are under way at once.
+  // A pixel a thread, so that neighbours write side by side; loads of eight channels are under way
+  // at once.
   constexpr int ahead = 8;
   FASTDA_NO_UNROLL
-  for (int start = 0; start < filter_columns && first + start < p.out_channels; start += ahead) {
-    T residual[ahead] = {}, residual_gate[ahead] = {}, out_gate[ahead] = {};
-    const auto fetch = [&](const View& v, T(&to)[ahead]) {
-      if (v.data == nullptr) return;
-      const T* from = place(v, y, x) + (first + start) * v.c;
+  for (int turn = 0; turn < each / 2; ++turn) {
+    const int m = turn * conv_threads + int(threadIdx.x);
+    const auto row = int(p.tile_width.quotient(uint32_t(m)));
+    const int y = y0 + row, x = x0 + m - row * int(p.tile_width.value);
+    if (m >= p.tile_pixels || y >= p.window.height || x >= p.window.columns) continue;
+    FASTDA_NO_UNROLL
+    for (int start = 0; start < filter_columns && first + start < p.out_channels; start += ahead) {
+      T residual[ahead] = {}, residual_gate[ahead] = {}, out_gate[ahead] = {};
+      const auto fetch = [&](const View& v, T(&to)[ahead]) {
+        if (v.data == nullptr) return;
+        const T* from = place(v, y, x) + (first + start) * v.c;
+        FASTDA_UNROLL
+        for (int e = 0; e < ahead; ++e)
+          if (first + start + e < p.out_channels) to[e] = from[e * v.c];
+      };
+      fetch(p.residual, residual);
+      fetch(p.residual_gate, residual_gate);
+      fetch(p.out_gate, out_gate);
       FASTDA_UNROLL
-      for (int e = 0; e < ahead; ++e)
-        if (first + start + e < p.out_channels) to[e] = from[e * v.c];
-    };
-    fetch(p.residual, residual);
-    fetch(p.residual_gate, residual_gate);
-    fetch(p.out_gate, out_gate);
-    FASTDA_UNROLL
-    for (int e = 0; e < ahead; ++e) {
-      const int n = start + e, c = first + n;
-      if (c >= p.out_channels) break;
-      place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], c,
-                                                 residual[e], residual_gate[e], out_gate[e]);
+      for (int e = 0; e < ahead; ++e) {
+        const int n = start + e, c = first + n;
+        if (c >= p.out_channels) break;
+        place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], c,
+                                                   residual[e], residual_gate[e], out_gate[e]);
+      }
     }
   }
 }
 
-template <typename T, bool exact>
+// `each`: tiles of 16 pixels a warp has.
+template <typename T, bool exact, int each>
 FASTDA_KERNEL(conv_threads)
 conv_kernel(ConvKernel p) {
   FASTDA_DYNAMIC_SHARED(shared);
@@ -142,16 +148,16 @@ conv_kernel(ConvKernel p) {
 
   // What this lane points at: of each tile of 16 pixels one, or, without tensor cores, of eight
   // pixels.
-  constexpr int M = exact ? 8 : 2;
-  uint32_t row[M], key[M];
+  constexpr int M = exact ? 8 : each;
+  uint32_t row[M];
   FASTDA_UNROLL
   for (int i = 0; i < M; ++i) {
-    int m = warp * 32 + (exact ? i * 4 + lane / 8 : i * 16 + lane % 16);
-    if (m >= p.tile_pixels) m = 0;  // computed in vain
+    int m = warp * each * 16 + (exact ? i * 4 + lane / 8 : i * 16 + lane % 16);
+    if (m >= p.tile_pixels) m = 0;  // computed in vain, of whatever stands there
     const uint32_t r = p.tile_width.quotient(uint32_t(m));
     row[i] = r * p.window.width.value + (uint32_t(m) - r * p.tile_width.value);
-    key[i] = uint32_t(m);
   }
+  auto key = uint32_t(exact ? lane / 8 : lane % 16);
   float sum[M][8][exact ? 1 : 4] = {};
 
   for (int step = 0; step < conv_stages - 1; ++step) fetch(step);
@@ -163,9 +169,6 @@ conv_kernel(ConvKernel p) {
     load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>,
                                        p.in_channels, {image, y0 - halo, x0 - halo}, p.window);
     commit_copies();
-    uint32_t at[M], its_key[M];  // at this tap
-    FASTDA_UNROLL
-    for (int i = 0; i < M; ++i) at[i] = row[i], its_key[i] = key[i];
     int dx = 0;
     FASTDA_NO_UNROLL
     for (int tap = 0; tap < taps; ++tap, ++step) {
@@ -179,19 +182,22 @@ conv_kernel(ConvKernel p) {
       fetch(step + conv_stages - 1);
       const unsigned char* stage = stages + step % conv_stages * filter_bytes;
       if constexpr (exact) {
-        multiply_rows_exactly(reinterpret_cast<float (&)[8][8]>(sum), rows, at, its_key, stage);
+        multiply_rows_exactly(reinterpret_cast<float (&)[8][8]>(sum), rows, row, key, stage);
       } else {
-        multiply_rows<T>(sum, rows, at, its_key, stage);
+        multiply_rows<T>(sum, rows, row, key, stage);
       }
       // To the next tap: one pixel on, or to the next row's first; counted, since a division is long.
       const bool ends = ++dx == p.kernel;
       if (ends) dx = 0;
       FASTDA_UNROLL
-      for (int i = 0; i < M; ++i) {
-        at[i] += ends ? p.window.width.value - uint32_t(p.kernel) + 1 : 1;
-        its_key[i] += ends ? p.tile_width.value - uint32_t(p.kernel) + 1 : 1;
-      }
+      for (int i = 0; i < M; ++i)
+        row[i] += ends ? p.window.width.value - uint32_t(p.kernel) + 1 : 1;
+      key += ends ? p.tile_width.value - uint32_t(p.kernel) + 1 : 1;
     }
+    // Back to the first tap.
+    FASTDA_UNROLL
+    for (int i = 0; i < M; ++i) row[i] -= uint32_t(p.kernel) * p.window.width.value;
+    key -= uint32_t(p.kernel) * p.tile_width.value;
   }
 
   __syncthreads();  // what follows overwrites rows and stages; all copies were waited for
@@ -205,12 +211,12 @@ conv_kernel(ConvKernel p) {
       FASTDA_UNROLL
       for (int j = 0; j < 8; ++j) {
         if constexpr (exact) {
-          staging[(warp * 32 + i * 4 + lane / 8) * stride + j * 8 + lane % 8] = sum[i][j][0];
+          staging[(warp * each * 16 + i * 4 + lane / 8) * stride + j * 8 + lane % 8] = sum[i][j][0];
         } else {
           FASTDA_UNROLL
           for (int e = 0; e < 4; e += 2) {
-            float* to =
-                staging + (warp * 32 + i * 16 + lane / 4 + e * 4) * stride + j * 8 + lane % 4 * 2;
+            float* to = staging + (warp * each * 16 + i * 16 + lane / 4 + e * 4) * stride + j * 8 +
+                        lane % 4 * 2;
             if constexpr (wide) {
               store_pack(to, Pack<float, 2>{{sum[i][j][e], sum[i][j][e + 1]}});
             } else {
@@ -227,7 +233,7 @@ conv_kernel(ConvKernel p) {
     stage(No{});
   }
   __syncthreads();
-  finish_tile<T>(p, staging, image, y0, x0);
+  finish_tile<T, each>(p, staging, image, y0, x0);
 }
 
 struct DirectConv {
