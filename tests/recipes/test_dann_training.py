@@ -10,7 +10,7 @@ from fastda.recipes.common.checkpoint import digest
 from fastda.recipes.dann import cli
 from fastda.recipes.dann.data import Images
 from fastda.recipes.dann.models import SOURCE, TARGET, DomainBatchNorm, DomainNet, WeightRelation
-from fastda.recipes.dann.train import information, train, vary_strokes, warp
+from fastda.recipes.dann.train import Trainer, information, train, vary_strokes, warp
 from tests.recipes.common import QUICK_DANN as QUICK
 
 pytestmark = pytest.mark.isa_independent
@@ -127,6 +127,17 @@ def test_relation_is_stable_at_the_default_rate_and_momentum():
         sgd.step()
         values.append(loss.item())
     assert max(values) == values[0] and values[-1] < values[0]
+
+
+@pytest.mark.parametrize("method", ["related", "dann"])
+def test_a_step_with_related_weights_is_bounded(pair, method, monkeypatch):
+    """However steep the loss: the gradient that the optimiser sees has at most the norm `clip`."""
+    trainer = Trainer(pair, replace(QUICK, method=method, clip=0.7))
+    loss = trainer.loss
+    monkeypatch.setattr(trainer, "loss", lambda *batch: (1e4 * loss(*batch)[0], loss(*batch)[1]))
+    trainer.train_step(*next(iter(trainer.batches())))
+    norm = torch.stack([p.grad.norm() for p in trainer.net.parameters() if p.grad is not None]).norm()
+    assert float(norm) == pytest.approx(0.7, rel=1e-4) if method == "related" else norm > 100
 
 
 @pytest.mark.parametrize("method", ["dann", "related", "target"])

@@ -261,6 +261,7 @@ DANN = [
     (["--seeds", "1", "1"], "--seeds: each once"),
     (["--lr", "-1"], "lr must be positive, got -1"),
     (["--ceiling", "nan"], "ceiling must be a number from 0 on"),
+    (["--clip", "-1"], "clip must be a number from 0 on, got -1"),
     (["--average", "1"], "average must be in [0, 1), got 1"),
     (["--batch", "7"], "batch must be even"),
 ]

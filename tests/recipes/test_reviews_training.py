@@ -127,6 +127,9 @@ def test_reverse_validation_takes_the_scale_whose_way_back_is_best(domains, monk
     def spoilt(labelled, other, *, scale, **more):
         """With the scale chosen before, the way back says the opposite."""
         net = fit(labelled, other, scale=scale, **more)
+        if scale in there:  # it learns what the way there said
+            said = there[scale].predict(target.x.float())
+            assert torch.equal(labelled.y, learners.hold_out(target.x, said, 0).y)
         if scale == first and scale in there:
             with torch.no_grad():
                 net.label.weight.neg_()

@@ -109,6 +109,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="weight of information maximisation on the target's predictions (DANN, related weights)",
     )
     add("--relation", type=float, help="weight of the related-weights regulariser")
+    add("--clip", type=float, help="bound of the gradient's norm with related weights; 0 for none")
     add("--patience", type=int, help="stop after N epochs without a better target-free criterion")
     add("--amp", action="store_true", default=None, help="bfloat16 autocast")
     add(
@@ -150,7 +151,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> Settings:
     names = ("epochs", "batch", "lr", "ceiling", "average", "normalisation", "batch_norm", "redraw", "invert",
-             "randomise", "augment", "information", "relation", "patience", "amp")  # fmt: skip
+             "randomise", "augment", "information", "relation", "clip", "patience", "amp")  # fmt: skip
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     bundled = options.preset == "tuned" and options.source is None
     return replace(PRESETS[options.preset], **(OF_PAIR.get(options.pair, {}) if bundled else {}) | given)

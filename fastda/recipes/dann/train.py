@@ -45,6 +45,7 @@ class Settings:
     augment: bool = False  # random affine map and stroke width of all training images, the target's too
     information: float = 0.0  # weight of information maximisation on the target's predictions
     relation: float = 0.1  # weight of the related-weights regulariser
+    clip: float = 2.0  # bound of the gradient's norm with related weights; 0 for none
     patience: int = 0  # epochs without a better target-free criterion before training stops; 0 never stops
     amp: bool = False
     backend: str | None = None
@@ -58,7 +59,7 @@ class Settings:
             raise SettingsError(f"epochs must be at least 1, got {self.epochs}")
         if not 0 < self.lr < math.inf:
             raise SettingsError(f"lr must be positive, got {self.lr}")
-        for name in ("ceiling", "information", "relation", "patience"):
+        for name in ("ceiling", "information", "relation", "clip", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingsError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
         for name in ("average", "momentum"):
@@ -232,6 +233,10 @@ class Trainer:
         self.optimiser.zero_grad()
         loss.backward()
         average_gradients(self.net)
+        if self.net.relation is not None and self.settings.clip:
+            # The reversed gradients of two streams cancel each other nowhere, and the target's stream has no
+            # label loss: once the domain loss rises above chance, unbounded steps raise it without end.
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip)
         self.optimiser.step()
         self.net.reverse.step()
         self.step += 1
