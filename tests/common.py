@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 import fastda
-from fastda import backend, reference
+from fastda import backend, reference, registry
 from fastda.testing import assert_matches
 from fastda.tools import verify
 
@@ -24,7 +24,7 @@ both_routes = pytest.mark.usefixtures("route")
 
 def draw(op, sizes, dtype=F64, seed=0, **options):
     """Random arguments of `op` in `dtype`, gradients wanted of all that `verify` compares."""
-    (operator,) = [o for o in verify.OPERATORS if o.name == op]
+    (operator,) = [o for o in registry.OPERATORS if o.name == op]
     arguments, names = verify.draw_arguments(operator, options, sizes, dtype, seed)
     arguments = {n: v.to(dtype) if isinstance(v, Tensor) else v for n, v in arguments.items()}
     return {n: v.requires_grad_() if n in names else v for n, v in arguments.items()}

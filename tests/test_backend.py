@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastda
-from fastda import backend
+from fastda import backend, registry
 from fastda.tools import cli, verify
 
 pytestmark = pytest.mark.isa_independent
@@ -256,7 +256,7 @@ print(len(seen))
     )
     status, out, err = python(code)
     assert status == 0, err
-    assert int(out) == len(verify.OPERATORS)
+    assert int(out) == len(registry.OPERATORS)
 
 
 @native
@@ -279,7 +279,7 @@ def _results(op, options, sizes, dtype, threads):
 @native
 @pytest.mark.skipif(backend._forced == "reference", reason="eager PyTorch's sums depend on the threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("op", verify.OPERATORS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", registry.OPERATORS, ids=lambda op: op.name)
 def test_results_are_the_same_bits_for_any_number_of_threads_and_in_every_run(op, dtype):
     if op.name == "grad_reverse_linear":
         pytest.skip("its product is PyTorch's own matrix multiplication, whose bits depend on the threads")
@@ -293,7 +293,7 @@ def test_results_are_the_same_bits_for_any_number_of_threads_and_in_every_run(op
                 assert torch.equal(one[what], again[what]), (sizes, threads, what)
 
 
-@pytest.mark.parametrize("op", verify.OPERATORS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", registry.OPERATORS, ids=lambda op: op.name)
 def test_every_operator_names_itself_and_the_argument_in_its_errors(op):
     options = op.options[0]
     arguments, names = verify.draw_arguments(op, options, op.sizes[1], torch.float32, seed=0)

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import fastda
-from fastda import backend, files
+from fastda import backend, files, registry
 from fastda.registry.row import Call, Formula
 from fastda.timing import Ratio, Sampler, compare, interleave, over_sessions, spread, timed, timed_by_events
 from fastda.tools import verify
@@ -53,7 +53,7 @@ class Task:
             self.shapes: dict[str, tuple[int, ...]] = {}
         else:
             tensors = self.workload.tensors or next(
-                op.tensors for op in verify.OPERATORS if op.name == self.workload.op
+                op.tensors for op in registry.OPERATORS if op.name == self.workload.op
             )
             self.shapes = tensors(self.workload.options, *case.sizes)
         self.grads = list(self.shapes) if self.workload.grads is None else list(self.workload.grads)

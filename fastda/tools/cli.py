@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastda import backend, files, recipes
+from fastda import backend, files, recipes, registry
 from fastda.tools.console import Cell, Column, Console
 
 
@@ -95,9 +95,7 @@ def _recipe(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def _operators(wanted: Sequence[str] | None) -> Sequence[str]:
-    from fastda.tools import verify
-
-    known = [op.name for op in verify.OPERATORS]
+    known = [op.name for op in registry.OPERATORS]
     for name in wanted or ():
         if name not in known:
             raise UsageError(f"--op must be one of {', '.join(known)}, got {name}")

@@ -19,11 +19,9 @@ from torch import Tensor
 
 import fastda
 from fastda import backend, reference
-from fastda.registry import KINDS, OPERATORS, REDUCTIONS, Operator, Sizes
+from fastda.registry import OPERATORS, Operator, Sizes
 from fastda.registry.row import Options
 from fastda.testing import Error, Tolerance, error, tolerance
-
-__all__ = ["DTYPES", "KINDS", "OPERATORS", "REDUCTIONS", "Operator"]
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "channels_last", "strided")

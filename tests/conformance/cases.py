@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import fastda
-from fastda import reference
+from fastda import reference, registry
 from fastda.testing import error, tolerance
 from fastda.tools import verify
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-every_operator = pytest.mark.parametrize("op", verify.OPERATORS, ids=lambda op: op.name)
+every_operator = pytest.mark.parametrize("op", registry.OPERATORS, ids=lambda op: op.name)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 

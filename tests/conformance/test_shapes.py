@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastda
-from fastda import reference
+from fastda import reference, registry
 from fastda.tools import verify
 from tests import lanes
 from tests.conformance.cases import arguments_for, compare, every_dtype, every_operator, few
@@ -50,7 +50,7 @@ def test_nothing(lane, op, dtype):
 @pytest.mark.parametrize("sizes", [(2, 3, 4, 3, 0, 6), (2, 64, 64, 3, 5, 0)], ids=str)
 def test_images_without_pixels(lane, sizes, dtype):
     """PyTorch's own convolution refuses them; here there is nothing to do, and no gradient."""
-    (op,) = (o for o in verify.OPERATORS if o.name == "conv_same")
+    (op,) = (o for o in registry.OPERATORS if o.name == "conv_same")
     options = {"residual": True, "relu": True}
     exact, names = drawn(op, options, sizes, dtype)
     given = arguments_for(lane, exact, dtype)

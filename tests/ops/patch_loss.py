@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from fastda import backend
+from fastda import backend, registry
 from fastda.tools import verify
 from tests import common
 
-KINDS = verify.KINDS
+KINDS = registry.KINDS
 
 isa_independent = pytest.mark.isa_independent
 
