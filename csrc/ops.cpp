@@ -12,24 +12,24 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   // grad * -scale; scale is 0-dim, or one value per entry of dim 0.
   m.def("grad_reverse_backward(Tensor grad, Tensor scale) -> Tensor");
 
-  // Patch losses. kind: softmax, bce, lsgan, hinge, wgan; reduction: mean, sum, batchmean, by
-  // position. Logits are (N, 2, H, W) for softmax, else (N, 1, H, W); weights (N, 1, H, W), of any
-  // strides. Losses, gradients, and weights are float32, or float64 for float64 logits; accuracies
-  // are float32. Gradients that are not needed come back empty.
+  // Patch losses. kind and reduction are named in common/patch_term.h. Logits are (N, 2, H, W) for
+  // softmax, else (N, 1, H, W); weights (N, 1, H, W), of any strides. Losses, gradients, and weights
+  // are float32, or float64 for float64 logits; accuracies are float32. Gradients that are not
+  // needed come back empty.
   // -> loss, accuracy on real and on fake patches, gradients of real and fake
-  m.def("patch_discriminator_loss(Tensor real, Tensor fake, Tensor? real_weight, Tensor? fake_weight, int kind, int reduction, float label_smoothing, bool real_grad, bool fake_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("patch_discriminator_loss(Tensor real, Tensor fake, Tensor? real_weight, Tensor? fake_weight, str kind, str reduction, float label_smoothing, bool real_grad, bool fake_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // -> loss, gradient
-  m.def("patch_generator_loss(Tensor fake, Tensor? weight, int kind, int reduction, bool grad) -> (Tensor, Tensor)");
+  m.def("patch_generator_loss(Tensor fake, Tensor? weight, str kind, str reduction, bool grad) -> (Tensor, Tensor)");
   // -> weighted terms (N, 1, H, W), accuracy, d term / d logits
-  m.def("patch_loss_map(Tensor logits, Tensor? weight, int kind, bool real, float label_smoothing, bool grad) -> (Tensor, Tensor, Tensor)");
+  m.def("patch_loss_map(Tensor logits, Tensor? weight, str kind, bool real, float label_smoothing, bool grad) -> (Tensor, Tensor, Tensor)");
   // scale * |refined - synthetic|; scale_tensor (0-dim) stands for scale where it is given.
   // -> loss, gradients of refined and synthetic
-  m.def("self_regularization(Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, int reduction, bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor)");
+  m.def("self_regularization(Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, str reduction, bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor)");
   // patch_generator_loss + self_regularization -> loss, gradients of fake, refined, synthetic
-  m.def("refiner_loss(Tensor fake, Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, int kind, int reduction, bool fake_grad, bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("refiner_loss(Tensor fake, Tensor refined, Tensor synthetic, Tensor? scale_tensor, float scale, str kind, str reduction, bool fake_grad, bool refined_grad, bool synthetic_grad) -> (Tensor, Tensor, Tensor, Tensor)");
   // The discriminator's loss of conv2d(features, weight, bias), weight (2 or 1, C, 1, 1).
   // -> loss, two accuracies, gradients of real, fake, weight, bias
-  m.def("patch_head_discriminator_loss(Tensor real, Tensor fake, Tensor weight, Tensor? bias, int kind, int reduction, float label_smoothing, bool real_grad, bool fake_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("patch_head_discriminator_loss(Tensor real, Tensor fake, Tensor weight, Tensor? bias, str kind, str reduction, float label_smoothing, bool real_grad, bool fake_grad, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   // Both dense tensors times the 0-dim factor.
   m.def("patch_loss_scale_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
 

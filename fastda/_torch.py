@@ -50,6 +50,11 @@ def modes_active() -> bool:
     return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
+def batched(t: torch.Tensor) -> bool:
+    """True for one of several gradients under `torch.autograd.grad(…, is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)
+
+
 def in_backward() -> bool:
     """True inside a backward pass, where activation checkpointing repeats forward passes."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -74,7 +74,7 @@ def _has_op(dispatch_key: str) -> bool:
 
 
 def _load_autograd() -> tuple[Any, str | None]:
-    """C++ autograd nodes of gradient reversal and the losses, for one torch alone: no other's are tried."""
+    """C++ autograd nodes of gradient reversal, for one torch alone: no other's are tried."""
     if os.environ.get("FASTDA_AUTOGRAD_EXTENSION") == "0":
         return None, "switched off by FASTDA_AUTOGRAD_EXTENSION=0"
     version = torch.__version__.split("+")[0]

@@ -60,5 +60,4 @@ def route(request, monkeypatch):
     """The C++ autograd node, then what stands behind it: as where FASTDA_AUTOGRAD_EXTENSION=0."""
     if request.param == "function":
         monkeypatch.setattr(fastda.ops.grad_reverse, "_node", None)
-        monkeypatch.setattr(fastda.ops.patch_loss, "_node", None)
     return request.param

@@ -15,13 +15,6 @@ PyMethodDef methods[] = {
      "grad_reverse(x, scale) -> view of x, or None"},
     {"grad_reverse_linear", as_method<fastda::autograd::grad_reverse_linear>(), METH_FASTCALL,
      "grad_reverse_linear(x, weight, bias or None, scale) -> tensor, or None"},
-    {"loss", as_method<fastda::autograd::loss>(), METH_FASTCALL,
-     "loss(operator, count, options, *tensors) -> results without gradients, or None"},
-    {"patch_discriminator_loss", as_method<fastda::autograd::patch_discriminator_loss>(),
-     METH_FASTCALL,
-     "patch_discriminator_loss(real, fake, kind, reduction) -> loss and accuracies, or None"},
-    {"self_regularization", as_method<fastda::autograd::self_regularization>(), METH_FASTCALL,
-     "self_regularization(refined, synthetic, scale, reduction) -> loss, or None"},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -30,9 +30,6 @@ using torch::dynamo::autograd::SwapSavedVariables;
 // The functions of the module, see module.cpp.
 PyObject* grad_reverse(PyObject*, PyObject* const* args, Py_ssize_t count);
 PyObject* grad_reverse_linear(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* loss(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* patch_discriminator_loss(PyObject*, PyObject* const* args, Py_ssize_t count);
-PyObject* self_regularization(PyObject*, PyObject* const* args, Py_ssize_t count);
 
 // Tracing, transforms and tensor modes see every operator; they have to go the general way.
 inline const c10::DispatchKeySet kForeign(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 
 from fastda import _torch, backend, reference
@@ -15,19 +15,16 @@ from fastda.ops.common import composite_backward, is_symbolic, laid_out_as, numb
 from fastda.reference.patch_loss import patch_terms
 from fastda.registry.patch_loss import KINDS, REDUCTIONS, wide
 
-# C++ autograd nodes, which return None for whatever they leave alone.
-_node = backend.autograd_module if backend.native is not None else None
-
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _weighted_terms(
-    logits: Tensor, weight: Tensor | None, kind: int, real: bool, label_smoothing: float
+    logits: Tensor, weight: Tensor | None, kind: str, real: bool, label_smoothing: float
 ) -> Tensor:
     if weight is None:
-        return patch_terms(logits.to(wide(logits)), KINDS[kind], real, label_smoothing)
+        return patch_terms(logits.to(wide(logits)), kind, real, label_smoothing)
     logits = logits.to(weight.dtype).masked_fill(weight == 0, 0.0)
-    return patch_terms(logits, KINDS[kind], real, label_smoothing) * weight
+    return patch_terms(logits, kind, real, label_smoothing) * weight
 
 
 # By raw operator: how many of its tensors receive gradients, and the reference with the operator's arguments.
@@ -38,8 +35,8 @@ _OPERATORS: dict[str, tuple[int, Callable[..., Tensor]]] = {
             reference.patch_discriminator_loss(
                 real,
                 fake,
-                KINDS[kind],
-                reduction=REDUCTIONS[reduction],
+                kind,
+                reduction=reduction,
                 label_smoothing=label_smoothing,
                 real_weight=real_weight,
                 fake_weight=fake_weight,
@@ -49,7 +46,7 @@ _OPERATORS: dict[str, tuple[int, Callable[..., Tensor]]] = {
     "patch_generator_loss": (
         1,
         lambda fake, weight, kind, reduction: reference.patch_generator_loss(
-            fake, KINDS[kind], reduction=REDUCTIONS[reduction], weight=weight
+            fake, kind, reduction=reduction, weight=weight
         ),
     ),
     "patch_loss_map": (1, _weighted_terms),
@@ -59,7 +56,7 @@ _OPERATORS: dict[str, tuple[int, Callable[..., Tensor]]] = {
             refined,
             synthetic,
             scale if scale_tensor is None else scale_tensor,
-            reduction=REDUCTIONS[reduction],
+            reduction=reduction,
         ),
     ),
     "refiner_loss": (
@@ -69,8 +66,8 @@ _OPERATORS: dict[str, tuple[int, Callable[..., Tensor]]] = {
             refined,
             synthetic,
             scale if scale_tensor is None else scale_tensor,
-            KINDS[kind],
-            reduction=REDUCTIONS[reduction],
+            kind,
+            reduction=reduction,
         ),
     ),
     "patch_head_discriminator_loss": (
@@ -81,8 +78,8 @@ _OPERATORS: dict[str, tuple[int, Callable[..., Tensor]]] = {
                 fake,
                 weight,
                 bias,
-                KINDS[kind],
-                reduction=REDUCTIONS[reduction],
+                kind,
+                reduction=reduction,
                 label_smoothing=label_smoothing,
             )
         ),
@@ -108,18 +105,6 @@ def _run(
     return (*results, d_weight, d_bias)
 
 
-def differentiable_gradients(
-    name: str,
-    options: tuple[Any, ...],
-    tensors: Sequence[Tensor | None],
-    needs: Sequence[bool],
-    grad: Tensor,
-) -> list[Tensor | None]:
-    """The gradients of the raw operator's first result as a graph of PyTorch's operators."""
-    formula = _OPERATORS[name][1]
-    return composite_backward(lambda *t: formula(*t, *options), tensors, needs, grad)
-
-
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -128,50 +113,53 @@ class _Loss(torch.autograd.Function):
         count = _OPERATORS[name][0]
         results = _run(name, serving, tensors, options, ctx.needs_input_grad[3 : 3 + count])
         outputs, grads = results[:-count], results[-count:]
-        ctx.call = name, serving, options
-        if is_compiling():
+        compiled = is_compiling()
+        ctx.call = name, serving, options, compiled
+        if compiled:
             ctx.save_for_backward(*tensors, *grads)
         else:
             ctx.save_for_backward(*tensors)
             ctx.grads = grads
-        ctx.mark_non_differentiable(*outputs[1:])
+            ctx.set_materialize_grads(False)  # zeros for the accuracies
+        if len(outputs) > 1:
+            ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        name, serving, options = ctx.call
-        count = _OPERATORS[name][0]
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        name, serving, options, compiled = ctx.call
+        count, formula = _OPERATORS[name]
         needs = ctx.needs_input_grad[3:]
         grads: Any
-        if is_compiling():
+        if grad is None:
+            grads = (None,) * count
+        elif compiled:
             saved = ctx.saved_tensors
             grads = [(g * grad).to(x.dtype) for g, x in zip(saved[-count:], saved, strict=False)]
         elif torch.is_grad_enabled():
-            grads = differentiable_gradients(name, options, ctx.saved_tensors, needs, grad)
+            grads = composite_backward(lambda *t: formula(*t, *options), ctx.saved_tensors, needs, grad)
         else:
             # Handed over, not kept: whoever receives a gradient may change it in place. A second backward
             # through a retained graph computes it again.
-            grads, ctx.grads = ctx.grads, None
+            grads, ctx.grads = None if is_compiling() else ctx.grads, None
             if grads is None:
                 grads = _run(name, serving, ctx.saved_tensors, options, needs[:count])[-count:]
-            if grad.dim() == 0:
+            if is_compiling() or _torch.batched(grad):
+                grads = [g * grad for g in grads]
+            elif grad.dim() == 0:
                 scale_ = backend.kernels(serving).patch_loss_scale_
                 for i in range(0, count, 2):
                     scale_(grads[i], grads[i + 1] if i + 1 < count else grads[i][:0], grad)
             else:
                 grads = [g.mul_(grad) for g in grads]
         given = [g if need else None for g, need in zip(grads, needs, strict=False)]
-        return (None, None, None, *given, *(None for _ in needs[count:]))
+        return (None, None, None, *given, *(None,) * (len(needs) - count))
 
 
 def _apply(name: str, serving: str, options: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """The raw operator's results without its gradients, recorded where a gradient is wanted."""
     count = _OPERATORS[name][0]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[:count]):
-        if _node is not None and serving != "triton" and not is_compiling():
-            outputs = _node.loss(name, count, options, *tensors)
-            if outputs is not None:
-                return outputs
+    if torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors[:count]]):
         return _Loss.apply(name, serving, options, *recordable(*tensors))
     return _run(name, serving, tensors, options, (False,) * count)[:-count]
 
@@ -298,17 +286,6 @@ def patch_discriminator_loss(
     Source: SimGAN, arXiv 1612.07828, section 2.2 (softmax); LSGAN, arXiv 1611.04076; the hinge loss,
     arXiv 1705.02894; WGAN, arXiv 1701.07875.
     """
-    if (
-        _node is not None
-        and backend._forced is None
-        and label_smoothing == 0.0
-        and real_weight is None
-        and fake_weight is None
-        and not is_dynamo_compiling()
-    ):
-        results = _node.patch_discriminator_loss(real_logits, fake_logits, kind, reduction)
-        if results is not None:
-            return results if return_accuracy else results[0]
     if is_symbolic(real_logits) or is_symbolic(fake_logits):
         logits = (real_logits, fake_logits)
         return handle_torch_function(
@@ -342,16 +319,16 @@ def patch_discriminator_loss(
             fake_weight=fake_weight,
             return_accuracy=return_accuracy,
         )
-    code, smoothing = KINDS.index(kind), float(label_smoothing)
+    smoothing = float(label_smoothing)
     if reduction == "none":
         real, real_accuracy = _apply(
-            "patch_loss_map", serving, (code, True, smoothing), real_logits, real_weight
+            "patch_loss_map", serving, (kind, True, smoothing), real_logits, real_weight
         )
         fake, fake_accuracy = _apply(
-            "patch_loss_map", serving, (code, False, smoothing), fake_logits, fake_weight
+            "patch_loss_map", serving, (kind, False, smoothing), fake_logits, fake_weight
         )
         return ((real, fake), real_accuracy, fake_accuracy) if return_accuracy else (real, fake)
-    options = (code, REDUCTIONS.index(reduction), smoothing)
+    options = (kind, reduction, smoothing)
     results = _apply(op, serving, options, real_logits, fake_logits, real_weight, fake_weight)
     return results if return_accuracy else results[0]
 
@@ -377,10 +354,9 @@ def patch_generator_loss(
     if serving == "reference":
         return reference.patch_generator_loss(fake_logits, kind, reduction=reduction, weight=weight)
     if reduction == "none":
-        code = KINDS.index("wgan" if kind == "hinge" else kind)
-        return _apply("patch_loss_map", serving, (code, True, 0.0), fake_logits, weight)[0]
-    options = (KINDS.index(kind), REDUCTIONS.index(reduction))
-    return _apply(op, serving, options, fake_logits, weight)[0]
+        kind = "wgan" if kind == "hinge" else kind
+        return _apply("patch_loss_map", serving, (kind, True, 0.0), fake_logits, weight)[0]
+    return _apply(op, serving, (kind, reduction), fake_logits, weight)[0]
 
 
 # From how many patches on `one_side_loss` was measured to be faster than PyTorch's own functions, on a CPU.
@@ -433,10 +409,6 @@ def self_regularization(
     Raises ValueError for shapes, devices and options that do not fit, TypeError for dtypes.
     Source: SimGAN, arXiv 1612.07828, section 2.1, λ‖ψ(R(x)) − ψ(x)‖₁.
     """
-    if _node is not None and backend._forced is None and not is_dynamo_compiling():
-        loss = _node.self_regularization(refined, synthetic, scale, reduction)
-        if loss is not None:
-            return loss
     if is_symbolic(refined) or is_symbolic(synthetic):
         pair = (refined, synthetic)
         return handle_torch_function(self_regularization, pair, *pair, scale, reduction=reduction)
@@ -449,8 +421,7 @@ def self_regularization(
     if serving == "reference" or reduction == "none":
         factor = scale if scale_tensor is None else scale_tensor
         return reference.self_regularization(refined, synthetic, factor, reduction=reduction)
-    options = (scale, REDUCTIONS.index(reduction))
-    return _apply(op, serving, options, refined, synthetic, scale_tensor)[0]
+    return _apply(op, serving, (scale, reduction), refined, synthetic, scale_tensor)[0]
 
 
 def refiner_loss(
@@ -488,7 +459,7 @@ def refiner_loss(
     if serving == "reference":
         factor = scale if scale_tensor is None else scale_tensor
         return reference.refiner_loss(fake_logits, refined, synthetic, factor, kind, reduction=reduction)
-    options = (scale, KINDS.index(kind), REDUCTIONS.index(reduction))
+    options = (scale, kind, reduction)
     return _apply(op, serving, options, fake_logits, refined, synthetic, scale_tensor)[0]
 
 
@@ -569,6 +540,6 @@ def patch_head_discriminator_loss(
             label_smoothing=label_smoothing,
             return_accuracy=return_accuracy,
         )
-    options = (KINDS.index(kind), REDUCTIONS.index(reduction), float(label_smoothing))
+    options = (kind, reduction, float(label_smoothing))
     results = _apply(op, serving, options, real_features, fake_features, weight, bias)
     return results if return_accuracy else results[0]

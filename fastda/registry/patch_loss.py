@@ -69,8 +69,8 @@ def _patch_discriminator_loss(
     fake: Tensor,
     real_weight: Tensor | None,
     fake_weight: Tensor | None,
-    kind: int,
-    reduction: int,
+    kind: str,
+    reduction: str,
     label_smoothing: float,
     real_grad: bool,
     fake_grad: bool,
@@ -80,13 +80,13 @@ def _patch_discriminator_loss(
 
 
 def _patch_generator_loss(
-    fake: Tensor, weight: Tensor | None, kind: int, reduction: int, grad: bool
+    fake: Tensor, weight: Tensor | None, kind: str, reduction: str, grad: bool
 ) -> tuple[Tensor, ...]:
     return _scalar_like(fake), _grad_like(fake, grad)
 
 
 def _patch_loss_map(
-    logits: Tensor, weight: Tensor | None, kind: int, real: bool, label_smoothing: float, grad: bool
+    logits: Tensor, weight: Tensor | None, kind: str, real: bool, label_smoothing: float, grad: bool
 ) -> tuple[Tensor, ...]:
     n, _, h, w = logits.shape
     terms = logits.new_empty((n, 1, h, w), dtype=wide(logits))
@@ -109,7 +109,7 @@ def _self_regularization(
     synthetic: Tensor,
     scale_tensor: Tensor | None,
     scale: float,
-    reduction: int,
+    reduction: str,
     refined_grad: bool,
     synthetic_grad: bool,
 ) -> tuple[Tensor, ...]:
@@ -122,8 +122,8 @@ def _refiner_loss(
     synthetic: Tensor,
     scale_tensor: Tensor | None,
     scale: float,
-    kind: int,
-    reduction: int,
+    kind: str,
+    reduction: str,
     fake_grad: bool,
     refined_grad: bool,
     synthetic_grad: bool,
@@ -138,8 +138,8 @@ def _patch_head_discriminator_loss(
     fake: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kind: int,
-    reduction: int,
+    kind: str,
+    reduction: str,
     label_smoothing: float,
     real_grad: bool,
     fake_grad: bool,

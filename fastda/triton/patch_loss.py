@@ -13,14 +13,11 @@ from torch import Tensor
 
 from fastda.triton.common import launch, operator, pieces, wide_dtype, wide_tl
 
-SOFTMAX, BCE, LSGAN, HINGE, WGAN = range(5)
-MEAN, SUM, BATCHMEAN = range(3)
-
 # What is computed from a patch's score z, the difference of its two logits or its only one; y = SIGN * z.
 LOG = tl.constexpr(0)  # softplus(y)
 LOG_SMOOTH = tl.constexpr(1)  # HIT * softplus(y) + MISS * softplus(-y)
 SQUARE = tl.constexpr(2)  # (z - TARGET)²
-HINGE_FORMULA = tl.constexpr(3)  # max(0, 1 + y)
+HINGE = tl.constexpr(3)  # max(0, 1 + y)
 LINEAR = tl.constexpr(4)  # y
 
 BLOCK = 1024
@@ -54,7 +51,7 @@ def term_and_slope(
         d = z - TARGET
         term = d * d
         slope = 2 * d
-    elif FORMULA == HINGE_FORMULA:
+    elif FORMULA == HINGE:
         margin = 1 + y
         term = tl.where(margin <= 0, 0, margin)
         slope = tl.where(margin <= 0, 0.0, tl.full(z.shape, SIGN, z.dtype))
@@ -337,20 +334,33 @@ def scale_kernel(x, factor, total, BLOCK: tl.constexpr):
         tl.store(x + i, v * f.to(x.dtype.element_ty), mask=i < total)
 
 
-def _formula(kind: int, real: bool, smoothing: float) -> dict[str, object]:
+FORMULAS = {"softmax": LOG, "bce": LOG, "lsgan": SQUARE, "hinge": HINGE, "wgan": LINEAR}
+
+
+def _formula(kind: str, real: bool, smoothing: float) -> dict[str, object]:
     """The constants of the kernels for one side of a loss."""
-    formula = {SOFTMAX: LOG, BCE: LOG, LSGAN: SQUARE, HINGE: HINGE_FORMULA, WGAN: LINEAR}[kind]
+    formula = FORMULAS[kind]
     if formula is LOG and smoothing > 0:
         formula = LOG_SMOOTH
     return {
-        "PAIR": kind == SOFTMAX,
+        "PAIR": kind == "softmax",
         "FORMULA": formula.value,
-        "SIGN": 1.0 if real == (kind == SOFTMAX) else -1.0,
+        "SIGN": 1.0 if real == (kind == "softmax") else -1.0,
         "HIT": 1 - smoothing / 2,
         "MISS": smoothing / 2,
         "TARGET": 1 - smoothing / 2 if real else smoothing / 2,
-        "THRESHOLD": 0.5 if kind == LSGAN else 0.0,
+        "THRESHOLD": 0.5 if kind == "lsgan" else 0.0,
     }
+
+
+def _generator(kind: str) -> str:
+    """The kind whose term of a real patch is the generator's."""
+    return "wgan" if kind == "hinge" else kind
+
+
+def _divisor(reduction: str, images: int, total: int) -> int:
+    """What a sum is divided by."""
+    return {"mean": total, "sum": 1, "batchmean": images}[reduction]
 
 
 def _plane(x: Tensor) -> Tensor:
@@ -375,9 +385,9 @@ def _programs(logits: Tensor) -> int:
 def _side(
     logits: Tensor,
     weight: Tensor | None,
-    kind: int,
+    kind: str,
     real: bool,
-    reduction: int,
+    reduction: str,
     smoothing: float,
     need_grad: bool,
     losses: Tensor,
@@ -395,17 +405,16 @@ def _side(
     if weight is not None:
         weight = _plane(weight)
         total_weight = weight.sum()
-    divisor = 1 if reduction == SUM else n if reduction == BATCHMEAN else total
     launch(
         patch_loss_kernel,
         (programs,),
         *(logits, weight, total_weight, terms, grad, losses, rights),
-        *(total, max(1, h * w), steps, divisor, total, first),
+        *(total, max(1, h * w), steps, _divisor(reduction, n, total), total, first),
         *_strides(logits),
         *(_strides(grad) if grad is not None else (0, 0, 0)),
         *(_strides(weight)[::2] if weight is not None else (0, 0)),
         **_formula(kind, real, smoothing),
-        WEIGHTED_MEAN=reduction == MEAN,
+        WEIGHTED_MEAN=reduction == "mean",
         WIDE=wide_tl(logits),
         BLOCK=BLOCK,
     )
@@ -417,7 +426,7 @@ def _l1(
     synthetic: Tensor,
     scale_tensor: Tensor | None,
     scale: float,
-    reduction: int,
+    reduction: str,
     refined_grad: bool,
     synthetic_grad: bool,
     losses: Tensor,
@@ -443,7 +452,7 @@ def _l1(
         l1_kernel,
         (programs,),
         *(refined, synthetic, a, b, scale_tensor, float(scale), losses, total, steps),
-        *(1 if reduction == SUM else images if reduction == BATCHMEAN else total, first),
+        *(_divisor(reduction, images, total), first),
         WIDE=wide_tl(refined),
         BLOCK=BLOCK,
     )
@@ -473,8 +482,8 @@ def patch_discriminator_loss(
     fake: Tensor,
     real_weight: Tensor | None,
     fake_weight: Tensor | None,
-    kind: int,
-    reduction: int,
+    kind: str,
+    reduction: str,
     label_smoothing: float,
     real_grad: bool,
     fake_grad: bool,
@@ -493,25 +502,24 @@ def patch_discriminator_loss(
 
 @operator
 def patch_generator_loss(
-    fake: Tensor, weight: Tensor | None, kind: int, reduction: int, grad: bool
+    fake: Tensor, weight: Tensor | None, kind: str, reduction: str, grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss, d loss / d fake."""
     losses = fake.new_empty(_programs(fake), dtype=wide_dtype(fake))
-    kind = WGAN if kind == HINGE else kind
-    g = _side(fake, weight, kind, True, reduction, 0.0, grad, losses, torch.empty_like(losses), 0)
+    g = _side(fake, weight, _generator(kind), True, reduction, 0.0, grad, losses, torch.empty_like(losses), 0)
     return _finish(losses, None, 0, 0)[0], g
 
 
 @operator
 def patch_loss_map(
-    logits: Tensor, weight: Tensor | None, kind: int, real: bool, label_smoothing: float, grad: bool
+    logits: Tensor, weight: Tensor | None, kind: str, real: bool, label_smoothing: float, grad: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weighted terms (N, 1, H, W), accuracy, d term / d logits."""
     n, _, h, w = logits.shape
     terms = logits.new_empty((n, 1, h, w), dtype=wide_dtype(logits))
     losses = logits.new_empty(_programs(logits), dtype=terms.dtype)
     rights = torch.empty_like(losses)
-    g = _side(logits, weight, kind, real, SUM, label_smoothing, grad, losses, rights, 0, terms)
+    g = _side(logits, weight, kind, real, "sum", label_smoothing, grad, losses, rights, 0, terms)
     accuracy = _finish(losses, rights, losses.shape[0], 1)[1]
     assert accuracy is not None
     return terms, accuracy, g
@@ -523,7 +531,7 @@ def self_regularization(
     synthetic: Tensor,
     scale_tensor: Tensor | None,
     scale: float,
-    reduction: int,
+    reduction: str,
     refined_grad: bool,
     synthetic_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -540,8 +548,8 @@ def refiner_loss(
     synthetic: Tensor,
     scale_tensor: Tensor | None,
     scale: float,
-    kind: int,
-    reduction: int,
+    kind: str,
+    reduction: str,
     fake_grad: bool,
     refined_grad: bool,
     synthetic_grad: bool,
@@ -550,8 +558,9 @@ def refiner_loss(
     n = _programs(fake)
     wide = torch.promote_types(wide_dtype(fake), wide_dtype(refined))
     losses = fake.new_empty(n + pieces(refined.numel(), BLOCK)[0], dtype=wide)
-    kind = WGAN if kind == HINGE else kind
-    f = _side(fake, None, kind, True, reduction, 0.0, fake_grad, losses, torch.empty_like(losses), 0)
+    f = _side(
+        fake, None, _generator(kind), True, reduction, 0.0, fake_grad, losses, torch.empty_like(losses), 0
+    )
     a, b = _l1(refined, synthetic, scale_tensor, scale, reduction, refined_grad, synthetic_grad, losses, n)
     return _finish(losses, None, 0, 0)[0], f, a, b
 
@@ -562,8 +571,8 @@ def patch_head_discriminator_loss(
     fake: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kind: int,
-    reduction: int,
+    kind: str,
+    reduction: str,
     label_smoothing: float,
     real_grad: bool,
     fake_grad: bool,
@@ -586,7 +595,7 @@ def patch_head_discriminator_loss(
         if not x.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous()
         grad = torch.empty_like(x, dtype=wide) if need_grad else None
-        divisor = 1 if reduction == SUM else x.shape[0] if reduction == BATCHMEAN else total
+        divisor = _divisor(reduction, x.shape[0], total)
         launch(
             patch_head_kernel,
             (count,),
@@ -610,7 +619,7 @@ def patch_head_discriminator_loss(
             head_weight_kernel,
             (triton.cdiv(channels + 1, HEAD_CHANNELS),),
             *(sums, grad_weight, grad_bias if bias is not None else None, sums.shape[0], channels),
-            PAIR=kind == SOFTMAX,
+            PAIR=kind == "softmax",
             WIDE=wide_tl(weight),
             BLOCK_R=64,
             BLOCK_C=HEAD_CHANNELS,

@@ -9,9 +9,8 @@ import itertools
 import torch
 
 from fastda import reference, testing
-from fastda.registry import KINDS, REDUCTIONS
+from fastda.registry import KINDS
 
-SUM, BATCHMEAN, HINGE = REDUCTIONS.index("sum"), REDUCTIONS.index("batchmean"), KINDS.index("hinge")
 LAST = torch.channels_last
 EVERYWHERE, CPU = [], []  # checks for every route, and for the blocks and chunks of the CPU's kernels
 
@@ -44,13 +43,13 @@ def hinge_at_its_margin(ops):
         real = torch.tensor([1.0, 1.0, -1.0, 0.5], dtype=dtype).view(1, 1, 2, 2)
         fake = torch.tensor([-1.0, 1.0, 2.0, -1.0], dtype=dtype).view(1, 1, 2, 2)
         slopes = [[0, 0, -1, -1], [0, 1, 1, 0]]
-        out = ops.patch_discriminator_loss(real, fake, None, None, HINGE, SUM, 0.0, True, True)
+        out = ops.patch_discriminator_loss(real, fake, None, None, "hinge", "sum", 0.0, True, True)
         exactly(out[0], 2.5 + 5)
         exactly(out[3], slopes[0])
         exactly(out[4], slopes[1])
         ones = torch.ones(1, 1, 1, 1, dtype=dtype)
         out = ops.patch_head_discriminator_loss(
-            real, fake, ones, ones.view(1) * 0, HINGE, SUM, 0.0, True, True, True
+            real, fake, ones, ones.view(1) * 0, "hinge", "sum", 0.0, True, True, True
         )
         exactly(out[3], slopes[0])
         exactly(out[4], slopes[1])
@@ -61,12 +60,12 @@ def hinge_at_its_margin(ops):
 def accuracies_around_the_threshold(ops):
     """A patch at the threshold itself is right for neither side."""
     values = torch.tensor([-1.0, -0.0, 0.0, 0.25, 0.5, 0.75, 1.0]).view(1, 1, 1, 7)
-    for code, kind in enumerate(KINDS):
+    for kind in KINDS:
         logits = torch.cat([values, values.flip(3) * 0], 1) if kind == "softmax" else values
         expected = reference.patch_discriminator_loss(
             logits.double(), logits.double(), kind, return_accuracy=True
         )
-        out = ops.patch_discriminator_loss(logits, logits, None, None, code, SUM, 0.0, False, False)
+        out = ops.patch_discriminator_loss(logits, logits, None, None, kind, "sum", 0.0, False, False)
         for got, right in zip(out[1:3], expected[1:], strict=True):
             assert round(7 * got.item()) == round(7 * right.item()), kind
 
@@ -75,7 +74,7 @@ def accuracies_around_the_threshold(ops):
 def terms_far_below_one(ops):
     """log(1 + exp(-y)) has the relative error of its exponential, however small it is."""
     logits = torch.arange(5.0, 60.0, 0.37).view(1, 1, 1, -1)
-    terms, _, grad = ops.patch_loss_map(logits, None, KINDS.index("bce"), True, 0.0, True)
+    terms, _, grad = ops.patch_loss_map(logits, None, "bce", True, 0.0, True)
     exact = torch.exp(-logits.double())
     torch.testing.assert_close(terms.double(), torch.log1p(exact), rtol=1e-5, atol=0)
     torch.testing.assert_close(grad.double(), -exact / (1 + exact), rtol=1e-5, atol=0)
@@ -84,10 +83,10 @@ def terms_far_below_one(ops):
 @everywhere
 def a_mean_over_no_weight(ops):
     """0 / 0 as a value, and patches that are taken out have no gradient all the same."""
-    for code, kind in enumerate(KINDS):
+    for kind in KINDS:
         real, fake = (torch.randn(2, 2 if kind == "softmax" else 1, 3, 5) for _ in range(2))
         out = ops.patch_discriminator_loss(
-            real, fake, torch.zeros(2, 1, 3, 5), None, code, 0, 0.0, True, True
+            real, fake, torch.zeros(2, 1, 3, 5), None, kind, "mean", 0.0, True, True
         )
         assert out[0].isnan() and not out[3].any() and out[4].isfinite().all(), kind
 
@@ -102,7 +101,7 @@ def softmax_of_infinite_logits(ops):
         pair = (exact, other) if real else (other, exact)
         expected = reference.patch_discriminator_loss(*pair, reduction="none")[0 if real else 1]
         (by_logits,) = torch.autograd.grad(expected.sum(), exact)
-        terms, _, grad = ops.patch_loss_map(logits, None, 0, real, 0.0, True)
+        terms, _, grad = ops.patch_loss_map(logits, None, "softmax", real, 0.0, True)
         for got, right in ((terms, expected.detach()), (grad, by_logits)):
             torch.testing.assert_close(got.double(), right, rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -110,7 +109,7 @@ def softmax_of_infinite_logits(ops):
 @everywhere
 def l1_where_both_agree(ops):
     a, b = torch.tensor([1.0, 2.0, 3.0, 0.0, -1.0]), torch.tensor([1.0, 2.5, 2.0, -0.0, -1.0])
-    loss, by_a, by_b = ops.self_regularization(a, b, None, 2.0, SUM, True, True)
+    loss, by_a, by_b = ops.self_regularization(a, b, None, 2.0, "sum", True, True)
     exactly(loss, 3.0)
     exactly(by_a, [0, -2, 2, 0, 0])
     exactly(by_b, [0, 2, -2, 0, 0])
@@ -122,15 +121,13 @@ def batchmean_divides_by_images(ops):
         real, fake = torch.randn(n, 1, 3, 4), torch.randn(m, 1, 3, 4)
         exact = [t.double().requires_grad_() for t in (real, fake)]
         expected = reference.patch_discriminator_loss(*exact, "bce", reduction="batchmean")
-        out = ops.patch_discriminator_loss(
-            real, fake, None, None, KINDS.index("bce"), BATCHMEAN, 0.0, True, True
-        )
+        out = ops.patch_discriminator_loss(real, fake, None, None, "bce", "batchmean", 0.0, True, True)
         close("patch_discriminator_loss", "value", out[0], expected.detach())
         for got, right in zip(out[3:], torch.autograd.grad(expected, exact), strict=True):
             close("patch_discriminator_loss", "grad", got, right)
     for shape in ((5,), (1, 7), (7, 1), (3, 1, 2, 2)):
         a, b = torch.randn(shape), torch.randn(shape)
-        out = ops.self_regularization(a, b, None, 3.0, BATCHMEAN, True, False)
+        out = ops.self_regularization(a, b, None, 3.0, "batchmean", True, False)
         close("self_regularization", "value", out[0], 3 * (a.double() - b.double()).abs().sum() / shape[0])
         close("self_regularization", "grad", out[1], 3 * (a.double() - b.double()).sign() / shape[0])
 
@@ -144,14 +141,14 @@ def sums_of_many_patches(ops):
     expected = reference.patch_discriminator_loss(
         *exact, reduction="sum", real_weight=weight, return_accuracy=True
     )
-    out = ops.patch_discriminator_loss(*logits, weight, None, 0, SUM, 0.0, True, True)
+    out = ops.patch_discriminator_loss(*logits, weight, None, "softmax", "sum", 0.0, True, True)
     for got, right in zip(out[:3], expected, strict=True):
         close("patch_discriminator_loss", "value", got, right.detach(), torch.float32)
     for got, right in zip(out[3:], torch.autograd.grad(expected[0], exact), strict=True):
         close("patch_discriminator_loss", "grad", got, right)
 
     a, b = torch.randn(9001), torch.randn(9001)
-    out = ops.self_regularization(a, b, None, 1.0, SUM, True, False)
+    out = ops.self_regularization(a, b, None, 1.0, "sum", True, False)
     close("self_regularization", "value", out[0], (a.double() - b.double()).abs().sum())
     close("self_regularization", "grad", out[1], (a.double() - b.double()).sign())
 
@@ -162,7 +159,7 @@ def sums_of_many_patches(ops):
     right = torch.autograd.grad(expected, exact)
     for layout in (torch.contiguous_format, LAST):
         given = [t.contiguous(memory_format=layout) for t in features]
-        out = ops.patch_head_discriminator_loss(*given, head, bias, 0, SUM, 0.0, True, True, True)
+        out = ops.patch_head_discriminator_loss(*given, head, bias, "softmax", "sum", 0.0, True, True, True)
         names = ("real_features", "fake_features", "weight", "bias")
         for name, got, of in zip(names, out[3:], right, strict=True):
             # Sums of slopes of both signs: against what they are sums of.
@@ -188,7 +185,7 @@ def views_with_dimensions_of_size_one(ops):
     for shape in ((2, 1, 1, 1), (2, 1, 5, 1), (2, 1, 1, 5), (1, 1, 3, 4)):
         base = torch.randn(shape)
         for real in odd_strides(base):
-            out = ops.patch_discriminator_loss(real, base, None, None, 1, SUM, 0.0, True, False)
+            out = ops.patch_discriminator_loss(real, base, None, None, "bce", "sum", 0.0, True, False)
             close("patch_discriminator_loss", "grad", out[3], -torch.sigmoid(-base.double()))
         for grad in odd_strides(base):
             exactly(ops.grad_reverse_backward(grad, torch.tensor(2.0)), -2 * base)

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from fastda import reference, testing
+from fastda.registry import KINDS, REDUCTIONS
 from tests import lanes
 from tests.conformance.cases import every_dtype
 from tests.conformance.raw import (
-    KINDS,
     LAST,
-    REDUCTIONS,
     check_discriminator,
     discriminator_reference,
     layouts,
@@ -65,7 +64,7 @@ def test_patch_loss_of_extreme_logits(lane, kind):
         logits[0, 0, 1, 2] = bad
         zeros = torch.zeros(1, c, 1, 1)
         loss, _, _, grad, _ = ops.patch_discriminator_loss(
-            logits, zeros, None, None, KINDS.index(kind), 1, 0.0, True, True
+            logits, zeros, None, None, kind, "sum", 0.0, True, True
         )
         expected, _, _, expected_grad, _ = discriminator_reference(logits, zeros, kind, reduction="sum")
         assert testing.error(loss, expected).nonfinite_equal, (bad, loss, expected)
@@ -78,10 +77,10 @@ def test_patch_loss_of_extreme_logits(lane, kind):
 
 def test_patch_loss_of_nothing(lane):
     ops = lane.ops
-    for reduction, expected in enumerate((float("nan"), 0.0, float("nan"))):
+    for reduction, expected in zip(REDUCTIONS, (float("nan"), 0.0, float("nan")), strict=True):
         empty = torch.randn(0, 2, 9, 14)
         loss, accuracy, _, grad, _ = ops.patch_discriminator_loss(
-            empty, torch.zeros(1, 2, 1, 1), None, None, 0, reduction, 0.0, True, False
+            empty, torch.zeros(1, 2, 1, 1), None, None, "softmax", reduction, 0.0, True, False
         )
         assert grad.shape == empty.shape and accuracy.isnan()
         torch.testing.assert_close(loss, torch.tensor(expected) + torch.tensor(2.0).log(), equal_nan=True)
@@ -100,14 +99,16 @@ def test_patch_l1(lane, dtype):
             pairs += [(a, last[1]), tuple(last), (strided(a), b)]
         if a.dim() == 1:
             pairs += [(a[1:], b[:-1])]
-        for (x, y), (r, reduction) in itertools.product(pairs, enumerate(REDUCTIONS)):
+        for (x, y), reduction in itertools.product(pairs, REDUCTIONS):
             exact = [t.double().requires_grad_() for t in (x, y)]
-            tensor = torch.tensor(scale, dtype=torch.float64) if r else None
+            given = torch.tensor(scale, dtype=torch.float64) if reduction != "mean" else None
             expected = reference.self_regularization(
                 *(t[None] if not shape else t for t in exact), scale, reduction=reduction
             )
             grads = torch.autograd.grad(expected, exact)
-            out = ops.self_regularization(x, y, tensor, 99.0 if r else scale, r, True, True)
+            out = ops.self_regularization(
+                x, y, given, scale if given is None else 99.0, reduction, True, True
+            )
             for what, o, e in zip(("value", "grad", "grad"), out, (expected, *grads), strict=True):
                 matches("self_regularization", what, o, e, wide(x))
 
@@ -122,7 +123,7 @@ def test_patch_refiner_loss_of_two_dtypes(lane):
     for logits in (fake, fake.double()):
         exact = [t.double().requires_grad_() for t in (logits, a, b)]
         expected = reference.refiner_loss(*exact, 0.3, "softmax")
-        out = ops.refiner_loss(logits, a, b, None, 0.3, 0, 0, True, True, True)
+        out = ops.refiner_loss(logits, a, b, None, 0.3, "softmax", "mean", True, True, True)
         for what, o, e in zip(
             ("value", "fake_logits", "refined", "synthetic"),
             out,
@@ -168,8 +169,8 @@ def test_patch_head_discriminator_loss(lane, kind, dtype):
                 layouts(fake)[fake_layout],
                 weight,
                 bias,
-                KINDS.index(kind),
-                r,
+                kind,
+                reduction,
                 smoothing,
             ),
             *(True, True, True),

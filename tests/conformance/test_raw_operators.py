@@ -98,10 +98,10 @@ def test_conv_of_empty_images(lane):
 def test_what_is_not_needed_is_empty(lane):
     ops = lane.ops
     logits, features = torch.randn(2, 2, 3, 4), torch.randn(2, 5, 3, 4)
-    out = ops.patch_discriminator_loss(logits, logits, None, None, 0, 0, 0.0, False, True)
+    out = ops.patch_discriminator_loss(logits, logits, None, None, "softmax", "mean", 0.0, False, True)
     assert out[3].numel() == 0 and out[4].shape == logits.shape
     out = ops.patch_head_discriminator_loss(
-        features, features, torch.randn(2, 5, 1, 1), None, 0, 0, 0.0, False, True, False
+        features, features, torch.randn(2, 5, 1, 1), None, "softmax", "mean", 0.0, False, True, False
     )
     assert [t.numel() for t in out[3:]] == [0, features.numel(), 0, 0]
     for c in (3, 64):
@@ -118,13 +118,13 @@ def test_operators_are_what_they_declare(lane):
     logits, features = torch.randn(2, 2, 3, 4), torch.randn(2, 3, 3, 4)
     for name, arguments in {
         "grad_reverse_backward": (x, torch.rand(2)),
-        "patch_discriminator_loss": (logits, logits.clone(), None, None, 0, 0, 0.1, True, False),
-        "patch_generator_loss": (logits, None, 0, 0, True),
-        "patch_loss_map": (logits, None, 0, True, 0.0, True),
-        "self_regularization": (x, grad, None, 0.5, 0, True, False),
-        "refiner_loss": (logits, x, grad, torch.tensor(0.5), 0.0, 0, 0, True, True, False),
+        "patch_discriminator_loss": (logits, logits.clone(), None, None, "softmax", "mean", 0.1, True, False),
+        "patch_generator_loss": (logits, None, "softmax", "mean", True),
+        "patch_loss_map": (logits, None, "softmax", True, 0.0, True),
+        "self_regularization": (x, grad, None, 0.5, "mean", True, False),
+        "refiner_loss": (logits, x, grad, torch.tensor(0.5), 0.0, "softmax", "mean", True, True, False),
         "patch_head_discriminator_loss": (
-            *(features, features.clone(), torch.randn(2, 3, 1, 1), torch.randn(2), 0, 0, 0.0),
+            *(features, features.clone(), torch.randn(2, 3, 1, 1), torch.randn(2), "softmax", "mean", 0.0),
             *(True, True, True),
         ),
         "patch_loss_scale_": (x.clone(), logits.clone(), torch.tensor(2.0)),

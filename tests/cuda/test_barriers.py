@@ -81,7 +81,7 @@ def head(ops):
     x, y, weight = torch.randn(3, 32, 9, 14), torch.randn(2, 32, 9, 14), torch.randn(2, 32, 1, 1)
     exact = [t.double().requires_grad_() for t in (x, y, weight)]
     expected = reference.patch_head_discriminator_loss(*exact, None)
-    out = ops.patch_head_discriminator_loss(x, y, weight, None, 0, 0, 0.0, True, True, True)
+    out = ops.patch_head_discriminator_loss(x, y, weight, None, "softmax", "mean", 0.0, True, True, True)
     matches("patch_head_discriminator_loss", "value", out[0], expected, torch.float32)
     for o, e in zip(out[3:6], torch.autograd.grad(expected, exact), strict=True):
         matches("patch_head_discriminator_loss", "weight", o, e, torch.float32)

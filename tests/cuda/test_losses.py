@@ -31,7 +31,7 @@ def test_patch_head_with_several_patches_a_lane(ops):
     real, fake = torch.randn(260, 3, 16, 16), torch.randn(3, 3, 16, 16)
     weight, bias = torch.randn(1, 3, 1, 1), torch.randn(1)
     for r, f in ((real, fake), (real.contiguous(memory_format=LAST), fake.contiguous(memory_format=LAST))):
-        out = ops.patch_head_discriminator_loss(r, f, weight, bias, 1, 0, 0.0, True, True, True)
+        out = ops.patch_head_discriminator_loss(r, f, weight, bias, "bce", "mean", 0.0, True, True, True)
         exact = [t.double().requires_grad_() for t in (r, f, weight, bias)]
         expected = reference.patch_head_discriminator_loss(*exact, "bce")
         matches("patch_head_discriminator_loss", "value", out[0], expected, torch.float32)

@@ -413,7 +413,7 @@ Term term_at(const PatchTerm& t, double z) {
   }
 }
 
-void check_loss(DType dtype, int64_t kind, bool real, double smoothing, bool channels_last,
+void check_loss(DType dtype, Kind kind, bool real, double smoothing, bool channels_last,
                 bool weighted) {
   constexpr int64_t N = 3, H = 9, W = 15, P = H * W;
   const PatchTerm term = term_of(kind, real, smoothing);
@@ -493,7 +493,7 @@ void check_head(DType dtype, int64_t channels, bool channels_last) {
   weight.fill(1 / std::sqrt(double(channels)));
   PatchHead head{};
   head.dtype = dtype;
-  head.term = term_of(softmax, true, 0.1);
+  head.term = term_of(Kind::softmax, true, 0.1);
   head.x = x.data();
   head.image = x.view().n;
   head.channel = x.view().c;
@@ -599,10 +599,11 @@ int main() {
   check_band(DType::f32);
   check_band(DType::f16);
   for (const DType dtype : dtypes) {
-    for (const int64_t kind : {softmax, bce, lsgan, hinge, wgan})
+    for (const Kind kind : {Kind::softmax, Kind::bce, Kind::lsgan, Kind::hinge, Kind::wgan})
       for (const bool real : {false, true})
         for (const bool option : {false, true})
-          check_loss(dtype, kind, real, kind <= lsgan && option ? 0.1 : 0, real != option, option);
+          check_loss(dtype, kind, real, kind <= Kind::lsgan && option ? 0.1 : 0, real != option,
+                     option);
     for (const int64_t channels : {1, 5, 32, 67})
       for (const bool channels_last : {false, true}) check_head(dtype, channels, channels_last);
     check_l1_and_scale(dtype);

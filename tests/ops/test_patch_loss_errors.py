@@ -229,21 +229,34 @@ def test_raw_operators_refuse_what_does_not_fit():
     )
     features = torch.zeros(2, 3, 4, 5)
     for call in (
-        lambda: raw.patch_generator_loss(score, None, 0, 0, True),
-        lambda: raw.patch_generator_loss(pair[0], None, 0, 0, True),
-        lambda: raw.patch_generator_loss(pair.long(), None, 0, 0, True),
-        lambda: raw.patch_generator_loss(pair, pair, 0, 0, True),
-        lambda: raw.patch_generator_loss(pair, score.double(), 0, 0, True),
-        lambda: raw.patch_discriminator_loss(pair, pair.double(), None, None, 0, 0, 0.0, True, True),
-        lambda: raw.patch_loss_map(image, None, 0, True, 0.0, True),
-        lambda: raw.self_regularization(image, image[:4], None, 1.0, 0, True, True),
-        lambda: raw.self_regularization(image, image.double(), None, 1.0, 0, True, True),
+        lambda: raw.patch_generator_loss(score, None, "softmax", "mean", True),
+        lambda: raw.patch_generator_loss(pair[0], None, "softmax", "mean", True),
+        lambda: raw.patch_generator_loss(pair.long(), None, "softmax", "mean", True),
+        lambda: raw.patch_generator_loss(pair, pair, "softmax", "mean", True),
+        lambda: raw.patch_generator_loss(pair, score.double(), "softmax", "mean", True),
+        lambda: raw.patch_discriminator_loss(
+            pair, pair.double(), None, None, "softmax", "mean", 0.0, True, True
+        ),
+        lambda: raw.patch_loss_map(image, None, "softmax", True, 0.0, True),
+        lambda: raw.self_regularization(image, image[:4], None, 1.0, "mean", True, True),
+        lambda: raw.self_regularization(image, image.double(), None, 1.0, "mean", True, True),
         lambda: raw.patch_head_discriminator_loss(
-            features, features, torch.zeros(2, 4, 1, 1), None, 0, 0, 0.0, True, True, True
+            features, features, torch.zeros(2, 4, 1, 1), None, "softmax", "mean", 0.0, True, True, True
         ),
         lambda: raw.patch_head_discriminator_loss(
-            features, features, torch.zeros(2, 3, 1, 1), torch.zeros(1), 0, 0, 0.0, True, True, True
+            features,
+            features,
+            torch.zeros(2, 3, 1, 1),
+            torch.zeros(1),
+            "softmax",
+            "mean",
+            0.0,
+            True,
+            True,
+            True,
         ),
+        lambda: raw.patch_generator_loss(pair, None, "Softmax", "mean", True),
+        lambda: raw.patch_generator_loss(pair, None, "softmax", "none", True),
         lambda: raw.patch_loss_scale_(image.half(), image, torch.tensor(2.0)),
     ):
         with pytest.raises(RuntimeError, match="must"):

@@ -11,11 +11,9 @@ import fastda
 from fastda import nn, reference
 from fastda.ops import patch_loss as ops
 from tests import common
-from tests.common import both_routes, needs_node
 from tests.ops.patch_loss import arguments_of, calls, few, isa_independent, native
 
 
-@both_routes
 @calls
 def test_a_graph_can_be_walked_twice(op, sizes, options):
     """The first backward hands its gradients over; what happens to them must not reach the second."""
@@ -40,7 +38,6 @@ def test_a_graph_can_be_walked_twice(op, sizes, options):
         grad(out, inputs, [torch.ones_like(o) for o in out])
 
 
-@both_routes
 def test_a_loss_in_a_sum_of_losses():
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
 
@@ -52,7 +49,6 @@ def test_a_loss_in_a_sum_of_losses():
 
 
 @native
-@both_routes
 def test_gradients_are_computed_only_where_they_are_wanted():
     real, fake = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4, requires_grad=True)
     with torch.profiler.profile(record_shapes=True) as profile:
@@ -67,7 +63,6 @@ def test_gradients_are_computed_only_where_they_are_wanted():
     assert [inputs[-1] for inputs in asked[3:]] == [False]
 
 
-@needs_node
 @few
 def test_several_gradients_at_once(op, sizes, options):
     arguments = arguments_of(op, sizes, options)
@@ -85,7 +80,6 @@ def test_several_gradients_at_once(op, sizes, options):
     torch.testing.assert_close(batched(fastda), batched(reference))
 
 
-@needs_node
 @isa_independent
 @few
 def test_compiled_autograd(op, sizes, options):
@@ -107,11 +101,10 @@ def test_compiled_autograd(op, sizes, options):
         torch.testing.assert_close([x.grad for x in inputs], list(expected))
 
 
-@both_routes
 @isa_independent
-def test_anomaly_mode_names_the_loss(route):
+def test_anomaly_mode_names_the_loss():
     x = torch.full((1, 1, 2, 2), math.nan, requires_grad=True)
-    name = "LossBackward" if route == "node" else "_LossBackward"
+    name = "_LossBackward"
     with (
         pytest.warns(UserWarning, match="patch_generator_loss"),
         pytest.raises(RuntimeError, match=f"Function '{name}' returned nan"),
@@ -122,7 +115,6 @@ def test_anomaly_mode_names_the_loss(route):
         loss.backward()
 
 
-@both_routes
 @isa_independent
 def test_an_argument_changed_in_place_is_noticed_where_it_is_needed_again():
     """The first backward needs none of them: its gradients are of the values that the forward saw."""
@@ -137,7 +129,6 @@ def test_an_argument_changed_in_place_is_noticed_where_it_is_needed_again():
         grad(loss, y)
 
 
-@both_routes
 @isa_independent
 def test_an_error_in_the_reference_reaches_the_caller(monkeypatch):
     def broken(*arguments):
@@ -167,7 +158,6 @@ def test_head_runs_as_one_operator():
     assert [name for name in seen if "detach" not in name] == ["fastda.patch_head_discriminator_loss.default"]
 
 
-@both_routes
 def test_a_scale_changed_after_forward_does_not_reach_the_gradient():
     scale = torch.tensor(0.3)
     a, b = torch.randn(2, 1, 3, 4, requires_grad=True), torch.randn(2, 1, 3, 4)
@@ -176,7 +166,6 @@ def test_a_scale_changed_after_forward_does_not_reach_the_gradient():
     assert torch.equal(grad(loss, a)[0], 0.3 * (a - b).sign())
 
 
-@both_routes
 def test_checkpointing_recomputes_the_loss():
     x = torch.randn(2, 2, 3, 4, requires_grad=True)
     with torch.autograd.graph.save_on_cpu():

@@ -28,18 +28,43 @@ def test_raw_operators_pass_opcheck(memory_format):
     )
     a, b, features, head = image(2, 3, 4, 5), image(2, 3, 4, 5), image(1, 3, 4, 5), torch.randn(2, 3, 1, 1)
     check = common.check_opcheck
-    check("patch_discriminator_loss", pair, other, None, weight, 0, 0, 0.1, True, True)
+    check("patch_discriminator_loss", pair, other, None, weight, "softmax", "mean", 0.1, True, True)
     check(
-        "patch_discriminator_loss", scores.bfloat16(), scores.bfloat16(), None, None, 1, 1, 0.0, False, True
+        "patch_discriminator_loss",
+        scores.bfloat16(),
+        scores.bfloat16(),
+        None,
+        None,
+        "bce",
+        "sum",
+        0.0,
+        False,
+        True,
     )
-    check("patch_generator_loss", other, weight, 0, 2, True)
-    check("patch_loss_map", other, weight, 0, True, 0.0, True)
-    check("self_regularization", a, b, None, 0.3, 0, True, True)
-    check("self_regularization", a, b.contiguous(), torch.tensor(0.3), 0.0, 0, True, False)
-    check("refiner_loss", other, a, b, None, 0.3, 0, 0, True, True, False)
-    check("refiner_loss", scores.double(), a, b, torch.tensor(0.3), 0.0, 2, 2, False, True, True)
-    check("patch_head_discriminator_loss", a, features, head, torch.randn(2), 0, 0, 0.1, True, True, True)
-    check("patch_head_discriminator_loss", a, features, head[:1], None, 2, 1, 0.0, False, True, False)
+    check("patch_generator_loss", other, weight, "softmax", "batchmean", True)
+    check("patch_loss_map", other, weight, "softmax", True, 0.0, True)
+    check("self_regularization", a, b, None, 0.3, "mean", True, True)
+    check("self_regularization", a, b.contiguous(), torch.tensor(0.3), 0.0, "mean", True, False)
+    check("refiner_loss", other, a, b, None, 0.3, "softmax", "mean", True, True, False)
+    check(
+        "refiner_loss", scores.double(), a, b, torch.tensor(0.3), 0.0, "lsgan", "batchmean", False, True, True
+    )
+    check(
+        "patch_head_discriminator_loss",
+        a,
+        features,
+        head,
+        torch.randn(2),
+        "softmax",
+        "mean",
+        0.1,
+        True,
+        True,
+        True,
+    )
+    check(
+        "patch_head_discriminator_loss", a, features, head[:1], None, "lsgan", "sum", 0.0, False, True, False
+    )
     check("patch_loss_scale_", a.contiguous(), scores.contiguous(), torch.tensor(0.3))
 
 

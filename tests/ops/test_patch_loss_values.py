@@ -15,7 +15,6 @@ from fastda import reference, registry
 from fastda.testing import error, tolerance
 from fastda.tools import verify
 from tests import common
-from tests.common import both_routes
 from tests.ops.patch_loss import KINDS, arguments_of, calls, channels
 
 DTYPES = verify.DTYPES
@@ -27,7 +26,6 @@ def test_matches_the_reference(op, sizes, options, dtype):
     common.check_against_reference(op, arguments_of(op, sizes, options, dtype))
 
 
-@both_routes
 @calls
 def test_first_and_second_derivatives(op, sizes, options):
     common.check_gradients(op, arguments_of(op, sizes, options))

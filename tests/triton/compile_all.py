@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastda.triton
+from fastda.registry import KINDS
 
 KIB = 1024
 # Compute capability or gfx name: target, shared memory that one program may take.
@@ -132,22 +133,22 @@ def jobs(everything: bool) -> list[Job]:
         t.grad_reverse_backward(empty(128, 768), empty(dtype=torch.float32))
         t.grad_reverse_backward(empty(128, 768), empty(128, dtype=torch.float32))
         weight = empty(8, 1, 9, 14, dtype=wide)
-        for kind, name in enumerate(("softmax", "bce", "lsgan", "hinge", "wgan")):
-            logits = empty(8, 2 if kind == 0 else 1, 9, 14)
-            state["label"] = f"{short} {name}"
-            if everything or kind == 0 or dtype == torch.float32:
-                t.patch_discriminator_loss(logits, logits, None, weight, kind, 0, 0.0, True, False)
-            for smoothing in (0.0, 0.1) if kind < 2 else (0.0,):
-                if everything or (kind == 0 and smoothing == 0.0) or (kind == 1 and smoothing > 0.0):
+        for kind in KINDS:
+            logits = empty(8, 2 if kind == "softmax" else 1, 9, 14)
+            state["label"] = f"{short} {kind}"
+            if everything or kind == "softmax" or dtype == torch.float32:
+                t.patch_discriminator_loss(logits, logits, None, weight, kind, "mean", 0.0, True, False)
+            for smoothing in (0.0, 0.1) if kind in ("softmax", "bce") else (0.0,):
+                if everything or (kind, smoothing) in (("softmax", 0.0), ("bce", 0.1)):
                     features, filters = empty(8, 32, 9, 14), empty(logits.shape[1], 32, 1, 1)
                     bias = empty(logits.shape[1])
                     t.patch_head_discriminator_loss(
-                        features, features, filters, bias, kind, 0, smoothing, True, True, True
+                        features, features, filters, bias, kind, "mean", smoothing, True, True, True
                     )
         state["label"] = short
-        t.patch_loss_map(logits, weight, 1, True, 0.1, True)
-        t.self_regularization(weight, weight, None, 0.5, 0, True, True)
-        t.self_regularization(weight, weight, weight.new_empty(()), 0.5, 0, True, False)
+        t.patch_loss_map(logits, weight, "bce", True, 0.1, True)
+        t.self_regularization(weight, weight, None, 0.5, "mean", True, True)
+        t.self_regularization(weight, weight, weight.new_empty(()), 0.5, "mean", True, False)
         t.patch_loss_scale_(weight, weight, weight.new_empty(()))
         for name, n, c, size, h, w in (
             ("3x3", 8, 64, 3, 35, 55),

@@ -8,10 +8,10 @@ import torch
 
 import fastda
 from fastda import reference
+from fastda.registry import KINDS
 from tests.conformance.raw import LAST, check_discriminator, conv_case, matches
 
 pytestmark = [pytest.mark.lanes("triton"), pytest.mark.isa_independent]
-KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
 
 
 def module(name):
@@ -34,7 +34,7 @@ def test_programs_of_several_blocks(ops, kind, monkeypatch):
     real, fake = torch.randn(3, c, 9, 14), torch.randn(2, c, 9, 14)
     check_discriminator(ops, real, fake, kind, real_weight=torch.rand(3, 1, 9, 14))
     a, b = torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7)
-    loss, *_ = ops.self_regularization(a, b, None, 1.0, 1, True, True)
+    loss, *_ = ops.self_regularization(a, b, None, 1.0, "sum", True, True)
     matches("self_regularization", "value", loss, (a.double() - b.double()).abs().sum(), torch.float32)
 
 
@@ -77,8 +77,8 @@ def test_operators_are_torch_operators(ops):
     logits = torch.randn(2, 2, 3, 4)
     for name, arguments in (
         ("grad_reverse_backward", (x, torch.rand(2))),
-        ("patch_discriminator_loss", (logits, logits, None, None, 0, 0, 0.1, True, False)),
-        ("self_regularization", (x, x.contiguous(memory_format=LAST), None, 0.5, 0, True, False)),
+        ("patch_discriminator_loss", (logits, logits, None, None, "softmax", "mean", 0.1, True, False)),
+        ("self_regularization", (x, x.contiguous(memory_format=LAST), None, 0.5, "mean", True, False)),
         ("patch_loss_scale_", (x.clone(), logits.clone(), torch.tensor(2.0))),
         ("conv_same_backward", (grad, x, weight, None, True, True, False)),
     ):

@@ -49,12 +49,12 @@ with FakeTensorMode():
     weight, bias, logits = x.new_empty(16, 16, 3, 3), x.new_empty(16), x.new_empty(2, 2, 9, 14)
     calls = {
         "grad_reverse_backward": (x, bias.new_empty(())),
-        "patch_discriminator_loss": (logits, logits, None, x.new_empty(2, 1, 9, 14), 0, 0, 0.1, True, True),
-        "patch_generator_loss": (logits, None, 0, 0, True),
-        "patch_loss_map": (logits, None, 0, True, 0.0, True),
-        "self_regularization": (x, x, None, 0.5, 0, True, True),
-        "refiner_loss": (logits, x, x, bias.new_empty(()), 0.0, 0, 0, True, True, False),
-        "patch_head_discriminator_loss": (x, x, x.new_empty(2, 16, 1, 1), None, 0, 0, 0.0, True, True, True),
+        "patch_discriminator_loss": (logits, logits, None, x.new_empty(2, 1, 9, 14), "softmax", "mean", 0.1, True, True),
+        "patch_generator_loss": (logits, None, "softmax", "mean", True),
+        "patch_loss_map": (logits, None, "softmax", True, 0.0, True),
+        "self_regularization": (x, x, None, 0.5, "mean", True, True),
+        "refiner_loss": (logits, x, x, bias.new_empty(()), 0.0, "softmax", "mean", True, True, False),
+        "patch_head_discriminator_loss": (x, x, x.new_empty(2, 16, 1, 1), None, "softmax", "mean", 0.0, True, True, True),
         "patch_loss_scale_": (x, logits, bias.new_empty(())),
         "conv_same": (x, weight, bias, x, True),
         "conv_same_backward": (x, x, weight, x, True, True, True),

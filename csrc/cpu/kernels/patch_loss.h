@@ -9,35 +9,19 @@
 
 namespace fastda::cpu {
 
-// One side of a loss. Strides are in elements. Accumulator type: float, or double for double
-// logits.
-struct PatchSide {
-  DType dtype;
-  PatchTerm term;
-  const void* logits;
-  int64_t image, channel, patch;  // of logits
-  const void* weight;             // accumulator type, or null
-  int64_t weight_image, weight_patch;
-  void* terms;  // [images, patches] weighted terms in the accumulator type, or null
-  void* grad;   // factor * d term / d logits in the accumulator type, or null
-  int64_t grad_image, grad_channel, grad_patch;
-  int64_t images, patches;
-  double factor;
+struct PatchSide : PatchView {
+  DType dtype = DType::f32;
+  double factor = 0;
 };
 
-// The last 1x1 convolution and one side of the loss. With two classes only the difference of their
-// filters and biases counts, so the convolution has one channel.
-struct PatchHead {
-  DType dtype;
-  PatchTerm term;
-  const void* x;
-  int64_t image, channel, patch;  // of x; channel or patch is 1
-  const void* weight;             // [channels] in the accumulator type
-  double bias;
-  void* grad;  // accumulator type, or null
-  int64_t grad_image, grad_channel, grad_patch;
-  int64_t images, patches, channels;
-  double factor;
+// With two classes only the difference of their filters and biases counts, so the convolution has
+// one channel.
+struct PatchHead : HeadView {
+  DType dtype = DType::f32;
+  const void* weight = nullptr;  // [channels] in the accumulator type
+  double bias = 0;
+  int64_t channels = 0;
+  double factor = 0;
 };
 
 struct PatchSums {

@@ -92,8 +92,8 @@ inline Vec<S> exp_negative(Vec<S> x) {
   return x < C::smallest ? Vec<S>{} : p * power;
 }
 
-// softplus(y) = max(y, 0) + log(1 + exp(-|y|)), the same for -y, and the derivatives, sigmoid(y)
-// and sigmoid(-y), off one exponential and one division.
+// softplus(y) = max(y, 0) + log(1 + exp(-|y|)), the same for -y, and both derivatives, off one
+// exponential and one division.
 template <typename S>
 struct Logistic {
   Vec<S> softplus, softplus_negative, sigmoid, sigmoid_negative;
@@ -146,33 +146,11 @@ struct Block {
 template <typename S, Formula F, bool Weighted>
 void evaluate(const PatchTerm& p, Block<S>& b, int n, S factor, PatchSums& sums) {
   constexpr int L = lanes<S>;
-  const S sign = S(p.sign), hit = S(p.hit), miss = S(p.miss), target = S(p.target);
-  const S threshold = S(p.threshold);
   Vec<S> loss{}, right{}, slopes{};
   const auto step = [&](int i, auto whole) {
-    const Vec<S> z = load_vec(b.z + i), y = sign * z;
-    Vec<S> term, slope;
-    if constexpr (F == Formula::log) {
-      const Logistic<S> g(y);
-      term = g.softplus;
-      slope = g.sigmoid * sign;
-    } else if constexpr (F == Formula::log_smooth) {
-      const Logistic<S> g(y);
-      term = hit * g.softplus + miss * g.softplus_negative;
-      slope = (hit * g.sigmoid - miss * g.sigmoid_negative) * sign;
-    } else if constexpr (F == Formula::square) {
-      const Vec<S> d = z - target;
-      term = d * d;
-      slope = d + d;
-    } else if constexpr (F == Formula::hinge) {
-      const Vec<S> margin = y + S(1);
-      term = margin <= S(0) ? Vec<S>{} : margin;
-      slope = margin <= S(0) ? Vec<S>{} : broadcast(sign);
-    } else {
-      term = y;
-      slope = broadcast(sign);
-    }
-    Vec<S> good = sign * (z - threshold) < S(0) ? broadcast(S(1)) : Vec<S>{};
+    const Vec<S> z = load_vec(b.z + i);
+    auto [term, slope] = score<Logistic<S>, S>(F, p, z);
+    Vec<S> good = is_right<S>(p, z) ? broadcast(S(1)) : Vec<S>{};
     if constexpr (Weighted) {
       const Vec<S> w = load_vec(b.weight + i);
       term = w == S(0) ? Vec<S>{} : term * w;
@@ -230,13 +208,6 @@ inline void for_runs(int64_t patches, int64_t begin, int n, F&& run) {
   }
 }
 
-// Two logits with one of them +Inf have no softmax: the score is NaN.
-template <typename S, typename T>
-inline S score(const T* real, const T* fake) {
-  const S a = load(real), b = load(fake), larger = a > b ? a : b;
-  return (b - a) + (larger - larger);
-}
-
 template <typename T, typename S>
 PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
   const T* logits = static_cast<const T*>(s.logits);
@@ -259,9 +230,10 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
       const int64_t step = s.patch;
       if (pair && step == 1) {
 #pragma omp simd
-        for (int i = 0; i < count; ++i) z[i] = score<S>(x + i, fake + i);
+        for (int i = 0; i < count; ++i) z[i] = difference<S>(load(x + i), load(fake + i));
       } else if (pair) {
-        for (int i = 0; i < count; ++i) z[i] = score<S>(x + i * step, fake + i * step);
+        for (int i = 0; i < count; ++i)
+          z[i] = difference<S>(load(x + i * step), load(fake + i * step));
       } else if (step == 1) {
 #pragma omp simd
         for (int i = 0; i < count; ++i) z[i] = S(load(x + i));

@@ -25,48 +25,25 @@ FASTDA_DEVICE float abs_of(float v) { return ::fabsf(v); }
 FASTDA_DEVICE double abs_of(double v) { return ::fabs(v); }
 
 template <typename S>
-struct Scored {
-  S term, slope;
+struct Logistic {
+  S softplus, softplus_negative, sigmoid, sigmoid_negative;
+
+  FASTDA_DEVICE explicit Logistic(S y) {
+    const S e = exp_of(-abs_of(y)), large = S(1) / (1 + e), small = e * large;
+    const S log1p = log1p_of(e);
+    softplus = (y > 0 ? y : S(0)) + log1p;
+    softplus_negative = (y < 0 ? -y : S(0)) + log1p;
+    sigmoid = y >= 0 ? large : small;
+    sigmoid_negative = y >= 0 ? small : large;
+  }
 };
 
-// The loss of a patch with score z and its derivative by z, NaN where PyTorch has NaN.
-template <typename S>
-FASTDA_DEVICE Scored<S> score_inline(const PatchTerm& p, S z) {
-  const S y = S(p.sign) * z;
-  switch (p.formula) {
-    case Formula::log:
-    case Formula::log_smooth: {
-      const S e = exp_of(-abs_of(y)), reciprocal = S(1) / (1 + e), log1p = log1p_of(e);
-      const S sigmoid = y >= 0 ? reciprocal : e * reciprocal;
-      const S term = (y > 0 ? y : S(0)) + log1p;
-      if (p.formula == Formula::log) return {term, S(p.sign) * sigmoid};
-      const S other = y >= 0 ? e * reciprocal : reciprocal;
-      return {S(p.hit) * term + S(p.miss) * ((y < 0 ? -y : S(0)) + log1p),
-              S(p.sign) * (S(p.hit) * sigmoid - S(p.miss) * other)};
-    }
-    case Formula::square: {
-      const S d = z - S(p.target);
-      return {d * d, 2 * d};
-    }
-    case Formula::hinge: return {1 + y <= 0 ? S(0) : 1 + y, 1 + y <= 0 ? S(0) : S(p.sign)};
-    default: return {y, S(p.sign)};
-  }
+FASTDA_DEVICE Scored<float> score(const PatchTerm& p, float z) {
+  return fastda::score<Logistic<float>, float>(p.formula, p, z);
 }
-
-FASTDA_DEVICE Scored<float> score(const PatchTerm& p, float z) { return score_inline(p, z); }
 // Out of line: exp and log1p are long in float64, and ptxas takes its time over every copy.
-FASTDA_DEVICE_CALL Scored<double> score(const PatchTerm p, double z) { return score_inline(p, z); }
-
-template <typename S>
-FASTDA_DEVICE bool is_right(const PatchTerm& p, S z) {
-  return S(p.sign) * (z - S(p.threshold)) < 0;
-}
-
-// The score of a patch with two logits. A softmax with an infinite logit has no value.
-template <typename S>
-FASTDA_DEVICE S difference(S real, S fake) {
-  const S infinity = S(HUGE_VAL);
-  return real == infinity || fake == infinity ? fake * 0 + real * 0 : fake - real;
+FASTDA_DEVICE_CALL Scored<double> score(const PatchTerm p, double z) {
+  return fastda::score<Logistic<double>, double>(p.formula, p, z);
 }
 
 // What the loss and the accuracy of a part are multiplied by; the whole block calls it.
@@ -132,7 +109,7 @@ FASTDA_DEVICE Sums<typename Wide<T>::type> side_block(const Side& p, int block, 
       const S term = w[u] == 0 ? S(0) : s.term * w[u];
       const S slope = w[u] == 0 ? S(0) : s.slope * w[u] * factor;
       sums.loss += term;
-      sums.right += is_right(p.term, z[u]) ? w[u] : S(0);
+      sums.right += is_right<S>(p.term, z[u]) ? w[u] : S(0);
       if (terms) terms[begin + i] = term;
       if (grad) {
         S* g = grad + image[u] * p.grad_image + patch[u] * p.grad_patch;
@@ -355,7 +332,7 @@ head_kernel(Head p, double* losses, double* rights, Divisor patches0, Divisor pa
     slope[g] = inside[g] ? s.slope * S(side.part.factor) : S(0);
     slopes += slope[g];
     if (inside[g]) sums.loss += s.term;
-    if (inside[g] && is_right(side.term, z[g])) sums.right += 1;
+    if (inside[g] && is_right<S>(side.term, z[g])) sums.right += 1;
   }
   const double loss = block_sum<head_threads>(double(sums.loss), scratch);
   const double right = block_sum<head_threads>(double(sums.right), scratch);

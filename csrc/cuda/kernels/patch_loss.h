@@ -24,36 +24,26 @@ struct Part {
   float* accuracy = nullptr;  // or null
 };
 
-// One side of a loss. Strides are in elements. The wide type: float, or double for double logits.
-struct Side {
-  Part part;
-  PatchTerm term;
-  const void* logits = nullptr;
-  int64_t image = 0, channel = 0, patch = 0;  // of logits
-  const void* weight = nullptr;               // wide type, or null
-  int64_t weight_image = 0, weight_patch = 0;
-  void* terms = nullptr;  // [images, patches] weighted terms in the wide type, or null
-  void* grad = nullptr;   // factor * d term / d logits in the wide type, or null
-  int64_t grad_image = 0, grad_channel = 0, grad_patch = 0;
-  int64_t total = 0, patches = 1;  // patches of all images, of one
+// One side of a loss; `patches` is at least 1.
+struct Side : PatchView {
+  Part part{};
+  int64_t total = 0;  // patches of all images
 };
 
 // factor * |a - b| over dense entries.
 struct L1 {
-  Part part;
+  Part part{};
   const void *a = nullptr, *b = nullptr;
   void *grad_a = nullptr, *grad_b = nullptr;  // wide type, or null
   int64_t total = 0;
   bool packs = false;  // a and b may be read 16 bytes at a time
 };
 
-// The last 1x1 convolution and one side of the loss.
-struct HeadSide {
-  Part part;
-  PatchTerm term;
-  const void* x = nullptr;
-  void* grad = nullptr;  // laid out as x, in the wide type; or null
-  int64_t image = 0, channel = 0, patch = 0, total = 0, patches = 1;
+// The last 1x1 convolution and one side of the loss; the gradient is laid out as x, `patches` is at
+// least 1.
+struct HeadSide : HeadView {
+  Part part{};
+  int64_t total = 0;
 };
 
 struct Head {

@@ -20,9 +20,8 @@ from fastda.recipes.common.command import CHECKPOINT, SettingsError, bar, check_
 from fastda.recipes.common.images import shifted
 from fastda.recipes.simgan import eyes, models
 from fastda.recipes.simgan.data import Domains
+from fastda.registry import KINDS, REDUCTIONS
 
-KINDS = ("softmax", "bce", "lsgan", "hinge", "wgan")
-REDUCTIONS = ("mean", "sum", "batchmean")
 OPTIMISERS = ("adam", "sgd")
 
 
