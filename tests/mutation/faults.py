@@ -32,7 +32,7 @@ LOSSES_CPU = (
         "test_edge[batchmean_divides_by_images]",
     ),
     fault(
-        "batchmean of one dimension divides by 1", CPU,
+        "batchmean of one dimension divides by 1", "csrc/host",
         "refined.dim() ? refined.size(0) : 1", "refined.dim() > 1 ? refined.size(0) : 1",
         "test_edge[batchmean_divides_by_images]",
     ),
@@ -363,11 +363,6 @@ DEVICE = (
         "CUDA: l1 has a slope where both agree", CUDA,
         "d > 0", "d >= 0",
         "test_edge[l1_where_both_agree]",
-    ),
-    fault(
-        "CUDA: l1's batchmean of one dimension divides by 1", CUDA,
-        "refined.dim() ? refined.size(0) : 1", "refined.dim() > 1 ? refined.size(0) : 1",
-        "test_edge[batchmean_divides_by_images]",
     ),
     fault(
         "CUDA: a sum of weighted patches is divided by their weight", CUDA,

@@ -47,14 +47,15 @@ from fastda import registry
 with FakeTensorMode():
     x = torch.empty(2, 16, 9, 14, device="cuda")
     weight, bias, logits = x.new_empty(16, 16, 3, 3), x.new_empty(16), x.new_empty(2, 2, 9, 14)
+    mean = "softmax", "mean"
     calls = {
         "grad_reverse_backward": (x, bias.new_empty(())),
-        "patch_discriminator_loss": (logits, logits, None, x.new_empty(2, 1, 9, 14), "softmax", "mean", 0.1, True, True),
-        "patch_generator_loss": (logits, None, "softmax", "mean", True),
+        "patch_discriminator_loss": (logits, logits, None, x.new_empty(2, 1, 9, 14), *mean, 0.1, True, True),
+        "patch_generator_loss": (logits, None, *mean, True),
         "patch_loss_map": (logits, None, "softmax", True, 0.0, True),
         "self_regularization": (x, x, None, 0.5, "mean", True, True),
-        "refiner_loss": (logits, x, x, bias.new_empty(()), 0.0, "softmax", "mean", True, True, False),
-        "patch_head_discriminator_loss": (x, x, x.new_empty(2, 16, 1, 1), None, "softmax", "mean", 0.0, True, True, True),
+        "refiner_loss": (logits, x, x, bias.new_empty(()), 0.0, *mean, True, True, False),
+        "patch_head_discriminator_loss": (x, x, x.new_empty(2, 16, 1, 1), None, *mean, 0.0, True, True, True),
         "patch_loss_scale_": (x, logits, bias.new_empty(())),
         "conv_same": (x, weight, bias, x, True),
         "conv_same_backward": (x, x, weight, x, True, True, True),
