@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := $(abspath $(VENV))/bin
 SOURCES := $(shell find csrc -type f) setup.py
-CXX_SOURCES := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/cuda_host/*.cpp tests/cuda_host/*.h tests/native/*.cpp)
+CXX_SOURCES := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/cuda_host/*.cpp tests/cuda_host/*.h tests/native/*.cpp tests/native/*.h)
 # These run again for every instruction set.
 KERNEL_TESTS := tests/ops tests/nn
 # One process per core, each with one thread, is the fastest use of a small machine.

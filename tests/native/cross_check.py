@@ -31,7 +31,8 @@ def main() -> int:
             return 1
     folder = ROOT / "build" / f"native-{machine}"
     folder.mkdir(parents=True, exist_ok=True)
-    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.h"))
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "tests/native").glob("*.h")]
+    newest = max(path.stat().st_mtime for path in headers)
 
     def compiled(source: Path, isa: str, flags: list[str]) -> Path:
         target = folder / f"{source.name}.{isa}.o"
