@@ -18,7 +18,7 @@ from fastda.recipes.reviews.published import PUBLISHED
 from fastda.recipes.reviews.train import Settings
 
 NAMES = {
-    "svm": "SVM", "network": "network", "dann": "DANN", "counts": "words", "msda": "mSDA", "sda": "SDA",
+    "svm": "SVM", "network": "Network", "dann": "DANN", "counts": "words", "msda": "mSDA", "sda": "SDA",
 }  # fmt: skip
 COLOURS = {"svm": "#c2571a", "network": "#8a8f98", "dann": "#0b62a4"}
 
