@@ -251,16 +251,15 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weig
   second.bias = check_bias(bias2, x, s.in_channels, op);
   second.residual = x;
   first.relu = second.relu = true;
-  Tensor out = empty_image(x, s.in_channels, channels_last), inner = nothing(x);
+  Tensor out = empty_image(x, s.in_channels, channels_last);
   ConvArgs to_inner =
       conv_args(x, view_of(x), channels_last, weight1, false, first, {}, inner_last);
   ConvArgs to_out =
       conv_args(x, {}, inner_last, weight2, false, second, view_of(out), channels_last);
   const bool one_launch = out.numel() > 0 && kernels.in_one_launch(to_inner, to_out);
-  if (keep_inner || !one_launch) {
-    inner = empty_image(x, s.out_channels, inner_last);
-    to_inner.out = to_out.x = view_of(inner);
-  }
+  const bool make_inner = keep_inner || !one_launch;
+  const Tensor inner = make_inner ? empty_image(x, s.out_channels, inner_last) : nothing(x);
+  if (make_inner) to_inner.out = to_out.x = view_of(inner);
   if (one_launch) {
     kernels.convolve_block(to_inner, to_out, x);
   } else {
