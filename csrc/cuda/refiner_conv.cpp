@@ -35,11 +35,11 @@ struct RefinerConv : Device {
            .width = int(a.width),
            .kernel = int(a.kernel),
            .x = a.x,
-           .x_gate = a.x_mask,
+           .x_mask = a.x_mask,
            .filter = a.filter,
            .residual = a.residual,
-           .residual_gate = a.residual_mask,
-           .out_gate = a.out_mask,
+           .residual_mask = a.residual_mask,
+           .out_mask = a.out_mask,
            .out = a.out,
            .bias = a.bias,
            .relu = a.relu};
@@ -58,7 +58,7 @@ struct RefinerConv : Device {
                  .kernel = int(a.kernel),
                  .x = a.x,
                  .grad = a.grad,
-                 .gate = a.grad_mask,
+                 .mask = a.grad_mask,
                  .d_weight = a.d_filter.data,
                  .d_bias = d_bias.numel() > 0 ? d_bias.mutable_data_ptr() : nullptr};
     if (p.d_weight == nullptr && p.d_bias == nullptr) return;

@@ -37,7 +37,7 @@ Plan plan_of(const Conv& p) {
 }
 
 void convolve_directly(const Conv& p, void* stream) {
-  DirectConv d{p.x, p.x_gate, p.filter, p.residual, p.residual_gate, p.out_gate, p.out, p.bias};
+  DirectConv d{p.x, p.x_mask, p.filter, p.residual, p.residual_mask, p.out_mask, p.out, p.bias};
   d.in_channels = p.in_channels, d.out_channels = p.out_channels;
   d.height = p.height, d.width = p.width, d.kernel = p.kernel;
   d.total = int64_t(p.batch) * p.out_channels * p.height * p.width;
@@ -67,7 +67,7 @@ void convolve(const Conv& p, void* stream) {
                   prepare_of(p.filter, p.out_channels, p.in_channels, p.kernel, dtype, p.prepared),
                   {}, stream);
 
-  ConvKernel k{p.x, p.x_gate, p.residual, p.residual_gate, p.out_gate, p.out, p.prepared, p.bias};
+  ConvKernel k{p.x, p.x_mask, p.residual, p.residual_mask, p.out_mask, p.out, p.prepared, p.bias};
   k.in_channels = p.in_channels, k.out_channels = p.out_channels, k.kernel = p.kernel;
   k.tile_height = tile.height, k.tile_pixels = tile.height * tile.width;
   k.tile_width = Divisor(tile.width);
@@ -76,9 +76,9 @@ void convolve(const Conv& p, void* stream) {
   k.window = window_of(tile, p.kernel, p.height, p.width);
   k.relu = p.relu;
   const int64_t size = element_bytes(dtype);
-  k.x_packs = in_packs(p.x, p.in_channels, size) && in_packs(p.x_gate, p.in_channels, size);
+  k.x_packs = in_packs(p.x, p.in_channels, size) && in_packs(p.x_mask, p.in_channels, size);
   k.out_packs = true;
-  for (const View& v : {p.out, p.residual, p.residual_gate, p.out_gate})
+  for (const View& v : {p.out, p.residual, p.residual_mask, p.out_mask})
     k.out_packs = k.out_packs && in_packs(v, p.out_channels, size);
 
   const dim3 grid(unsigned(p.batch * tiles), unsigned(divide_up(p.out_channels, filter_columns)));

@@ -74,7 +74,7 @@ void filter_gradient(const FilterGrad& p, void* stream) {
   void* bias_sums =
       p.d_bias ? static_cast<char*>(p.sums) + plan.pieces * entries(p) * size : nullptr;
   if (plan.tile.width == 0) {
-    DirectFilterGrad d{p.x, p.grad, p.gate, p.d_weight ? p.sums : nullptr, bias_sums};
+    DirectFilterGrad d{p.x, p.grad, p.mask, p.d_weight ? p.sums : nullptr, bias_sums};
     d.in_channels = p.in_channels, d.out_channels = p.out_channels;
     d.height = p.height, d.width = p.width, d.kernel = p.kernel;
     d.pixels = int64_t(p.batch) * p.height * p.width, d.piece = plan.piece_pixels;
@@ -86,7 +86,7 @@ void filter_gradient(const FilterGrad& p, void* stream) {
              direct_grad_threads, 0, stream, d);
     });
   } else {
-    FilterGradKernel k{p.x, p.grad, p.gate, static_cast<float*>(p.sums),
+    FilterGradKernel k{p.x, p.grad, p.mask, static_cast<float*>(p.sums),
                        static_cast<float*>(bias_sums)};
     k.in_channels = p.in_channels, k.out_channels = p.out_channels, k.kernel = p.kernel;
     k.blocks_across = plan.blocks_across;
@@ -100,7 +100,7 @@ void filter_gradient(const FilterGrad& p, void* stream) {
     k.core = window_of(plan.tile, 1, p.height, p.width);
     k.x_packs = in_packs(p.x, p.in_channels, element_bytes(dtype));
     k.grad_packs = in_packs(p.grad, p.out_channels, element_bytes(dtype)) &&
-                   in_packs(p.gate, p.out_channels, element_bytes(dtype));
+                   in_packs(p.mask, p.out_channels, element_bytes(dtype));
     k.weight = p.d_weight != nullptr;
     const dim3 grid(unsigned(plan.groups * plan.blocks_across * plan.blocks_down),
                     unsigned(plan.pieces));

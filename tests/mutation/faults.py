@@ -380,8 +380,8 @@ DEVICE = (
         "test_patch_head_discriminator_loss[bce-float32]",
     ),
     fault(
-        "CUDA: a gate of NaN closes", CUDA,
-        "widen(gate) <= 0 ? T{} : v", "widen(gate) > 0 ? v : T{}",
+        "CUDA: a mask of NaN gives 0", CUDA,
+        "widen(mask) <= 0 ? T{} : v", "widen(mask) > 0 ? v : T{}",
         "test_conv_nan_passes_the_gates",
     ),
     fault(

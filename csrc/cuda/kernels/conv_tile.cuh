@@ -24,8 +24,8 @@ template <typename T>
 constexpr int row_channels = row_bytes / int(sizeof(T));
 
 template <typename T>
-FASTDA_DEVICE T gated(T gate, T v) {
-  return widen(gate) <= 0 ? T{} : v;  // NaN keeps
+FASTDA_DEVICE T masked(T mask, T v) {
+  return widen(mask) <= 0 ? T{} : v;  // NaN keeps
 }
 
 // Pixels of one image, some of them outside: rows from y, columns from x.
@@ -40,13 +40,13 @@ struct WindowShape {
 
 // Fills rows of `pieces` pieces, one for each pixel of the window, with channels [channel, channel
 // + …) of a view; zeros outside the image and beyond its channels. `packs`: 16 bytes along the
-// channels can be read at once, which is done by asynchronous copies where there is no gate.
+// channels can be read at once, which is done by asynchronous copies where there is no mask.
 template <typename T, int threads, int pieces, int key_shift>
-FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View& gate, bool packs,
+FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View& mask, bool packs,
                                int channel, int channels, Window at, const WindowShape& shape) {
   constexpr int E = 16 / int(sizeof(T));
   const T* from = static_cast<const T*>(view.data) + at.image * view.n;
-  const T* from_gate = static_cast<const T*>(gate.data) + at.image * gate.n;
+  const T* from_mask = static_cast<const T*>(mask.data) + at.image * mask.n;
   const uint32_t total = shape.pixels.value * pieces;
   struct Place {
     unsigned char* to;
@@ -63,7 +63,7 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
   };
   // Neighbouring threads read what is side by side in memory: pieces of a pixel, or pixels of a
   // channel.
-  if (packs && gate.data == nullptr) {
+  if (packs && mask.data == nullptr) {
     for (uint32_t i = threadIdx.x; i < total; i += threads) {
       const Place p = place(i / pieces, i % pieces);
       const bool known = p.inside && p.c < channels;
@@ -78,7 +78,7 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
     };
     FASTDA_NO_UNROLL
     for (uint32_t start = threadIdx.x; start < total; start += threads * ahead) {
-      Words pack[ahead] = {}, its_gate[ahead] = {};
+      Words pack[ahead] = {}, its_mask[ahead] = {};
       unsigned char* to[ahead];
       FASTDA_UNROLL
       for (uint32_t u = 0; u < ahead; ++u) {
@@ -87,15 +87,15 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
         to[u] = p.to;
         if (i < total && p.inside && p.c < channels) {
           pack[u] = words(from + (p.y * view.h + p.x * view.w + p.c));
-          its_gate[u] = words(from_gate + (p.y * gate.h + p.x * gate.w + p.c));
+          its_mask[u] = words(from_mask + (p.y * mask.h + p.x * mask.w + p.c));
         }
       }
       FASTDA_UNROLL
       for (uint32_t u = 0; u < ahead; ++u) {
         auto v = __builtin_bit_cast(Pieces, pack[u]);
-        const auto g = __builtin_bit_cast(Pieces, its_gate[u]);
+        const auto g = __builtin_bit_cast(Pieces, its_mask[u]);
         FASTDA_UNROLL
-        for (int e = 0; e < E; ++e) v.at[e] = gated(g.at[e], v.at[e]);
+        for (int e = 0; e < E; ++e) v.at[e] = masked(g.at[e], v.at[e]);
         if (start + u * threads < total) store_pack(reinterpret_cast<T*>(to[u]), v);
       }
     }
@@ -109,8 +109,8 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
         const int c = p.c + e;
         if (c >= channels) break;
         pack.at[e] = from[p.y * view.h + p.x * view.w + c * view.c];
-        if (gate.data)
-          pack.at[e] = gated(from_gate[p.y * gate.h + p.x * gate.w + c * gate.c], pack.at[e]);
+        if (mask.data)
+          pack.at[e] = masked(from_mask[p.y * mask.h + p.x * mask.w + c * mask.c], pack.at[e]);
       }
       store_pack(reinterpret_cast<T*>(p.to), pack);
     }

@@ -7,7 +7,7 @@
 //       filter ─ 64 × row, the next two taps ─────┤ (copied ahead)
 //                                                 └─ registers
 //                                                    warp: 32 or 64 pixels × 64 channels
-//   registers ─ shared memory, float32 ─ + bias + residual, ReLU, gate ─ out
+//   registers ─ shared memory, float32 ─ + bias + residual, ReLU, mask ─ out
 //
 // No pixel is stored twice per tap: a tap is another address into the same tile (implicit matrix
 // product). Whatever does not fit this (float64, filters too wide for the tile, few channels) goes
@@ -27,7 +27,7 @@ constexpr int staging_stride = 72;  // floats: conflict-free pairs, and rows of 
 constexpr int staging_stride_scalar = 65;
 
 struct ConvKernel {
-  View x, x_gate, residual, residual_gate, out_gate, out;
+  View x, x_mask, residual, residual_mask, out_mask, out;
   const void* filter;  // prepared
   const void* bias;
   int in_channels, out_channels, kernel;
@@ -47,12 +47,12 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
   const auto place = [&](const View& v, int y, int x) {
     return static_cast<T*>(v.data) + (image * v.n + y * v.h + x * v.w);
   };
-  const auto finished = [&](float v, int c, T residual, T residual_gate, T out_gate) {
+  const auto finished = [&](float v, int c, T residual, T residual_mask, T out_mask) {
     if (bias) v += widen(bias[c]);
     if (p.residual.data)
-      v += widen(p.residual_gate.data ? gated(residual_gate, residual) : residual);
+      v += widen(p.residual_mask.data ? masked(residual_mask, residual) : residual);
     if (p.relu) v = v <= 0 ? 0.0f : v;
-    if (p.out_gate.data) v = widen(out_gate) <= 0 ? 0.0f : v;
+    if (p.out_mask.data) v = widen(out_mask) <= 0 ? 0.0f : v;
     return narrowed<T>(v);
   };
   if (p.out_packs) {
@@ -70,14 +70,14 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
         FASTDA_UNROLL
         for (int f = 0; f < 4; ++f) v.at[e + f] = four.at[f];
       }
-      Pack<T, E> residual{}, residual_gate{}, out_gate{}, result;
+      Pack<T, E> residual{}, residual_mask{}, out_mask{}, result;
       if (p.residual.data) residual = load_pack<E>(place(p.residual, y, x) + c);
-      if (p.residual_gate.data) residual_gate = load_pack<E>(place(p.residual_gate, y, x) + c);
-      if (p.out_gate.data) out_gate = load_pack<E>(place(p.out_gate, y, x) + c);
+      if (p.residual_mask.data) residual_mask = load_pack<E>(place(p.residual_mask, y, x) + c);
+      if (p.out_mask.data) out_mask = load_pack<E>(place(p.out_mask, y, x) + c);
       FASTDA_UNROLL
       for (int e = 0; e < E; ++e)
         result.at[e] =
-            finished(v.at[e], c + e, residual.at[e], residual_gate.at[e], out_gate.at[e]);
+            finished(v.at[e], c + e, residual.at[e], residual_mask.at[e], out_mask.at[e]);
       store_pack(place(p.out, y, x) + c, result);
     }
     return;
@@ -93,7 +93,7 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
     if (m >= p.tile_pixels || y >= p.window.height || x >= p.window.columns) continue;
     FASTDA_NO_UNROLL
     for (int start = 0; start < filter_columns && first + start < p.out_channels; start += ahead) {
-      T residual[ahead] = {}, residual_gate[ahead] = {}, out_gate[ahead] = {};
+      T residual[ahead] = {}, residual_mask[ahead] = {}, out_mask[ahead] = {};
       const auto fetch = [&](const View& v, T(&to)[ahead]) {
         if (v.data == nullptr) return;
         const T* from = place(v, y, x) + (first + start) * v.c;
@@ -102,14 +102,14 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
           if (first + start + e < p.out_channels) to[e] = from[e * v.c];
       };
       fetch(p.residual, residual);
-      fetch(p.residual_gate, residual_gate);
-      fetch(p.out_gate, out_gate);
+      fetch(p.residual_mask, residual_mask);
+      fetch(p.out_mask, out_mask);
       FASTDA_UNROLL
       for (int e = 0; e < ahead; ++e) {
         const int n = start + e, c = first + n;
         if (c >= p.out_channels) break;
         place(p.out, y, x)[c * p.out.c] = finished(staging[m * staging_stride_scalar + n], c,
-                                                   residual[e], residual_gate[e], out_gate[e]);
+                                                   residual[e], residual_mask[e], out_mask[e]);
       }
     }
   }
@@ -166,7 +166,7 @@ conv_kernel(ConvKernel p) {
   for (int chunk = 0; chunk < chunks; ++chunk) {
     if (chunk > 0) __syncthreads();  // no warp reads the last rows any more
     const int halo = p.kernel / 2;
-    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_gate, p.x_packs, chunk * row_channels<T>,
+    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_mask, p.x_packs, chunk * row_channels<T>,
                                        p.in_channels, {image, y0 - halo, x0 - halo}, p.window);
     commit_copies();
     int dx = 0;
@@ -237,7 +237,7 @@ conv_kernel(ConvKernel p) {
 }
 
 struct DirectConv {
-  View x, x_gate, filter, residual, residual_gate, out_gate, out;
+  View x, x_mask, filter, residual, residual_mask, out_mask, out;
   const void* bias;
   int in_channels, out_channels, height, width, kernel;
   int64_t total;
@@ -269,22 +269,22 @@ direct_conv_kernel(DirectConv p) {
     for (int dx = -half; dx <= half; ++dx) {
       if (x + dx < 0 || x + dx >= p.width) continue;
       const T* in = at(p.x, 0) + dy * p.x.h + dx * p.x.w;
-      const T* gate = p.x_gate.data ? at(p.x_gate, 0) + dy * p.x_gate.h + dx * p.x_gate.w : nullptr;
+      const T* mask = p.x_mask.data ? at(p.x_mask, 0) + dy * p.x_mask.h + dx * p.x_mask.w : nullptr;
       const T* w = static_cast<const T*>(p.filter.data) + k * p.filter.n +
                    (dy + half) * p.filter.h + (dx + half) * p.filter.w;
       for (int c = 0; c < p.in_channels; ++c) {
         T v = in[c * p.x.c];
-        if (gate) v = gated(gate[c * p.x_gate.c], v);
+        if (mask) v = masked(mask[c * p.x_mask.c], v);
         sum += S(widen(v)) * S(widen(w[c * p.filter.c]));
       }
     }
   }
   if (p.bias) sum += widen(static_cast<const T*>(p.bias)[k]);
   if (p.residual.data)
-    sum += widen(p.residual_gate.data ? gated(*at(p.residual_gate, k), *at(p.residual, k))
+    sum += widen(p.residual_mask.data ? masked(*at(p.residual_mask, k), *at(p.residual, k))
                                       : *at(p.residual, k));
   if (p.relu) sum = sum <= 0 ? S(0) : sum;
-  if (p.out_gate.data) sum = widen(*at(p.out_gate, k)) <= 0 ? S(0) : sum;
+  if (p.out_mask.data) sum = widen(*at(p.out_mask, k)) <= 0 ? S(0) : sum;
   *at(p.out, k) = narrowed<T>(sum);
 }
 

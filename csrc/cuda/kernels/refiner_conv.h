@@ -14,13 +14,13 @@ struct Arithmetic {
   bool tf32 = false;
 };
 
-// out = gate(out_gate, relu?(filter * gate(x_gate, x) + bias + gate(residual_gate, residual))),
-// zero padding k / 2. A gate keeps a value where its own is positive or NaN, and gives 0 elsewhere:
+// out = mask(out_mask, relu?(filter * mask(x_mask, x) + bias + mask(residual_mask, residual))),
+// zero padding k / 2. A mask keeps a value where its own is positive or NaN, and gives 0 elsewhere:
 // ReLU's backward read off ReLU's output. Views without data are absent.
 struct Conv {
   Arithmetic arithmetic;
   int batch, in_channels, out_channels, height, width, kernel;
-  View x, x_gate, filter, residual, residual_gate, out_gate, out;
+  View x, x_mask, filter, residual, residual_mask, out_mask, out;
   const void* bias = nullptr;
   bool relu = false;
   void* prepared = nullptr;  // prepared_bytes(), 16-byte aligned
@@ -42,12 +42,11 @@ bool block_fits(const BlockConv& p);
 int64_t prepared_bytes(const BlockConv& p);
 void convolve_block(const BlockConv& p, void* stream);
 
-// d_weight = the sum over pixels of gate(gate, grad) times moved x, d_bias = that of gate(gate,
-// grad).
+// d_weight = the sum over pixels of the masked grad times moved x, d_bias = that of the masked grad.
 struct FilterGrad {
   Arithmetic arithmetic;
   int batch, in_channels, out_channels, height, width, kernel;
-  View x, grad, gate;
+  View x, grad, mask;
   void* d_weight = nullptr;  // [K, C, k, k] or null
   void* d_bias = nullptr;    // [K] or null
   void* sums = nullptr;      // sum_bytes(), of any content

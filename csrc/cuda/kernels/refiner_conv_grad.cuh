@@ -3,7 +3,7 @@
 //
 //   block (three taps × 64 output × 64 input channels, a piece of all tiles)
 //     for every tile of its piece
-//       grad ─ tile, gated ────────┐ shared memory: a row per pixel, 64 channels; the next tile is
+//       grad ─ tile, masked ───────┐ shared memory: a row per pixel, 64 channels; the next tile is
 //       x ─ tile with halo ────────┤ copied while this one is used, where there is room for both
 //                                  └─ registers: warp w has 32 × 32 channels at each of three taps
 //   registers ─ sums[piece]; another launch adds the pieces in order
@@ -28,7 +28,7 @@ template <typename T>
 constexpr int grad_key_shift = sizeof(T) == 4 ? 1 : 0;
 
 struct FilterGradKernel {
-  View x, grad, gate;
+  View x, grad, mask;
   float* sums;                                           // [pieces][taps][K][C]
   float* bias_sums;                                      // [pieces][K] or null
   int in_channels, out_channels, kernel, blocks_across;  // blocks_across: of input channels
@@ -92,7 +92,7 @@ filter_grad_kernel(FilterGradKernel p) {
     if (p.weight)
       load_window<T, grad_threads, pieces, shift>(stage, p.x, View{}, p.x_packs, c0, p.in_channels,
                                                   {image, y0 - half, x0 - half}, p.window);
-    load_window<T, grad_threads, pieces, shift>(stage + grad_start, p.grad, p.gate, p.grad_packs,
+    load_window<T, grad_threads, pieces, shift>(stage + grad_start, p.grad, p.mask, p.grad_packs,
                                                 k0, p.out_channels, {image, y0, x0}, p.core);
     for (int m = thread; m < pixels; m += grad_threads) {
       const uint32_t r = p.tile_width.quotient(uint32_t(m)),
@@ -269,7 +269,7 @@ filter_grad_kernel(FilterGradKernel p) {
 }
 
 struct DirectFilterGrad {
-  View x, grad, gate;
+  View x, grad, mask;
   void *sums, *bias_sums;  // as above, in the wide type; either may be null
   int in_channels, out_channels, height, width, kernel;
   int64_t pixels, piece;  // of all images, of one piece
@@ -294,7 +294,7 @@ direct_filter_grad_kernel(DirectFilterGrad p) {
   const int64_t begin = int64_t(blockIdx.y) * p.piece;
   const int64_t end = begin + p.piece < p.pixels ? begin + p.piece : p.pixels;
   const auto* grad = static_cast<const T*>(p.grad.data);
-  const auto* gate = static_cast<const T*>(p.gate.data);
+  const auto* mask = static_cast<const T*>(p.mask.data);
   const auto* x = static_cast<const T*>(p.x.data);
   int64_t image = begin / (int64_t(p.height) * p.width);
   int64_t rest = begin - image * (int64_t(p.height) * p.width);
@@ -303,8 +303,8 @@ direct_filter_grad_kernel(DirectFilterGrad p) {
   FASTDA_NO_UNROLL
   for (int64_t m = begin; m < end; ++m) {
     T g = grad[image * p.grad.n + k * p.grad.c + row * p.grad.h + column * p.grad.w];
-    if (gate)
-      g = gated(gate[image * p.gate.n + k * p.gate.c + row * p.gate.h + column * p.gate.w], g);
+    if (mask)
+      g = masked(mask[image * p.mask.n + k * p.mask.c + row * p.mask.h + column * p.mask.w], g);
     if (is_bias) {
       sum += widen(g);
     } else if (row + dy >= 0 && row + dy < p.height && column + dx >= 0 && column + dx < p.width) {
