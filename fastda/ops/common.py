@@ -82,7 +82,10 @@ def recordable(*tensors: Tensor | None) -> tuple[Any, ...]:
     which refuses a tensor passed twice, views.
     """
     if not is_compiling():
-        return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+        for t in tensors:
+            if t is not None and t.is_inference():
+                return tuple(t.clone() if t is not None and t.is_inference() else t for t in tensors)
+        return tensors
     seen: list[Tensor | None] = []
     for t in tensors:
         seen.append(t.view_as(t) if t is not None and any(t is s for s in seen) else t)

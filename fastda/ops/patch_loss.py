@@ -15,6 +15,7 @@ from fastda.ops.common import composite_backward, is_symbolic, laid_out_as, numb
 from fastda.reference.patch_loss import patch_terms
 from fastda.registry.patch_loss import KINDS, REDUCTIONS, wide
 
+_REDUCTIONS = (*REDUCTIONS, "none")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -300,7 +301,7 @@ def patch_discriminator_loss(
             return_accuracy=return_accuracy,
         )
     op = "patch_discriminator_loss"
-    _check_options(op, kind, reduction, label_smoothing, (*REDUCTIONS, "none"))
+    _check_options(op, kind, reduction, label_smoothing, _REDUCTIONS)
     _check_tensor(op, "real_logits", real_logits)
     _check_tensor(op, "fake_logits", fake_logits, real_logits, "real_logits")
     _check_logits(op, "real_logits", real_logits, kind)
@@ -346,7 +347,7 @@ def patch_generator_loss(
             patch_generator_loss, (fake_logits,), fake_logits, kind, reduction=reduction, weight=weight
         )
     op = "patch_generator_loss"
-    _check_options(op, kind, reduction, 0.0, (*REDUCTIONS, "none"))
+    _check_options(op, kind, reduction, 0.0, _REDUCTIONS)
     _check_tensor(op, "fake_logits", fake_logits)
     _check_logits(op, "fake_logits", fake_logits, kind)
     weight = _expanded(op, "weight", weight, fake_logits)
@@ -413,7 +414,7 @@ def self_regularization(
         pair = (refined, synthetic)
         return handle_torch_function(self_regularization, pair, *pair, scale, reduction=reduction)
     op = "self_regularization"
-    if reduction not in (*REDUCTIONS, "none"):
+    if reduction not in _REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(REDUCTIONS)}, none, got {reduction!r}")
     refined, synthetic = _check_pair(op, refined, synthetic)
     scale_tensor, scale = _scale(op, "scale", scale, refined)
@@ -503,7 +504,7 @@ def patch_head_discriminator_loss(
             return_accuracy=return_accuracy,
         )
     op = "patch_head_discriminator_loss"
-    _check_options(op, kind, reduction, label_smoothing, (*REDUCTIONS, "none"))
+    _check_options(op, kind, reduction, label_smoothing, _REDUCTIONS)
     _check_tensor(op, "real_features", real_features)
     dtype = _torch.autocast_dtype(real_features.device.type)
     if dtype is not None and real_features.dtype != torch.float64:
