@@ -45,6 +45,17 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   // inner None: computed again, with bias1
   // -> gradients of x, weight1, bias1, weight2, bias2
   m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+
+  // Normalisation. act?((x - mean) / sqrt(variance + eps) weight + bias + residual), the statistics
+  // those of a channel, per_image of one image's channel, or the running ones where they are given;
+  // no negative_slope: no activation. mean, variance: float64, what was used.
+  m.def("norm_act(Tensor x, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? residual, bool per_image, float eps, float? negative_slope) -> (Tensor, Tensor, Tensor)");
+  // output: None without an activation, and where there was no residual; its mask is then computed
+  // again. Gradients of weight and bias are float32, or float64.
+  // -> gradients of x, weight, bias, residual, empty where not needed
+  m.def("norm_act_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, Tensor? output, bool per_image, bool through_statistics, float eps, float? negative_slope, bool need_x, bool need_weight, bool need_bias, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 // clang-format on
 

@@ -3,6 +3,7 @@
 from fastda import nn
 from fastda.backend import info, use_backend
 from fastda.ops.grad_reverse import grad_reverse, grad_reverse_linear
+from fastda.ops.norm import batch_norm_act, instance_norm_act
 from fastda.ops.patch_loss import (
     patch_discriminator_loss,
     patch_generator_loss,
@@ -15,10 +16,12 @@ from fastda.optimize import optimize
 
 __version__ = "0.1.0"
 __all__ = [
+    "batch_norm_act",
     "conv_same",
     "grad_reverse",
     "grad_reverse_linear",
     "info",
+    "instance_norm_act",
     "nn",
     "optimize",
     "patch_discriminator_loss",

@@ -89,14 +89,18 @@ def _load_autograd() -> tuple[Any, str | None]:
 
 native, native_error = _load_native()
 autograd_module, autograd_error = _load_autograd()
+# The backends that have kernels of an operator, where not all have; what they lack the reference serves.
+_ONLY = {"batch_norm_act": ("cpp",), "instance_norm_act": ("cpp",)}
 _forced: str | None = None
 _defaults: dict[str, str] = {}
 
 
-def why_not(backend: str, device_type: str) -> str | None:
-    """Why `backend` cannot serve tensors on `device_type`; None if it can."""
+def why_not(backend: str, device_type: str, op: str = "") -> str | None:
+    """Why `backend` cannot serve tensors on `device_type`, or `op` in particular; None if it can."""
     if backend == "reference":
         return None
+    if backend not in _ONLY.get(op, BACKENDS):
+        return f"{op} has no {backend} kernels: the reference serves it"
     if backend == "cpp":
         if device_type != "cpu":
             return f"the C++ kernels serve the CPU, not {device_type}"
@@ -126,11 +130,17 @@ def _refresh() -> None:
     _defaults.update({d: _default_for(d) for d in ("cpu", "cuda", "xpu")})
 
 
-def select(x: torch.Tensor) -> str:
+def select(x: torch.Tensor, op: str = "") -> str:
     """The backend that serves `x` now: `reference`, `cpp`, `cuda` or `triton`.
 
-    `cpp` and `cuda` are the two dispatch keys of `torch.ops.fastda`.
+    `cpp` and `cuda` are the two dispatch keys of `torch.ops.fastda`. Only `op` may be named that some backend
+    has no kernels of.
     """
+    chosen = _select(x)
+    return chosen if chosen in _ONLY.get(op, BACKENDS) else "reference"
+
+
+def _select(x: torch.Tensor) -> str:
     if _torch.transforms_active() or _torch.exporting_torch_operators() or _torch.tracing():
         return "reference"
     device_type = x.device.type

@@ -5,6 +5,7 @@ kernels serve, and what torch.func transforms go through. It imports nothing els
 """
 
 from fastda.reference.grad_reverse import grad_reverse, grad_reverse_linear
+from fastda.reference.norm import batch_norm_act, instance_norm_act
 from fastda.reference.patch_loss import (
     patch_discriminator_loss,
     patch_generator_loss,
@@ -15,9 +16,11 @@ from fastda.reference.patch_loss import (
 from fastda.reference.refiner_conv import conv_same, refiner_block
 
 __all__ = [
+    "batch_norm_act",
     "conv_same",
     "grad_reverse",
     "grad_reverse_linear",
+    "instance_norm_act",
     "patch_discriminator_loss",
     "patch_generator_loss",
     "patch_head_discriminator_loss",

@@ -1,0 +1,491 @@
+// Compiled once per instruction set, with FASTDA_ISA naming it.
+//
+// Two passes over memory, forward and back. A run is a piece of one channel, or rows of all channels
+// (channels_last):
+//
+//   one channel                                rows of channels
+//
+//   x x x x | x x x x | x x x x | x x          x x x x | x x x x | x     a register is some channels
+//   four registers at once, one constant       x x x x | x x x x | x     of a row, has its own
+//   of each kind                               x x x x | x x x x | x     constants, and stays for
+//                                                                        `block_rows` rows
+//
+// Statistics: within a block of at most 2048 entries of a channel (128 rows) sums of d = x - pivot
+// and of d^2 in the accumulator type, where the pivot is the mean of the block's first entries; then
+// in double. A pivot off the block's mean costs what (mean - pivot)^2 is to the variance: an eighth
+// of a block is never farther from its mean than the root of 7 variances.
+#include "cpu/kernels/norm.h"
+
+#include "cpu/simd/generic.h"
+
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
+
+constexpr int block_entries = 2048, pivot_entries = 256;
+constexpr int block_rows = 128, pivot_rows = 16;
+constexpr int row_group = vector_registers == 32 ? 4 : 2;  // registers of channels at once
+
+template <typename S, typename T>
+FASTDA_INLINE Vec<S> load_whole(const T* p) {
+  if constexpr (sizeof(T) == sizeof(S) || FASTDA_SIMD)
+    return load_vec(p);
+  else
+    return load_first<S>(p, lanes<S>);
+}
+template <typename S, typename T>
+FASTDA_INLINE void store_whole(T* p, Vec<S> v) {
+  if constexpr (sizeof(T) == sizeof(S) || FASTDA_SIMD)
+    store_vec(p, v);
+  else
+    store_first<S>(p, v, lanes<S>);
+}
+// A whole vector, or the first n lanes of one.
+template <typename S, bool Whole, typename T>
+FASTDA_INLINE Vec<S> load_some(const T* p, int n) {
+  if constexpr (Whole)
+    return load_whole<S>(p);
+  else
+    return load_first<S>(p, n);
+}
+template <typename S, bool Whole, typename T>
+FASTDA_INLINE void store_some(T* p, Vec<S> v, int n) {
+  if constexpr (Whole)
+    store_whole<S>(p, v);
+  else
+    store_first<S>(p, v, n);
+}
+template <typename S>
+inline double sum_lanes(Vec<S> v) {
+  S lane[lanes<S>];
+  store_vec(lane, v);
+#pragma GCC unroll 4
+  for (int half = lanes<S> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return double(lane[0]);
+}
+// The first n lanes of a row's sums, added to double ones.
+template <typename S>
+FASTDA_INLINE void add_lanes(double* sums, Vec<S> v, int n) {
+  S lane[lanes<S>];
+  store_vec(lane, v);
+  if (n == lanes<S>) {
+    for (int i = 0; i < lanes<S>; ++i) sums[i] += double(lane[i]);
+  } else {
+    for (int i = 0; i < n; ++i) sums[i] += double(lane[i]);
+  }
+}
+
+template <Activation A, typename S>
+FASTDA_INLINE Vec<S> activate(Vec<S> v, S slope) {
+  if constexpr (A == Activation::relu) return relu_mask(v, v);
+  if constexpr (A == Activation::leaky_relu) return v > Vec<S>{} ? v : v * slope;
+  return v;
+}
+// The gradient of what goes into the activation, read off its result (or off what goes in, which has
+// the same sign).
+template <Activation A, typename S>
+FASTDA_INLINE Vec<S> activate_back(Vec<S> grad, Vec<S> output, S slope) {
+  if constexpr (A == Activation::relu) return relu_mask(grad, output);
+  if constexpr (A == Activation::leaky_relu) return output > Vec<S>{} ? grad : grad * slope;
+  return grad;
+}
+
+// f.template operator()<Whole>(index, lanes) for the vectors of [0, n).
+template <typename S, typename F>
+FASTDA_INLINE void for_vectors(int64_t n, F&& f) {
+  constexpr int L = lanes<S>;
+  int64_t i = 0;
+  for (; i + L <= n; i += L) f.template operator()<true>(i, L);
+  if (i < n) f.template operator()<false>(i, int(n - i));
+}
+
+// Everything in double: for values whose squares are not to be had in the accumulator type, and for
+// what is not finite.
+template <typename T>
+void exact_moments(const T* x, int64_t n, int64_t stride, double& mean, double& squares) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += double(load(x + i * stride));
+  mean = sum / double(n);
+  squares = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = double(load(x + i * stride)) - mean;
+    squares += d * d;
+  }
+}
+inline bool is_finite(double x) { return x - x == 0; }
+
+// Sums about the pivot as mean and squares about the mean; false if they overflowed.
+inline bool settle(double pivot, double sum, double square_sum, int64_t n, double& mean,
+                   double& squares) {
+  const double difference = sum / double(n), about_mean = square_sum - sum * difference;
+  mean = pivot + difference;
+  squares = about_mean < 0 ? 0 : about_mean;
+  return is_finite(square_sum);
+}
+
+template <typename T, typename S>
+void moments_of_channel(const T* x, int64_t count, double& mean, double& squares) {
+  constexpr int L = lanes<S>, group = 4;
+  for (int64_t first = 0; first < count; first += block_entries) {
+    const T* p = x + first;
+    const int n = int(count - first < block_entries ? count - first : block_entries);
+    const int few = n < pivot_entries ? n : pivot_entries;
+    Vec<S> sum[group] = {}, square[group] = {};
+    S rest = 0, rest_square = 0;
+    int i = 0;
+    for (; i + 2 * L <= few; i += 2 * L) {
+      sum[0] += load_whole<S>(p + i);
+      sum[1] += load_whole<S>(p + i + L);
+    }
+    for (; i < few; ++i) rest += load(p + i);
+    const S pivot = S((sum_lanes<S>(sum[0] + sum[1]) + double(rest)) / few);
+
+    sum[0] = sum[1] = Vec<S>{};
+    const auto add = [&](int v, int at) __attribute__((always_inline)) {
+      const Vec<S> d = load_whole<S>(p + at) - pivot;
+      sum[v] += d;
+      square[v] += d * d;
+    };
+    for (i = 0; i + group * L <= n; i += group * L)
+#pragma GCC unroll 4
+      for (int v = 0; v < group; ++v) add(v, i + v * L);
+    for (; i + L <= n; i += L) add(0, i);
+    for (rest = 0; i < n; ++i) {
+      const S d = S(load(p + i)) - pivot;
+      rest += d;
+      rest_square += d * d;
+    }
+    const double all = sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3])) + double(rest);
+    const double squared =
+        sum_lanes<S>((square[0] + square[1]) + (square[2] + square[3])) + double(rest_square);
+    double block_mean, block_squares;
+    if (!settle(double(pivot), all, squared, n, block_mean, block_squares))
+      exact_moments(p, n, 1, block_mean, block_squares);
+    if (first == 0) {
+      mean = block_mean;
+      squares = block_squares;
+    } else {
+      Merge(first, n)(mean, squares, block_mean, block_squares);
+    }
+  }
+}
+
+// V registers of channels, the last of `count` lanes; `ways` rows at once where there are few.
+template <typename T, typename S, int V, bool Whole>
+FASTDA_INLINE void moments_of_rows(const T* x, int rows, int64_t channels, int count, S* pivots,
+                                   S* sums, S* squares) {
+  constexpr int L = lanes<S>, ways = V == 1 ? 4 : 1;
+  const int few = rows < pivot_rows ? rows : pivot_rows;
+  Vec<S> pivot[V] = {}, sum[ways][V] = {}, square[ways][V] = {};
+  for (int r = 0; r < few; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) pivot[v] += load_some<S, Whole>(x + r * channels + v * L, count);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) pivot[v] *= S(1) / S(few);
+  const auto add = [&](int way, int r) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const Vec<S> d = load_some<S, Whole>(x + r * channels + v * L, count) - pivot[v];
+      sum[way][v] += d;
+      square[way][v] += d * d;
+    }
+  };
+  int r = 0;
+  for (; r + ways <= rows; r += ways)
+#pragma GCC unroll 4
+    for (int way = 0; way < ways; ++way) add(way, r + way);
+  for (; r < rows; ++r) add(0, r);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    for (int way = 1; way < ways; ++way) {
+      sum[0][v] += sum[way][v];
+      square[0][v] += square[way][v];
+    }
+    store_vec(pivots + v * L, pivot[v]);
+    store_vec(sums + v * L, sum[0][v]);
+    store_vec(squares + v * L, square[0][v]);
+  }
+}
+
+template <typename T, typename S>
+void moments_of(const T* x, const NormRun& run, double* mean, double* squares) {
+  constexpr int L = lanes<S>, V = row_group;
+  if (run.channels == 1) return moments_of_channel<T, S>(x, run.positions, *mean, *squares);
+  for (int64_t first = 0; first < run.positions; first += block_rows) {
+    const int rows = int(run.positions - first < block_rows ? run.positions - first : block_rows);
+    const Merge merge(first, rows);
+    const T* block = x + first * run.channels;
+    for (int64_t c = 0; c < run.channels;) {
+      S pivot[V * L], sum[V * L], square[V * L];
+      const int64_t left = run.channels - c;
+      const int taken = left >= V * L ? V * L : left >= L ? L : int(left);
+      if (taken == V * L)
+        moments_of_rows<T, S, V, true>(block + c, rows, run.channels, L, pivot, sum, square);
+      else if (taken == L)
+        moments_of_rows<T, S, 1, true>(block + c, rows, run.channels, L, pivot, sum, square);
+      else
+        moments_of_rows<T, S, 1, false>(block + c, rows, run.channels, taken, pivot, sum, square);
+      for (int i = 0; i < taken; ++i) {
+        double m, q;
+        if (!settle(double(pivot[i]), double(sum[i]), double(square[i]), rows, m, q))
+          exact_moments(block + c + i, rows, run.channels, m, q);
+        if (first == 0) {
+          mean[c + i] = m;
+          squares[c + i] = q;
+        } else {
+          merge(mean[c + i], squares[c + i], m, q);
+        }
+      }
+      c += taken;
+    }
+  }
+}
+
+// The constants of a run's statistics, from one for all to one a channel.
+template <typename S, bool Rows>
+struct Constant {
+  const S* p;
+  Constant(const void* all, const NormRun& run) : p(static_cast<const S*>(all) + run.statistic) {}
+  template <bool Whole>
+  [[gnu::always_inline]] Vec<S> at(int64_t i, int n) const {
+    if constexpr (Rows)
+      return load_some<S, Whole>(p + i, n);
+    else
+      return broadcast(*p);
+  }
+};
+
+// f.template operator()<Whole>(entry, channel, lanes, rows): vectors of a run, and how many rows of
+// `channels` entries take the constants of that channel.
+template <typename S, bool Rows, typename F>
+FASTDA_INLINE void for_run(const NormRun& run, F&& f) {
+  constexpr int together = 4;
+  if constexpr (Rows) {
+    for (int64_t row = 0; row < run.positions; row += together) {
+      const int rows = int(run.positions - row < together ? run.positions - row : together);
+      for_vectors<S>(run.channels, [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
+        f.template operator()<Whole>(run.begin + row * run.channels + c, c, n, rows);
+      });
+    }
+  } else {
+    for_vectors<S>(run.positions, [&]<bool Whole>(int64_t i, int n) __attribute__((always_inline)) {
+      f.template operator()<Whole>(run.begin + i, 0, n, 1);
+    });
+  }
+}
+
+template <typename T, typename S, bool Rows, Activation A, bool Residual>
+void normalize_of(const Norm& norm, const NormRun& run) {
+  const T* x = static_cast<const T*>(norm.x);
+  const T* residual = static_cast<const T*>(norm.residual);
+  T* y = static_cast<T*>(norm.y);
+  const S slope = S(norm.negative_slope);
+  const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
+      shifts(norm.shift, run);
+  for_run<S, Rows>(run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows)
+                            __attribute__((always_inline)) {
+    const Vec<S> center = centers.template at<Whole>(c, n);
+    const Vec<S> scale = scales.template at<Whole>(c, n);
+    const Vec<S> shift = shifts.template at<Whole>(c, n);
+    for (int r = 0; r < rows; ++r, i += run.channels) {
+      Vec<S> v = (load_some<S, Whole>(x + i, n) - center) * scale + shift;
+      if constexpr (Residual) v += load_some<S, Whole>(residual + i, n);
+      store_some<S, Whole>(y + i, activate<A, S>(v, slope), n);
+    }
+  });
+}
+
+// What passes the activation, of one vector.
+template <typename T, typename S, Activation A, bool Output>
+struct Back {
+  const T *x, *grad, *output;
+  S slope;
+  explicit Back(const Norm& norm)
+      : x(static_cast<const T*>(norm.x)),
+        grad(static_cast<const T*>(norm.grad)),
+        output(static_cast<const T*>(norm.output)),
+        slope(S(norm.negative_slope)) {}
+  template <bool Whole>
+  [[gnu::always_inline]] Vec<S> operator()(int64_t i, int n, Vec<S> centered, Vec<S> scale,
+                                         Vec<S> shift) const {
+    const Vec<S> g = load_some<S, Whole>(grad + i, n);
+    if constexpr (A == Activation::none) return g;
+    if constexpr (Output) return activate_back<A, S>(g, load_some<S, Whole>(output + i, n), slope);
+    return activate_back<A, S>(g, centered * scale + shift, slope);
+  }
+};
+
+template <typename T, typename S, bool Rows, Activation A, bool Output>
+void input_gradient_of(const Norm& norm, const NormRun& run) {
+  const Back<T, S, A, Output> back(norm);
+  T* d_x = static_cast<T*>(norm.d_x);
+  const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
+      shifts(norm.shift, run), slopes(norm.slope, run), offsets(norm.offset, run);
+  const bool through = norm.through_statistics;
+  for_run<S, Rows>(run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows)
+                            __attribute__((always_inline)) {
+    const Vec<S> center = centers.template at<Whole>(c, n);
+    const Vec<S> scale = scales.template at<Whole>(c, n);
+    const Vec<S> shift = shifts.template at<Whole>(c, n);
+    const Vec<S> slope = slopes.template at<Whole>(c, n);
+    const Vec<S> offset = offsets.template at<Whole>(c, n);
+    for (int r = 0; r < rows; ++r, i += run.channels) {
+      const Vec<S> centered = load_some<S, Whole>(back.x + i, n) - center;
+      const Vec<S> g = back.template operator()<Whole>(i, n, centered, scale, shift);
+      const Vec<S> direct = g * scale;
+      store_some<S, Whole>(d_x + i, through ? centered * slope + (direct + offset) : direct, n);
+    }
+  });
+}
+
+template <typename T, typename S, Activation A, bool Output>
+void sums_of_channel(const Norm& norm, const NormRun& run, double& grads, double& products) {
+  constexpr int L = lanes<S>, group = 4;
+  const Back<T, S, A, Output> back(norm);
+  T* d_residual = static_cast<T*>(norm.d_residual);
+  const Constant<S, false> centers(norm.center, run), scales(norm.scale, run),
+      shifts(norm.shift, run);
+  const Vec<S> center = centers.template at<true>(0, L), scale = scales.template at<true>(0, L),
+               shift = shifts.template at<true>(0, L);
+  for (int64_t first = 0; first < run.positions; first += block_entries) {
+    const int64_t begin = run.begin + first;
+    const int n = int(run.positions - first < block_entries ? run.positions - first : block_entries);
+    Vec<S> sum[group] = {}, product[group] = {};
+    const auto add = [&]<bool Whole>(int v, int64_t at, int count) __attribute__((always_inline)) {
+      const Vec<S> centered = load_some<S, Whole>(back.x + at, count) - center;
+      const Vec<S> g = back.template operator()<Whole>(at, count, centered, scale, shift);
+      if (d_residual) store_some<S, Whole>(d_residual + at, g, count);
+      sum[v] += g;
+      product[v] += g * centered;
+    };
+    int i = 0;
+    for (; i + group * L <= n; i += group * L)
+#pragma GCC unroll 4
+      for (int v = 0; v < group; ++v) add.template operator()<true>(v, begin + i + v * L, L);
+    for (; i + L <= n; i += L) add.template operator()<true>(0, begin + i, L);
+    if (i < n) {
+      // Lanes past the end have a gradient of 0, whatever the mask.
+      add.template operator()<false>(1, begin + i, n - i);
+    }
+    grads += sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    products += sum_lanes<S>((product[0] + product[1]) + (product[2] + product[3]));
+  }
+}
+
+template <typename T, typename S, Activation A, bool Output, int V, bool Whole>
+FASTDA_INLINE void sums_of_rows(const Norm& norm, const NormRun& run, int64_t begin, int rows,
+                                int64_t c, int count, double* grads, double* products) {
+  constexpr int L = lanes<S>, ways = V == 1 ? 4 : 1;
+  const Back<T, S, A, Output> back(norm);
+  T* d_residual = static_cast<T*>(norm.d_residual);
+  const Constant<S, true> centers(norm.center, run), scales(norm.scale, run),
+      shifts(norm.shift, run);
+  Vec<S> center[V], scale[V], shift[V], sum[ways][V] = {}, product[ways][V] = {};
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    center[v] = centers.template at<Whole>(c + v * L, count);
+    scale[v] = scales.template at<Whole>(c + v * L, count);
+    shift[v] = shifts.template at<Whole>(c + v * L, count);
+  }
+  const auto add = [&](int way, int r) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = begin + r * run.channels + c + v * L;
+      const Vec<S> centered = load_some<S, Whole>(back.x + at, count) - center[v];
+      const Vec<S> g = back.template operator()<Whole>(at, count, centered, scale[v], shift[v]);
+      if (d_residual) store_some<S, Whole>(d_residual + at, g, count);
+      sum[way][v] += g;
+      product[way][v] += g * centered;
+    }
+  };
+  int r = 0;
+  for (; r + ways <= rows; r += ways)
+#pragma GCC unroll 4
+    for (int way = 0; way < ways; ++way) add(way, r + way);
+  for (; r < rows; ++r) add(0, r);
+#pragma GCC unroll 4
+  for (int v = 0; v < V; ++v) {
+    for (int way = 1; way < ways; ++way) {
+      sum[0][v] += sum[way][v];
+      product[0][v] += product[way][v];
+    }
+    add_lanes<S>(grads + c + v * L, sum[0][v], count);
+    add_lanes<S>(products + c + v * L, product[0][v], count);
+  }
+}
+
+template <typename T, typename S, bool Rows, Activation A, bool Output>
+void sums_of(const Norm& norm, const NormRun& run, double* grads, double* products) {
+  if constexpr (!Rows) {
+    sums_of_channel<T, S, A, Output>(norm, run, *grads, *products);
+  } else {
+    constexpr int L = lanes<S>, V = row_group;
+    for (int64_t first = 0; first < run.positions; first += block_rows) {
+      const int rows = int(run.positions - first < block_rows ? run.positions - first : block_rows);
+      const int64_t begin = run.begin + first * run.channels;
+      int64_t c = 0;
+      for (; c + V * L <= run.channels; c += V * L)
+        sums_of_rows<T, S, A, Output, V, true>(norm, run, begin, rows, c, L, grads, products);
+      for (; c + L <= run.channels; c += L)
+        sums_of_rows<T, S, A, Output, 1, true>(norm, run, begin, rows, c, L, grads, products);
+      if (c < run.channels)
+        sums_of_rows<T, S, A, Output, 1, false>(norm, run, begin, rows, c, int(run.channels - c),
+                                                grads, products);
+    }
+  }
+}
+
+// Calls f.template operator()<T, S, Rows, A>().
+template <typename F>
+void specialize(const Norm& norm, const NormRun& run, F&& f) {
+  dispatch(norm.dtype, [&]<typename T>() {
+    using S = typename Acc<T>::type;
+    const auto with = [&]<Activation A>() {
+      run.channels == 1 ? f.template operator()<T, S, false, A>()
+                        : f.template operator()<T, S, true, A>();
+    };
+    switch (norm.activation) {
+      case Activation::relu: return with.template operator()<Activation::relu>();
+      case Activation::leaky_relu: return with.template operator()<Activation::leaky_relu>();
+      default: return with.template operator()<Activation::none>();
+    }
+  });
+}
+
+void moments(const Norm& norm, const NormRun& run, double* mean, double* squares) {
+  dispatch(norm.dtype, [&]<typename T>() {
+    moments_of<T, typename Acc<T>::type>(static_cast<const T*>(norm.x) + run.begin, run, mean,
+                                         squares);
+  });
+}
+void normalize(const Norm& norm, const NormRun& run) {
+  specialize(norm, run, [&]<typename T, typename S, bool Rows, Activation A>() {
+    norm.residual ? normalize_of<T, S, Rows, A, true>(norm, run)
+                  : normalize_of<T, S, Rows, A, false>(norm, run);
+  });
+}
+void sums(const Norm& norm, const NormRun& run, double* grads, double* products) {
+  specialize(norm, run, [&]<typename T, typename S, bool Rows, Activation A>() {
+    norm.output ? sums_of<T, S, Rows, A, true>(norm, run, grads, products)
+                : sums_of<T, S, Rows, A, false>(norm, run, grads, products);
+  });
+}
+void input_gradient(const Norm& norm, const NormRun& run) {
+  Norm n = norm;
+  if (n.d_residual) {  // has passed the activation
+    n.grad = n.d_residual;
+    n.activation = Activation::none;
+    n.output = nullptr;
+  }
+  specialize(n, run, [&]<typename T, typename S, bool Rows, Activation A>() {
+    n.output ? input_gradient_of<T, S, Rows, A, true>(n, run)
+             : input_gradient_of<T, S, Rows, A, false>(n, run);
+  });
+}
+
+}  // namespace
+
+extern const NormKernels norm;
+const NormKernels norm = {moments, normalize, sums, input_gradient};
+
+}  // namespace fastda::cpu::FASTDA_ISA
