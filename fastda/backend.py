@@ -95,12 +95,19 @@ _forced: str | None = None
 _defaults: dict[str, str] = {}
 
 
+def lacking(backend: str, op: str) -> str | None:
+    """That `backend` has no kernels of `op`, in words; None if it has."""
+    if backend == "reference" or backend in _ONLY.get(op, BACKENDS):
+        return None
+    return f"{op} has no {backend} kernels: the reference serves it"
+
+
 def why_not(backend: str, device_type: str, op: str = "") -> str | None:
     """Why `backend` cannot serve tensors on `device_type`, or `op` in particular; None if it can."""
     if backend == "reference":
         return None
-    if backend not in _ONLY.get(op, BACKENDS):
-        return f"{op} has no {backend} kernels: the reference serves it"
+    if op and lacking(backend, op):
+        return lacking(backend, op)
     if backend == "cpp":
         if device_type != "cpu":
             return f"the C++ kernels serve the CPU, not {device_type}"
@@ -137,7 +144,7 @@ def select(x: torch.Tensor, op: str = "") -> str:
     has no kernels of.
     """
     chosen = _select(x)
-    return chosen if chosen in _ONLY.get(op, BACKENDS) else "reference"
+    return "reference" if op and lacking(chosen, op) else chosen
 
 
 def _select(x: torch.Tensor) -> str:

@@ -7,6 +7,7 @@ import torch
 
 import fastda.ops.grad_reverse
 import fastda.ops.patch_loss
+from fastda import backend
 from fastda.testing import poisoned_allocations
 from tests import lanes
 from tests.common import needs_node
@@ -47,7 +48,12 @@ def poisoned_and_seeded(request):
     """Unwritten outputs show as NaN; random inputs are fresh for each test and reproducible by its name."""
     seed = os.environ.get("FASTDA_TEST_SEED")
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()) if seed is None else int(seed))
-    lane = request.node.callspec.params.get("lane") if hasattr(request.node, "callspec") else None
+    given = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    lane = given.get("lane")
+    if lane is not None and lane.here and hasattr(given.get("op"), "name"):
+        lacking = backend.lacking(lane.backend, given["op"].name)
+        if lacking:
+            pytest.skip(lacking)
     with (
         poisoned_allocations(),
         lane.serving() if lane is not None and lane.here else contextlib.nullcontext(),

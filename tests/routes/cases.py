@@ -13,8 +13,10 @@ import fastda
 from fastda import compatibility
 from fastda.compatibility import GANLoss, LocalAdversarialLoss, ReverseLayerF, WarmStartGradientReverseLayer
 from fastda.nn import (
+    BatchNormAct2d,
     DomainClassifier,
     GradientReversal,
+    InstanceNormAct2d,
     PatchDiscriminator,
     PatchDiscriminatorLoss,
     Refiner,
@@ -110,6 +112,12 @@ MODULES = {
     "RefinerLoss, tensor": (lambda: RefinerLoss(torch.tensor(0.3)), refining),
     "RefinerBlock": (lambda: RefinerBlock(4), image(4)),
     "RefinerBlock, recomputing": (lambda: RefinerBlock(4, recompute_inner=True), image(4)),
+    "BatchNormAct2d": (lambda: BatchNormAct2d(4, negative_slope=0.0), image(4)),
+    "BatchNormAct2d, residual": (
+        lambda: BatchNormAct2d(4, negative_slope=0.1),
+        lambda: (*image(4)(), *image(4)()),
+    ),
+    "InstanceNormAct2d": (lambda: InstanceNormAct2d(4, affine=True, negative_slope=0.0), image(4)),
     "Refiner": (lambda: Refiner(1, 4, 2), image()),
     "Refiner, channels_last": (lambda: Refiner(3, 4, 2), last),
     "RevGrad": (lambda: compatibility.RevGrad(0.5), features),
@@ -139,7 +147,23 @@ def filters():
     return draw(4, 4, 3, 3), draw(4), draw(4, 4, 3, 3), draw(4)
 
 
+def normalised():
+    return (*image(4)(), draw(4), draw(4))
+
+
 OPERATORS = {
+    "batch_norm_act": operator("batch_norm_act", normalised),
+    "batch_norm_act, fused": (
+        lambda: Call(lambda x, w, b, r: fastda.batch_norm_act(x, w, b, residual=r, negative_slope=0.1)),
+        lambda: (*normalised(), *image(4)()),
+    ),
+    "batch_norm_act, stored": (
+        lambda: Call(
+            lambda x, w, b, m, v: fastda.batch_norm_act(x, w, b, m, v, training=False, negative_slope=0.0)
+        ),
+        lambda: (*normalised(), constant(4), constant(4)),
+    ),
+    "instance_norm_act": operator("instance_norm_act", normalised, negative_slope=0.0),
     "grad_reverse": operator("grad_reverse", features, scale=0.5),
     "grad_reverse, tensor": operator("grad_reverse", lambda: (*features(), constant())),
     "grad_reverse, per sample": operator("grad_reverse", lambda: (*features(), constant(3))),
