@@ -46,8 +46,6 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   // -> gradients of x, weight1, bias1, weight2, bias2
   m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
-  m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-
   // Normalisation. act?((x - mean) / sqrt(variance + eps) weight + bias + residual), the statistics
   // those of a channel, per_image of one image's channel, or the running ones where they are given;
   // no negative_slope: no activation. mean, variance: float64, what was used.
