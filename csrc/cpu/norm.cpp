@@ -1,8 +1,8 @@
 #include <cmath>
 #include <vector>
 
-#include "common/tensor.h"
 #include "cpu/kernels/norm.h"
+#include "host/tensor.h"
 
 namespace fastda::cpu {
 namespace {
@@ -24,13 +24,6 @@ struct Layout {
 Tensor dense(const Tensor& t, bool channels_last) {
   return torch::stable::contiguous(
       t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-Tensor empty_like(const Tensor& x, bool channels_last) {
-  const int64_t size[] = {x.size(0), x.size(1), x.size(2), x.size(3)};
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(size, 4), x.scalar_type(), std::nullopt,
-      std::nullopt, std::nullopt,
-      channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 Layout layout_of(const Tensor& x, bool channels_last, bool per_image) {
   const int64_t n = x.size(0);
@@ -61,7 +54,7 @@ std::vector<double> per_channel(const MaybeTensor& t, int64_t count, double othe
 Norm norm_of(const Tensor& x, std::optional<double> negative_slope, const char* op) {
   Norm norm{};
   norm.dtype = dtype_of(x, op);
-  norm.activation = !negative_slope         ? Activation::none
+  norm.activation = !negative_slope        ? Activation::none
                     : *negative_slope == 0 ? Activation::relu
                                            : Activation::leaky_relu;
   norm.negative_slope = negative_slope.value_or(1.0);
@@ -183,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_any, const MaybeTens
                                             const MaybeTensor& residual_any, bool per_image,
                                             double eps, std::optional<double> negative_slope) {
   const char* op = "norm_act";
-  FASTDA_CHECK(x_any.dim() == 4 && bool(running_mean) == bool(running_var) &&
-                   !(per_image && running_mean),
-               op, ": x must be (N, C, H, W), with both running statistics or none");
+  FASTDA_CHECK(
+      x_any.dim() == 4 && bool(running_mean) == bool(running_var) && !(per_image && running_mean),
+      op, ": x must be (N, C, H, W), with both running statistics or none");
   const bool last = prefers_channels_last(x_any);
   const Tensor x = dense(x_any, last);
   const Layout l = layout_of(x, last, per_image);
@@ -194,7 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_any, const MaybeTens
     check_image(*residual_any, x, op);
     residual = dense(*residual_any, last);
   }
-  Tensor y = empty_like(x, last);
+  Tensor y = empty_image(x, x.size(1), x.scalar_type(), last);
   Norm norm = norm_of(x, negative_slope, op);
   norm.residual = residual ? residual->const_data_ptr() : nullptr;
   norm.y = y.mutable_data_ptr();
@@ -204,8 +197,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_any, const MaybeTens
   const bool given = bool(running_mean);
   const std::vector<double> given_mean = per_channel(running_mean, l.channels, 0, op);
   const std::vector<double> given_var = per_channel(running_var, l.channels, 0, op);
-  Tensor mean = empty({l.statistics()}, ScalarType::Double);
-  Tensor variance = empty({l.statistics()}, ScalarType::Double);
+  Tensor mean = empty(x, {l.statistics()}, ScalarType::Double);
+  Tensor variance = empty(x, {l.statistics()}, ScalarType::Double);
   double *means = data<double>(mean), *variances = data<double>(variance);
   const auto set_all = [&](int64_t s, double m, double v) {
     means[s] = m;
@@ -261,11 +254,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     output = dense(*output_any, last);
   }
   const auto image = [&](bool need) {
-    return need ? empty_like(x, last) : empty({0}, x.scalar_type());
+    return need ? empty_image(x, x.size(1), x.scalar_type(), last) : empty(x, {0}, x.scalar_type());
   };
   Tensor d_x = image(need_x), d_residual = image(need_residual);
-  Tensor d_weight = empty({need_weight ? l.channels : 0}, wide(x));
-  Tensor d_bias = empty({need_bias ? l.channels : 0}, wide(x));
+  Tensor d_weight = empty(x, {need_weight ? l.channels : 0}, wide(x));
+  Tensor d_bias = empty(x, {need_bias ? l.channels : 0}, wide(x));
   Norm norm = norm_of(x, negative_slope, op);
   norm.grad = grad.const_data_ptr();
   norm.output = output ? output->const_data_ptr() : nullptr;
@@ -298,8 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
     two_passes<Gradients>(
         l,
         [&](const NormRun& run, Gradients& total) {
-          if (sums)
-            cpu::norm_kernels().sums(norm, run, total.grads.data(), total.products.data());
+          if (sums) cpu::norm_kernels().sums(norm, run, total.grads.data(), total.products.data());
         },
         [&](int64_t first, const Gradients& total) {
           for (size_t i = 0; i < total.grads.size(); ++i) {

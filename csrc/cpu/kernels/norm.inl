@@ -263,9 +263,10 @@ FASTDA_INLINE void for_run(const NormRun& run, F&& f) {
   if constexpr (Rows) {
     for (int64_t row = 0; row < run.positions; row += together) {
       const int rows = int(run.positions - row < together ? run.positions - row : together);
-      for_vectors<S>(run.channels, [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
-        f.template operator()<Whole>(run.begin + row * run.channels + c, c, n, rows);
-      });
+      for_vectors<S>(run.channels,
+                     [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
+                       f.template operator()<Whole>(run.begin + row * run.channels + c, c, n, rows);
+                     });
     }
   } else {
     for_vectors<S>(run.positions, [&]<bool Whole>(int64_t i, int n) __attribute__((always_inline)) {
@@ -282,17 +283,17 @@ void normalize_of(const Norm& norm, const NormRun& run) {
   const S slope = S(norm.negative_slope);
   const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
       shifts(norm.shift, run);
-  for_run<S, Rows>(run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows)
-                            __attribute__((always_inline)) {
-    const Vec<S> center = centers.template at<Whole>(c, n);
-    const Vec<S> scale = scales.template at<Whole>(c, n);
-    const Vec<S> shift = shifts.template at<Whole>(c, n);
-    for (int r = 0; r < rows; ++r, i += run.channels) {
-      Vec<S> v = (load_some<S, Whole>(x + i, n) - center) * scale + shift;
-      if constexpr (Residual) v += load_some<S, Whole>(residual + i, n);
-      store_some<S, Whole>(y + i, activate<A, S>(v, slope), n);
-    }
-  });
+  for_run<S, Rows>(
+      run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows) __attribute__((always_inline)) {
+        const Vec<S> center = centers.template at<Whole>(c, n);
+        const Vec<S> scale = scales.template at<Whole>(c, n);
+        const Vec<S> shift = shifts.template at<Whole>(c, n);
+        for (int r = 0; r < rows; ++r, i += run.channels) {
+          Vec<S> v = (load_some<S, Whole>(x + i, n) - center) * scale + shift;
+          if constexpr (Residual) v += load_some<S, Whole>(residual + i, n);
+          store_some<S, Whole>(y + i, activate<A, S>(v, slope), n);
+        }
+      });
 }
 
 // What passes the activation, of one vector.
@@ -307,7 +308,7 @@ struct Back {
         slope(S(norm.negative_slope)) {}
   template <bool Whole>
   [[gnu::always_inline]] Vec<S> operator()(int64_t i, int n, Vec<S> centered, Vec<S> scale,
-                                         Vec<S> shift) const {
+                                           Vec<S> shift) const {
     const Vec<S> g = load_some<S, Whole>(grad + i, n);
     if constexpr (A == Activation::none) return g;
     if constexpr (Output) return activate_back<A, S>(g, load_some<S, Whole>(output + i, n), slope);
@@ -322,20 +323,20 @@ void input_gradient_of(const Norm& norm, const NormRun& run) {
   const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
       shifts(norm.shift, run), slopes(norm.slope, run), offsets(norm.offset, run);
   const bool through = norm.through_statistics;
-  for_run<S, Rows>(run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows)
-                            __attribute__((always_inline)) {
-    const Vec<S> center = centers.template at<Whole>(c, n);
-    const Vec<S> scale = scales.template at<Whole>(c, n);
-    const Vec<S> shift = shifts.template at<Whole>(c, n);
-    const Vec<S> slope = slopes.template at<Whole>(c, n);
-    const Vec<S> offset = offsets.template at<Whole>(c, n);
-    for (int r = 0; r < rows; ++r, i += run.channels) {
-      const Vec<S> centered = load_some<S, Whole>(back.x + i, n) - center;
-      const Vec<S> g = back.template operator()<Whole>(i, n, centered, scale, shift);
-      const Vec<S> direct = g * scale;
-      store_some<S, Whole>(d_x + i, through ? centered * slope + (direct + offset) : direct, n);
-    }
-  });
+  for_run<S, Rows>(
+      run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows) __attribute__((always_inline)) {
+        const Vec<S> center = centers.template at<Whole>(c, n);
+        const Vec<S> scale = scales.template at<Whole>(c, n);
+        const Vec<S> shift = shifts.template at<Whole>(c, n);
+        const Vec<S> slope = slopes.template at<Whole>(c, n);
+        const Vec<S> offset = offsets.template at<Whole>(c, n);
+        for (int r = 0; r < rows; ++r, i += run.channels) {
+          const Vec<S> centered = load_some<S, Whole>(back.x + i, n) - center;
+          const Vec<S> g = back.template operator()<Whole>(i, n, centered, scale, shift);
+          const Vec<S> direct = g * scale;
+          store_some<S, Whole>(d_x + i, through ? centered * slope + (direct + offset) : direct, n);
+        }
+      });
 }
 
 template <typename T, typename S, Activation A, bool Output>
@@ -349,7 +350,8 @@ void sums_of_channel(const Norm& norm, const NormRun& run, double& grads, double
                shift = shifts.template at<true>(0, L);
   for (int64_t first = 0; first < run.positions; first += block_entries) {
     const int64_t begin = run.begin + first;
-    const int n = int(run.positions - first < block_entries ? run.positions - first : block_entries);
+    const int n =
+        int(run.positions - first < block_entries ? run.positions - first : block_entries);
     Vec<S> sum[group] = {}, product[group] = {};
     const auto add = [&]<bool Whole>(int v, int64_t at, int count) __attribute__((always_inline)) {
       const Vec<S> centered = load_some<S, Whole>(back.x + at, count) - center;
