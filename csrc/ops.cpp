@@ -54,6 +54,13 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   // again. Gradients of weight and bias are float32, or float64.
   // -> gradients of x, weight, bias, residual, empty where not needed
   m.def("norm_act_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? bias, Tensor mean, Tensor variance, Tensor? output, bool per_image, bool through_statistics, float eps, float? negative_slope, bool need_x, bool need_weight, bool need_bias, bool need_residual) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // Max-pool of a (rectified) image. indices: uint8, an output's place in its window; 255 where ReLU left
+  // nothing of it.
+  // -> output, indices (empty unless keep_indices)
+  m.def("relu_max_pool(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, bool ceil_mode, bool relu, bool keep_indices) -> (Tensor, Tensor)");
+  // -> gradient of x, whose height, width and layout are given
+  m.def("relu_max_pool_backward(Tensor grad, Tensor indices, int[2] size, bool channels_last, int[2] kernel_size, int[2] stride, int[2] padding) -> Tensor");
 }
 // clang-format on
 

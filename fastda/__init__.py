@@ -11,6 +11,7 @@ from fastda.ops.patch_loss import (
     refiner_loss,
     self_regularization,
 )
+from fastda.ops.pool import relu_max_pool
 from fastda.ops.refiner_conv import conv_same, refiner_block
 from fastda.optimize import optimize
 
@@ -29,6 +30,7 @@ __all__ = [
     "patch_head_discriminator_loss",
     "refiner_block",
     "refiner_loss",
+    "relu_max_pool",
     "self_regularization",
     "use_backend",
 ]

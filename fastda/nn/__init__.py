@@ -4,6 +4,7 @@ from fastda.nn.grad_reverse import DomainClassifier, GradientReversal, Scheduled
 from fastda.nn.history import ImageHistoryBuffer
 from fastda.nn.norm import BatchNormAct2d, InstanceNormAct2d
 from fastda.nn.patch_loss import PatchDiscriminator, PatchDiscriminatorLoss, RefinerLoss
+from fastda.nn.pool import ReLUMaxPool2d
 from fastda.nn.refiner_conv import Refiner, RefinerBlock
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "InstanceNormAct2d",
     "PatchDiscriminator",
     "PatchDiscriminatorLoss",
+    "ReLUMaxPool2d",
     "Refiner",
     "RefinerBlock",
     "RefinerLoss",

@@ -13,6 +13,7 @@ from fastda.reference.patch_loss import (
     refiner_loss,
     self_regularization,
 )
+from fastda.reference.pool import relu_max_pool
 from fastda.reference.refiner_conv import conv_same, refiner_block
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "patch_head_discriminator_loss",
     "refiner_block",
     "refiner_loss",
+    "relu_max_pool",
     "self_regularization",
 ]

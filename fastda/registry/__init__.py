@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fastda.registry import grad_reverse, norm, patch_loss, refiner_conv
+from fastda.registry import grad_reverse, norm, patch_loss, pool, refiner_conv
 from fastda.registry.patch_loss import KINDS, REDUCTIONS
 from fastda.registry.row import Operator, Sizes, Tolerance, Workload
 
@@ -22,7 +22,7 @@ __all__ = [
     "Workload",
 ]
 
-FAMILIES = (grad_reverse, patch_loss, refiner_conv, norm)
+FAMILIES = (grad_reverse, patch_loss, refiner_conv, norm, pool)
 OPERATORS: tuple[Operator, ...] = tuple(op for family in FAMILIES for op in family.OPERATORS)
 # Of single operators; fastda.tools.workloads has those of networks and training steps, too.
 WORKLOADS: tuple[Workload, ...] = tuple(w for family in FAMILIES for w in family.WORKLOADS)

@@ -21,23 +21,6 @@ template <typename S>
 constexpr int block = 32 * lanes<S>;
 
 template <typename S>
-struct Bits;
-template <>
-struct Bits<float> {
-  using type = int32_t;
-};
-template <>
-struct Bits<double> {
-  using type = int64_t;
-};
-template <typename S>
-struct IntVecOf {
-  typedef typename Bits<S>::type type __attribute__((vector_size(vector_bytes)));
-};
-template <typename S>
-using IntVec = typename IntVecOf<S>::type;
-
-template <typename S>
 struct Constants;
 // exp(r) = 1 + r + r^2 (exp[0] + exp[1] r + ...) for |r| <= ln(2) / 2, and atanh(s) = s + s t
 // (atanh[0] + atanh[1] t + ...) with t = s^2 for s <= 1/3: Chebyshev interpolation, relative errors

@@ -52,6 +52,29 @@ inline void store_first<float, float>(float* p, F32 x, int n) {
   }
 }
 
+template <>
+[[gnu::always_inline]] inline IntVec<float> load_bytes<float>(const uint8_t* p, int n) {
+  uint64_t bytes = 0;
+  if (n == 8) {
+    std::memcpy(&bytes, p, 8);
+  } else {
+    for (int i = 0; i < n; ++i) bytes |= uint64_t(p[i]) << (8 * i);
+  }
+  return IntVec<float>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes))));
+}
+template <>
+[[gnu::always_inline]] inline void store_bytes<float>(uint8_t* p, IntVec<float> v, int n) {
+  const __m256i words = _mm256_packus_epi32(__m256i(v), __m256i(v));  // 0123 0123 4567 4567
+  const __m256i packed = _mm256_packus_epi16(words, words);
+  const uint64_t bytes = uint32_t(_mm256_extract_epi32(packed, 0)) |
+                         uint64_t(uint32_t(_mm256_extract_epi32(packed, 4))) << 32;
+  if (n == 8) {
+    std::memcpy(p, &bytes, 8);
+  } else {
+    for (int i = 0; i < n; ++i) p[i] = uint8_t(bytes >> (8 * i));
+  }
+}
+
 FASTDA_INLINE F32 widen(__m128i h, bf16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }

@@ -48,6 +48,15 @@ inline void store_first<float, float>(float* p, F32 x, int n) {
   _mm512_mask_storeu_ps(p, Mask((1u << n) - 1), x);
 }
 
+template <>
+[[gnu::always_inline]] inline IntVec<float> load_bytes<float>(const uint8_t* p, int n) {
+  return IntVec<float>(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(Mask((1u << n) - 1), p)));
+}
+template <>
+[[gnu::always_inline]] inline void store_bytes<float>(uint8_t* p, IntVec<float> v, int n) {
+  _mm512_mask_cvtepi32_storeu_epi8(p, Mask((1u << n) - 1), __m512i(v));
+}
+
 FASTDA_INLINE F32 widen(__m256i h, bf16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }

@@ -6,7 +6,8 @@
 //
 //   Mask, mask_of(begin, end)        lanes [begin, end)
 //   load_vec, store_vec              of 16-bit types, and of all types under a mask
-//   load_first, store_first          where a mask beats this file's loops
+//   load_first, store_first, load_bytes, store_bytes
+//                                    where there is more than this file's loops
 //   fma, fnma, clamp_min, all_zero, transpose
 //
 // Everything has internal linkage: see common/dtype.h.
@@ -57,6 +58,24 @@ using Vec = typename VecOf<S>::type;
 using F32 = Vec<float>;
 template <typename S>
 constexpr int lanes = vector_bytes / int(sizeof(S));
+
+// Integers of the lanes' size: what comparisons give.
+template <typename S>
+struct Bits;
+template <>
+struct Bits<float> {
+  using type = int32_t;
+};
+template <>
+struct Bits<double> {
+  using type = int64_t;
+};
+template <typename S>
+struct IntVecOf {
+  typedef typename Bits<S>::type type __attribute__((vector_size(vector_bytes)));
+};
+template <typename S>
+using IntVec = typename IntVecOf<S>::type;
 
 template <typename S>
 inline Vec<S> load_vec(const S* p) {
@@ -117,6 +136,23 @@ inline void store_first(T* p, Vec<S> v, int n) {
   }
 }
 
+// The first n (1 to lanes) bytes as integers, the rest of the lanes zero; and back, from integers
+// below 256.
+template <typename S>
+inline IntVec<S> load_bytes(const uint8_t* p, int n) {
+  typename Bits<S>::type lane[lanes<S>] = {};
+  for (int i = 0; i < n; ++i) lane[i] = p[i];
+  IntVec<S> v;
+  std::memcpy(&v, lane, sizeof v);
+  return v;
+}
+template <typename S>
+inline void store_bytes(uint8_t* p, IntVec<S> v, int n) {
+  typename Bits<S>::type lane[lanes<S>];
+  std::memcpy(lane, &v, sizeof v);
+  for (int i = 0; i < n; ++i) p[i] = uint8_t(lane[i]);
+}
+
 template <int... I>
 struct Sequence {};
 template <int N, int... I>
@@ -125,6 +161,29 @@ template <int... I>
 struct MakeSequence<0, I...> {
   using type = Sequence<I...>;
 };
+
+template <typename S, int... L>
+inline void deinterleave(Vec<S>& a, Vec<S>& b, Sequence<L...>) {
+  const Vec<S> even = __builtin_shufflevector(a, b, (2 * L)...);
+  b = __builtin_shufflevector(a, b, (2 * L + 1)...);
+  a = even;
+}
+// The entries of a, then b, at even places to a, the others to b; and back.
+template <typename S>
+inline void deinterleave(Vec<S>& a, Vec<S>& b) {
+  deinterleave<S>(a, b, typename MakeSequence<lanes<S>>::type{});
+}
+template <typename S, int... L>
+inline void interleave(Vec<S>& a, Vec<S>& b, Sequence<L...>) {
+  constexpr int n = lanes<S>;
+  const Vec<S> low = __builtin_shufflevector(a, b, (L / 2 + (L & 1) * n)...);
+  b = __builtin_shufflevector(a, b, ((n + L) / 2 + (L & 1) * n)...);
+  a = low;
+}
+template <typename S>
+inline void interleave(Vec<S>& a, Vec<S>& b) {
+  interleave<S>(a, b, typename MakeSequence<lanes<S>>::type{});
+}
 
 template <typename S, int D, int... L>
 inline void exchange(Vec<S>& a, Vec<S>& b, Sequence<L...>) {
