@@ -5,6 +5,12 @@
 
 #include "common/dtype.h"
 
+#if defined(__CUDACC__)
+#define FASTDA_POOL_INLINE __host__ __device__ __forceinline__
+#else
+#define FASTDA_POOL_INLINE [[gnu::always_inline, maybe_unused]] static inline
+#endif
+
 namespace fastda {
 
 struct PoolProblem {
@@ -21,5 +27,21 @@ struct PoolProblem {
 // The index of an output is its element's place in the window, row * kernel_w + column; no_index
 // where ReLU left nothing of the window, whose gradient is then zero.
 constexpr int no_index = 255;
+
+struct PoolRange {
+  int64_t begin, end;
+};
+// Places of the window of output i, in one dimension, that are within the input.
+FASTDA_POOL_INLINE PoolRange pool_places(int64_t i, int64_t kernel, int64_t stride, int64_t pad,
+                                         int64_t size) {
+  const int64_t first = i * stride - pad, room = size - first;
+  return {first < 0 ? -first : 0, room < kernel ? room : kernel};
+}
+// Outputs in whose windows input i is.
+FASTDA_POOL_INLINE PoolRange pool_windows(int64_t i, int64_t kernel, int64_t stride, int64_t pad,
+                                          int64_t out) {
+  const int64_t past = i + pad - kernel, last = (i + pad) / stride;
+  return {past < 0 ? 0 : past / stride + 1, last < out ? last + 1 : out};
+}
 
 }  // namespace fastda

@@ -1,10 +1,10 @@
-// The host side of the max-pool on either device: checks, layouts and results.
+// Host side of the max-pool.
 #pragma once
 
 #include <vector>
 
 #include "common/pool.h"
-#include "common/tensor.h"
+#include "host/tensor.h"
 
 namespace fastda {
 
@@ -45,49 +45,44 @@ inline PoolProblem pool_problem(const char* op, DType dtype, int64_t images, int
 
 inline Tensor pool_image(const PoolProblem& p, int64_t height, int64_t width, ScalarType dtype,
                          const Tensor& like) {
-  const int64_t size[] = {p.images, p.channels, height, width};
-  return torch::stable::empty(
-      torch::headeronly::IntHeaderOnlyArrayRef(size, 4), dtype, std::nullopt, like.device(),
-      std::nullopt, p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return empty(like, {p.images, p.channels, height, width}, dtype, p.channels_last);
 }
 inline Tensor pool_layout(const Tensor& t, const PoolProblem& p) {
   return torch::stable::contiguous(
       t, p.channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
-// run(problem, x, y, indices or null) fills y and indices, all dense in the problem's layout.
-template <typename F>
-std::tuple<Tensor, Tensor> relu_max_pool(const Tensor& x, const Pair& kernel, const Pair& stride,
-                                         const Pair& padding, bool ceil, bool relu, bool keep,
-                                         F&& run) {
+// Kernels::forward(problem, x, y, indices or null) and Kernels::backward(problem, grad, indices, out)
+// get tensors that are dense in the problem's layout and not empty.
+template <typename Kernels>
+std::tuple<Tensor, Tensor> relu_max_pool(const Tensor& x, Pair kernel, Pair stride, Pair padding,
+                                         bool ceil_mode, bool relu, bool keep_indices) {
   const char* op = "relu_max_pool";
+  const Kernels kernels(op, x);
   FASTDA_CHECK(x.dim() == 4, op, ": x must be (N, C, H, W)");
   PoolProblem p = pool_problem(op, dtype_of(x, op), x.size(0), x.size(1), {x.size(2), x.size(3)},
                                kernel, stride, padding);
   p.relu = relu;
   p.channels_last = prefers_channels_last(x);
-  p.out_height = pool_extent(p.height, p.kernel_h, p.stride_h, p.pad_h, ceil);
-  p.out_width = pool_extent(p.width, p.kernel_w, p.stride_w, p.pad_w, ceil);
+  p.out_height = pool_extent(p.height, p.kernel_h, p.stride_h, p.pad_h, ceil_mode);
+  p.out_width = pool_extent(p.width, p.kernel_w, p.stride_w, p.pad_w, ceil_mode);
   FASTDA_CHECK(p.out_height > 0 && p.out_width > 0, op, ": x must hold a window at least");
   const Tensor dense = pool_layout(x, p);
   const Tensor y = pool_image(p, p.out_height, p.out_width, x.scalar_type(), x);
-  const int64_t none[] = {0};
-  const Tensor indices =
-      keep ? pool_image(p, p.out_height, p.out_width, ScalarType::Byte, x)
-           : torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(none, 1),
-                                  ScalarType::Byte, std::nullopt, x.device());
+  const Tensor indices = keep_indices
+                             ? pool_image(p, p.out_height, p.out_width, ScalarType::Byte, x)
+                             : nothing(x, ScalarType::Byte);
   if (y.numel() > 0)
-    run(p, dense.const_data_ptr(), y.mutable_data_ptr(),
-        keep ? static_cast<uint8_t*>(indices.mutable_data_ptr()) : nullptr);
+    kernels.forward(p, dense.const_data_ptr(), y.mutable_data_ptr(),
+                    keep_indices ? data<uint8_t>(indices) : nullptr);
   return {y, indices};
 }
 
-// run(problem, grad, indices, out) fills out, all dense in the problem's layout.
-template <typename F>
-Tensor relu_max_pool_backward(const Tensor& grad, const Tensor& indices, const Pair& size,
-                              bool channels_last, const Pair& kernel, const Pair& stride,
-                              const Pair& padding, F&& run) {
+template <typename Kernels>
+Tensor relu_max_pool_backward(const Tensor& grad, const Tensor& indices, Pair size,
+                              bool channels_last, Pair kernel, Pair stride, Pair padding) {
   const char* op = "relu_max_pool_backward";
+  const Kernels kernels(op, grad, indices);
   bool same = grad.dim() == 4 && indices.dim() == 4 && indices.scalar_type() == ScalarType::Byte;
   for (int64_t d = 0; same && d < 4; ++d) same = grad.size(d) == indices.size(d);
   FASTDA_CHECK(same, op, ": grad and indices must be (N, C, H, W) of one shape, indices of uint8");
@@ -105,9 +100,15 @@ Tensor relu_max_pool_backward(const Tensor& grad, const Tensor& indices, const P
   const Tensor from = pool_layout(grad, p), places = pool_layout(indices, p);
   const Tensor out = pool_image(p, p.height, p.width, grad.scalar_type(), grad);
   if (out.numel() > 0)
-    run(p, from.const_data_ptr(), static_cast<const uint8_t*>(places.const_data_ptr()),
-        out.mutable_data_ptr());
+    kernels.backward(p, from.const_data_ptr(), const_data<uint8_t>(places),
+                     out.mutable_data_ptr());
   return out;
+}
+
+template <typename Kernels, typename Library>
+void register_pool(Library& m) {
+  m.impl("relu_max_pool", TORCH_BOX(&relu_max_pool<Kernels>));
+  m.impl("relu_max_pool_backward", TORCH_BOX(&relu_max_pool_backward<Kernels>));
 }
 
 }  // namespace fastda

@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function
 
 from fastda import _torch, backend, reference
 from fastda.ops.common import is_symbolic, recordable
+from fastda.registry.pool import extent
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 NO_INDEX = 255  # csrc/common/pool.h
@@ -39,21 +40,14 @@ def _check(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
             f"relu_max_pool: padding must be at most half of kernel_size, got {padding} for {kernel}"
         )
     out = [
-        extent(*numbers, ceil_mode=ceil_mode)
-        for numbers in zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True)
+        extent(size, k, s, p, ceil_mode, d)
+        for size, k, s, p, d in zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True)
     ]
     if any(e < 1 for e in out):
         raise ValueError(
             f"relu_max_pool: x must be large enough for a window, got {tuple(x.shape)} for kernel_size "
             f"{kernel}, padding {padding}, dilation {dilation}"
         )
-
-
-def extent(size: int, kernel: int, stride: int, pad: int, dilation: int = 1, *, ceil_mode: bool) -> int:
-    """Windows along one dimension; every one starts within the image or the padding before it."""
-    spare = size + 2 * pad - dilation * (kernel - 1) - 1 + (stride - 1 if ceil_mode else 0)
-    out = spare // stride + 1
-    return out - 1 if ceil_mode and (out - 1) * stride >= size + pad else out
 
 
 def _spread(

@@ -12,8 +12,10 @@ from fastda import _torch
 from fastda.registry.row import BF16, F16, F32, F64, Operator, Options, Sizes, Tolerance, Workload
 
 
-def _extent(size: int, kernel: int, stride: int, pad: int, ceil_mode: bool) -> int:
-    out = (size + 2 * pad - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
+def extent(size: int, kernel: int, stride: int, pad: int, ceil_mode: bool, dilation: int = 1) -> int:
+    """Windows along one dimension; every one starts within the image or the padding before it."""
+    spare = size + 2 * pad - dilation * (kernel - 1) - 1
+    out = (spare + (stride - 1 if ceil_mode else 0)) // stride + 1
     return out - 1 if ceil_mode and (out - 1) * stride >= size + pad else out
 
 
@@ -27,8 +29,7 @@ def _relu_max_pool(
     keep_indices: bool,
 ) -> tuple[Tensor, Tensor]:
     size = (
-        _extent(*numbers, ceil_mode)
-        for numbers in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
+        extent(*numbers, ceil_mode) for numbers in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
     )
     y = x.new_empty((*x.shape[:2], *size)).contiguous(memory_format=_torch.memory_format(x))
     return y, torch.empty_like(y, dtype=torch.uint8) if keep_indices else y.new_empty(0, dtype=torch.uint8)

@@ -20,6 +20,7 @@ EMPTY = {
     "patch_head_discriminator_loss": ((0, 2, 5, 3, 4), (2, 0, 5, 3, 4)),
     "batch_norm_act": ((0, 3, 4, 5), (2, 3, 0, 5)),
     "instance_norm_act": ((2, 3, 0, 5),),
+    "relu_max_pool": ((0, 3, 9, 14),),
     "conv_same": ((0, 3, 4, 3, 5, 6), (0, 64, 64, 3, 5, 6)),
     "refiner_block": ((0, 3, 3, 5, 6), (0, 64, 3, 5, 6)),
 }

@@ -743,6 +743,7 @@ class Compiler {
       if (how == "leu") return with([](T a, T b) { return !(a > b); });
       if (how == "gtu") return with([](T a, T b) { return !(a <= b); });
       if (how == "geu") return with([](T a, T b) { return !(a < b); });
+      if (how == "nan") return with([](T a, T b) { return a != a || b != b; });
       return nullptr;
     });
     const std::string& d = o.at(0);

@@ -22,6 +22,7 @@ from fastda.nn import (
     Refiner,
     RefinerBlock,
     RefinerLoss,
+    ReLUMaxPool2d,
     ScheduledGradientReversal,
 )
 
@@ -120,6 +121,8 @@ MODULES = {
     "InstanceNormAct2d": (lambda: InstanceNormAct2d(4, affine=True, negative_slope=0.0), image(4)),
     "Refiner": (lambda: Refiner(1, 4, 2), image()),
     "Refiner, channels_last": (lambda: Refiner(3, 4, 2), last),
+    "ReLUMaxPool2d": (lambda: ReLUMaxPool2d(2), image(4)),
+    "ReLUMaxPool2d, channels_last": (lambda: ReLUMaxPool2d(3, 2, 1, ceil_mode=True), last),
     "RevGrad": (lambda: compatibility.RevGrad(0.5), features),
     "GradientReverseLayer": (compatibility.GradientReverseLayer, features),
     "GradientReverseLayer, coefficient": (
@@ -172,6 +175,10 @@ OPERATORS = {
     ),
     "grad_reverse_linear, tensor": operator(
         "grad_reverse_linear", lambda: (*features(), draw(5, 4), draw(5), constant())
+    ),
+    "relu_max_pool": operator("relu_max_pool", image(4), kernel_size=2),
+    "relu_max_pool, overlapping": operator(
+        "relu_max_pool", image(4), kernel_size=3, stride=2, padding=1, relu=False
     ),
     "conv_same": operator("conv_same", lambda: (*image(4)(), *filters()[:2])),
     "conv_same, fused": (

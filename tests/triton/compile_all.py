@@ -44,7 +44,13 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
 FILES = [m for m in vars(fastda.triton).values() if getattr(m, "__package__", "") == "fastda.triton"]
-TYPES = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.uint8: "u8",
+}
 
 
 @dataclass(frozen=True)
@@ -166,6 +172,9 @@ def jobs(everything: bool) -> list[Job]:
                     y = t.conv_same(x, filters, bias, x, True)
                     t.conv_same_backward(x, x, filters, y, True, True, True)
                     continue
+                y, places = t.relu_max_pool(x, (3, 3), (2, 2), (1, 1), False, True, True)
+                t.relu_max_pool_backward(y, places, (h, w), last, (3, 3), (2, 2), (1, 1))
+                t.relu_max_pool(x, (2, 2), (2, 2), (0, 0), False, False, False)
                 y, inner = t.refiner_block(x, filters, bias, filters, bias, True)
                 t.refiner_block_backward(x, x, inner, y, filters, bias, filters, *[True] * 5)
 

@@ -80,6 +80,8 @@ def test_operators_are_torch_operators(ops):
         ("patch_discriminator_loss", (logits, logits, None, None, "softmax", "mean", 0.1, True, False)),
         ("self_regularization", (x, x.contiguous(memory_format=LAST), None, 0.5, "mean", True, False)),
         ("patch_loss_scale_", (x.clone(), logits.clone(), torch.tensor(2.0))),
+        ("relu_max_pool", (x, (3, 3), (2, 2), (1, 1), False, True, True)),
+        ("relu_max_pool_backward", (x, torch.zeros_like(x).byte(), (10, 14), False, (2, 2), (2, 2), (0, 0))),
         ("conv_same_backward", (grad, x, weight, None, True, True, False)),
     ):
         torch.library.opcheck(getattr(ops, name).op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -57,6 +57,8 @@ with FakeTensorMode():
         "refiner_loss": (logits, x, x, bias.new_empty(()), 0.0, *mean, True, True, False),
         "patch_head_discriminator_loss": (x, x, x.new_empty(2, 16, 1, 1), None, *mean, 0.0, True, True, True),
         "patch_loss_scale_": (x, logits, bias.new_empty(())),
+        "relu_max_pool": (x, (2, 2), (2, 2), (0, 0), False, True, True),
+        "relu_max_pool_backward": (x, torch.zeros_like(x).byte(), (18, 28), False, (2, 2), (2, 2), (0, 0)),
         "conv_same": (x, weight, bias, x, True),
         "conv_same_backward": (x, x, weight, x, True, True, True),
         "refiner_block": (x, weight, bias, weight, bias, True),

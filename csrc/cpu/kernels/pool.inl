@@ -63,20 +63,6 @@ FASTDA_INLINE Vec<S> won(Vec<S> grad, IntVec<S> index, int place) {
   return index == place ? grad : Vec<S>{};
 }
 
-struct Range {
-  int64_t begin, end;
-};
-// Places of the window of output i that are within the input.
-FASTDA_INLINE Range places(int64_t i, int64_t kernel, int64_t stride, int64_t pad, int64_t size) {
-  const int64_t first = i * stride - pad, room = size - first;
-  return {first < 0 ? -first : 0, room < kernel ? room : kernel};
-}
-// Outputs in whose windows input i is.
-FASTDA_INLINE Range windows(int64_t i, int64_t kernel, int64_t stride, int64_t pad, int64_t out) {
-  const int64_t past = i + pad - kernel, last = (i + pad) / stride;
-  return {past < 0 ? 0 : past / stride + 1, last < out ? last + 1 : out};
-}
-
 // Kernel and stride of both directions as constants where they are common ones; 0 otherwise.
 template <int kernel, int step>
 struct Sizes {
@@ -98,14 +84,14 @@ void forward_pixels(const PoolProblem& p, const T* x, T* y, uint8_t* indices, in
   for (int64_t row = begin; row < end; ++row) {
     const int64_t oh = row % p.out_height;
     const T* image = x + row / p.out_height * p.height * line;
-    const Range kh = places(oh, s.kernel_h(), s.stride_h(), p.pad_h, p.height);
+    const PoolRange kh = pool_places(oh, s.kernel_h(), s.stride_h(), p.pad_h, p.height);
     for (int64_t ow = 0; ow < p.out_width; ++ow) {
-      const Range kw = places(ow, s.kernel_w(), s.stride_w(), p.pad_w, p.width);
+      const PoolRange kw = pool_places(ow, s.kernel_w(), s.stride_w(), p.pad_w, p.width);
       const T* window =
           image + (oh * s.stride_h() - p.pad_h) * line + (ow * s.stride_w() - p.pad_w) * c;
       const int64_t out = (row * p.out_width + ow) * c;
       const int first = int(kh.begin * s.kernel_w() + kw.begin);
-      const auto channels = [&](Range kh, Range kw, int64_t at, auto n) __attribute__((always_inline)) {
+      const auto channels = [&](PoolRange kh, PoolRange kw, int64_t at, auto n) __attribute__((always_inline)) {
         Largest<S> largest = start<S>(relu, IntVec<S>{} + first);
 #pragma GCC unroll 3
         for (int64_t i = kh.begin; i < kh.end; ++i) {
@@ -137,9 +123,9 @@ void backward_pixels(const PoolProblem& p, const T* grad, const uint8_t* indices
   const int64_t c = p.channels;
   for (int64_t row = begin; row < end; ++row) {
     const int64_t ih = row % p.height, image = row / p.height * p.out_height;
-    const Range oh = windows(ih, s.kernel_h(), s.stride_h(), p.pad_h, p.out_height);
+    const PoolRange oh = pool_windows(ih, s.kernel_h(), s.stride_h(), p.pad_h, p.out_height);
     for (int64_t iw = 0; iw < p.width; ++iw) {
-      const Range ow = windows(iw, s.kernel_w(), s.stride_w(), p.pad_w, p.out_width);
+      const PoolRange ow = pool_windows(iw, s.kernel_w(), s.stride_w(), p.pad_w, p.out_width);
       const auto channels = [&](int64_t at, auto n) __attribute__((always_inline)) {
         Vec<S> sum{};
         for (int64_t i = oh.begin; i < oh.end; ++i) {
@@ -218,7 +204,7 @@ void forward_planes(const PoolProblem& p, const T* x, T* y, uint8_t* indices, in
   for (int64_t r = begin; r < end; ++r) {
     const int64_t plane = r / p.out_height, oh = r % p.out_height;
     const int64_t top = oh * s.stride_h() - p.pad_h;
-    const Range kh = places(oh, s.kernel_h(), s.stride_h(), p.pad_h, p.height);
+    const PoolRange kh = pool_places(oh, s.kernel_h(), s.stride_h(), p.pad_h, p.height);
     if (plane != plane_before) split_rows = 0;
     plane_before = plane;
     if (split_rows < top + kh.begin) split_rows = top + kh.begin;
@@ -262,7 +248,7 @@ void backward_planes(const PoolProblem& p, const T* grad, const uint8_t* indices
   int64_t read_rows = 0, plane_before = -1;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t plane = r / p.height, ih = r % p.height;
-    const Range oh = windows(ih, s.kernel_h(), s.stride_h(), p.pad_h, p.out_height);
+    const PoolRange oh = pool_windows(ih, s.kernel_h(), s.stride_h(), p.pad_h, p.out_height);
     if (plane != plane_before) read_rows = 0;
     plane_before = plane;
     if (read_rows < oh.begin) read_rows = oh.begin;
