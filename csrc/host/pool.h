@@ -100,8 +100,7 @@ Tensor relu_max_pool_backward(const Tensor& grad, const Tensor& indices, Pair si
   const Tensor from = pool_layout(grad, p), places = pool_layout(indices, p);
   const Tensor out = pool_image(p, p.height, p.width, grad.scalar_type(), grad);
   if (out.numel() > 0)
-    kernels.backward(p, from.const_data_ptr(), const_data<uint8_t>(places),
-                     out.mutable_data_ptr());
+    kernels.backward(p, from.const_data_ptr(), const_data<uint8_t>(places), out.mutable_data_ptr());
   return out;
 }
 

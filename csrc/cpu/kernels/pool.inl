@@ -91,18 +91,19 @@ void forward_pixels(const PoolProblem& p, const T* x, T* y, uint8_t* indices, in
           image + (oh * s.stride_h() - p.pad_h) * line + (ow * s.stride_w() - p.pad_w) * c;
       const int64_t out = (row * p.out_width + ow) * c;
       const int first = int(kh.begin * s.kernel_w() + kw.begin);
-      const auto channels = [&](PoolRange kh, PoolRange kw, int64_t at, auto n) __attribute__((always_inline)) {
-        Largest<S> largest = start<S>(relu, IntVec<S>{} + first);
+      const auto channels = [&](PoolRange kh, PoolRange kw, int64_t at, auto n)
+                                __attribute__((always_inline)) {
+                                  Largest<S> largest = start<S>(relu, IntVec<S>{} + first);
 #pragma GCC unroll 3
-        for (int64_t i = kh.begin; i < kh.end; ++i) {
+                                  for (int64_t i = kh.begin; i < kh.end; ++i) {
 #pragma GCC unroll 3
-          for (int64_t j = kw.begin; j < kw.end; ++j)
-            largest.see(load_lanes<S>(window + i * line + j * c + at, n),
-                        int(i * s.kernel_w() + j));
-        }
-        store_lanes<S>(y + out + at, largest.value, n);
-        if (indices) store_bytes<S>(indices + out + at, largest.index, n);
-      };
+                                    for (int64_t j = kw.begin; j < kw.end; ++j)
+                                      largest.see(load_lanes<S>(window + i * line + j * c + at, n),
+                                                  int(i * s.kernel_w() + j));
+                                  }
+                                  store_lanes<S>(y + out + at, largest.value, n);
+                                  if (indices) store_bytes<S>(indices + out + at, largest.index, n);
+                                };
       int64_t at = 0;
       if (kernel && kh.end - kh.begin + kw.end - kw.begin == 2 * kernel) {
         for (; at + L <= c; at += L) channels({0, kernel}, {0, kernel}, at, Known<L>{});
@@ -241,7 +242,7 @@ void backward_planes(const PoolProblem& p, const T* grad, const uint8_t* indices
   const int64_t kernel_w = s.kernel_w(), stride = s.stride_w();
   const int64_t length = line_length<S>(p), pad = p.pad_w, left = (kernel_w - 1) / stride;
   const int64_t kept = (s.kernel_h() + s.stride_h() - 1) / s.stride_h();
-  S* grads = static_cast<S*>(scratch);                        // [kept, length] from entry `left` on
+  S* grads = static_cast<S*>(scratch);  // [kept, length] from entry `left` on
   I* places_of = reinterpret_cast<I*>(grads + kept * length);  // likewise
   for (int64_t i = 0; i < kept * length; ++i) grads[i] = 0, places_of[i] = no_index;
 
@@ -318,7 +319,8 @@ int64_t scratch_bytes(const PoolProblem& p) {
   if (p.channels_last) return 0;
   const int64_t lines = p.kernel_h * p.stride_w + 1, kept = 2 * (p.kernel_h / p.stride_h + 1);
   const int64_t most = lines > kept ? lines : kept;
-  return p.dtype == DType::f64 ? most * line_length<double>(p) * 8 : most * line_length<float>(p) * 4;
+  return p.dtype == DType::f64 ? most * line_length<double>(p) * 8
+                               : most * line_length<float>(p) * 4;
 }
 
 void forward(const PoolProblem& p, const void* x, void* y, uint8_t* indices, int64_t begin,
@@ -339,7 +341,8 @@ void backward(const PoolProblem& p, const void* grad, const uint8_t* indices, vo
     const T* from = static_cast<const T*>(grad);
     T* to = static_cast<T*>(out);
     with_sizes(p, [&]<int kernel, int step>() {
-      if (p.channels_last) return backward_pixels<T, kernel, step>(p, from, indices, to, begin, end);
+      if (p.channels_last)
+        return backward_pixels<T, kernel, step>(p, from, indices, to, begin, end);
       backward_planes<T, kernel, step>(p, from, indices, to, begin, end, scratch);
     });
   });
