@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import importlib
 import importlib.util
 import os
@@ -205,17 +206,18 @@ def damage() -> str | None:
             f"another distribution, {name!r}, is installed into the folder of this one: "
             f"pip uninstall {name}, then {_REINSTALL}"
         )
-    recorded = [file for file in ours.files or () if file.parts[0] == name and file.size is not None]
-    changed = [file for file in recorded if not _is_as_installed(file)]
+    # Not `ours.files`, from which Python 3.12 leaves out what is missing.
+    record = csv.reader((ours.read_text("RECORD") or "").splitlines())
+    recorded = [(file, int(size)) for file, _, size in record if file.startswith(f"{name}/") and size]
+    changed = [file for file, size in recorded if not _has_size(Path(str(ours.locate_file(file))), size)]
     if not changed:
         return None
     more = f" and {len(changed) - 1} more files are" if len(changed) > 1 else " is"
     return f"{changed[0]}{more} missing or not what was installed: {_REINSTALL}"
 
 
-def _is_as_installed(file: metadata.PackagePath) -> bool:
-    path = Path(str(file.locate()))
-    return path.exists() and path.stat().st_size == file.size
+def _has_size(path: Path, size: int) -> bool:
+    return path.exists() and path.stat().st_size == size
 
 
 def serving(device_type: str) -> str | None:
