@@ -43,6 +43,7 @@ USERS = {
     "tests/lanes.py": "an example",
     "tests/gpu/*": "timings of a choice of operators",
     "tests/cuda/*": "one emulated operator for a property of all",
+    "tests/mutation/faults/*": "faults of what operators serve",
     "tests/tools/*": "one operator for a property of all",
     "tests/test_*.py": "one operator for a property of all",
     "tests/conformance/*": "exceptions of one operator from what holds for all",

@@ -7,6 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+AVX2, BASE = {"FASTDA_CPU_ISA": "avx2"}, {"FASTDA_CPU_ISA": "base"}
+CPU, CUDA, TRITON = "csrc/cpu", "csrc/cuda", "fastda/triton"
+NOTHING = "(void)0;"
 COMPILED = (".cpp", ".h", ".inl", ".cu", ".cuh")
 # Compiled faults are in one binary, in which the environment chooses; a definition before all else of a file.
 SWITCH = """\
@@ -75,6 +78,12 @@ class Fault:
         if self.old.endswith(";"):
             return f"if (fastda_fault == {number}) {{ {self.new} }} else {{ {self.old} }}"
         return f"(fastda_fault == {number} ? ({self.new}) : ({self.old}))"
+
+
+def fault(
+    name: str, where: str, old: str, new: str, *tests: str, harmless: str = "", **environment: str
+) -> Fault:
+    return Fault(name, where, old, new, tests, harmless, tuple(environment.items()))
 
 
 @functools.cache

@@ -1,0 +1,286 @@
+"""Faults of the refiner's convolutions."""
+
+from tests.mutation.fault import AVX2, BASE, CPU, CUDA, NOTHING, TRITON, fault
+
+FAULTS = (
+    fault(
+        "a mask of NaN closes", CPU,
+        "g <= V{} ? V{} : x", "g > V{} ? x : V{}",
+        "test_edge[gradients_pass_where_the_output_is_nan]",
+    ),
+    fault(
+        "ReLU of NaN is 0 (base)", CPU,
+        "x < low ? low : x", "x > low ? x : low",
+        "test_nan_and_inf_go_where_the_definition_takes_them", **BASE,
+    ),
+    fault(
+        "packing: the last column of an image is zero", CPU,
+        "min(block.columns, width - block.w)", "min(block.columns, width - block.w - 1)",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "large filters: every piece reads the pixels of the first in its row", CPU,
+        "(i / pieces * t.columns + i % pieces) * c", "(i / pieces * t.columns + 0 * i) * c",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "direct: filter and bias gradients without the chunks from the fifth on", CPU,
+        "sums + i * chunk_bytes + offset", "sums + min(i, 3) * chunk_bytes + offset",
+        "test_edge[filter_gradients_of_many_pieces]",
+    ),
+    fault(
+        "direct: what follows the packed input is not cleared", CPU,
+        "for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);",
+        NOTHING, "test_edge_of_the_cpu[nothing_of_an_earlier_call]",
+        harmless="Only pixels past the block's end read it, whose sums nobody takes; zeros are fast.",
+    ),
+    fault(
+        "direct gradient: what follows the packed input is not cleared", CPU,
+        "for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);",
+        NOTHING, "test_edge_of_the_cpu[nothing_of_an_earlier_call]",
+    ),
+    fault(
+        "direct gradient: halo columns are not cleared", CPU,
+        "block.columns * sizes.padded_k", "columns * sizes.padded_k",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "bias gradient: every 256th pixel is left out", CPU,
+        "min(pixels, q0 + 256)", "min(pixels, q0 + 255)",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "epilogue: contiguous images get the first channels' bias", CPU,
+        "load(bias + k0 + k)", "load(bias + k)",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "wide images: blocks of columns overlap", CPU,
+        "rest % per_row * columns", "rest % per_row",
+        "test_edge_of_the_cpu[images_wider_than_a_block]",
+    ),
+    fault(
+        "Winograd: tiles past the last keep what lay there, in the gradient", CPU,
+        "clear_rest(z, end - begin, 0);", NOTHING,
+        "test_edge_of_the_cpu[nothing_of_an_earlier_call]",
+        harmless="It is multiplied by zeros; were it NaN, the check would call the direct kernels.",
+    ),
+    fault(
+        "Winograd: tiles past the last keep what lay there, in the output", CPU,
+        "clear_rest(v, end - begin, 1);", NOTHING,
+        "test_edge_of_the_cpu[nothing_of_an_earlier_call]",
+        harmless="A tile's products reach that tile alone, and these tiles are not written out.",
+    ),
+    fault(
+        "Winograd: one half of the check for what is not finite", CPU,
+        "(y[0][0] + y[0][3]) + (y[3][0] + y[3][3])", "(y[0][0] + y[0][3]) + (y[0][0] + y[0][3])",
+        "test_edge_of_the_cpu[what_overflows_on_the_way]",
+    ),
+    fault(
+        "Winograd: no check of the filter's gradient", CPU,
+        "finite = fma(w[s], broadcast(0.0f), finite);", NOTHING,
+        "test_nan_and_inf_go_where_the_definition_takes_them",
+    ),
+    fault(
+        "Winograd: filter gradients without the chunks from the fifth on", CPU,
+        "load_vec(from + t * size + n * distance)", "load_vec(from + t * size + min(n, 3) * distance)",
+        "test_edge_of_the_cpu[filter_gradients_of_many_chunks]",
+    ),
+    fault(
+        "Winograd: bias gradients of the first chunk alone", CPU,
+        "partials + i * distance + 36 * size", "partials + 0 * distance + 36 * size",
+        "test_edge_of_the_cpu[filter_gradients_of_many_chunks]",
+    ),
+    fault(
+        "Winograd: depth stride of a panel beyond 128 channels", CPU,
+        "u + first * VL * C + c * N * VL", "u + first * VL * C + c * VL",
+        "test_many_channels",
+    ),
+    fault(
+        "Winograd: the next panel is fetched from elsewhere", CPU,
+        "panel + n * N * VL", "panel",
+        "test_many_channels",
+        harmless="A prefetch changes no value.",
+    ),
+    fault(
+        "bands: one row less is kept when the window moves up", CPU,
+        "band.row_of(made - 1, 4) - wanted", "band.row_of(made - 1, 4) - wanted - 1",
+        "test_backward_a_few_rows_at_a_time_changes_no_bit",
+    ),
+    fault(
+        "bands: the row above is not kept", CPU,
+        "band.row_of(passed) - 1", "band.row_of(passed)",
+        "test_backward_a_few_rows_at_a_time_changes_no_bit",
+    ),
+    fault(
+        "bands: a chunk lacks the rows before its first", CPU,
+        "max(tiles.begin - band.reach, band.image_of(tiles.begin))", "tiles.begin",
+        "test_backward_a_few_rows_at_a_time_changes_no_bit",
+    ),
+    fault(
+        "bands: tiles past the next image", CPU,
+        "min(tiles.end + band.reach, band.next_image(tiles.end))",
+        "min(tiles.end + band.reach, band.grid.tiles)",
+        "test_backward_a_few_rows_at_a_time_changes_no_bit",
+        harmless="More tiles are made than anyone reads.",
+    ),
+    fault(
+        "bands: overflow of the second convolution goes unseen", CPU,
+        "return finite && right;", "return finite;",
+        "test_edge_of_the_cpu[a_backward_in_bands_that_overflows]",
+    ),
+    fault(
+        "large filters: one corner of the check for what is not finite", CPU,
+        "(y[0] + y[TILE - 1]) * 0.0f", "y[0] * 0.0f",
+        "test_edge_of_the_cpu[what_overflows_on_the_way]",
+    ),
+    fault(
+        "large filters: taps past the last are the next row's first", CPU,
+        "h < a.kernel && w < a.kernel && c < a.in_channels", "h < a.kernel && c < a.in_channels",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "large filters: filter gradients without the chunks from the ninth on", CPU,
+        "reinterpret_cast<const float*>(sums + n * bytes)",
+        "reinterpret_cast<const float*>(sums + min(n, 7) * bytes)",
+        "test_edge_of_the_cpu[filter_gradients_of_many_chunks]",
+    ),
+    fault(
+        "large filters: bias gradients without the chunks from the ninth on", CPU,
+        "reinterpret_cast<const double*>(sums + n * bytes + offset)",
+        "reinterpret_cast<const double*>(sums + min(n, 7) * bytes + offset)",
+        "test_edge_of_the_cpu[filter_gradients_of_many_chunks]",
+    ),
+    fault(
+        "ReLU of NaN is 0 (AVX-512)", CPU,
+        "_mm512_max_ps(low, x)", "_mm512_max_ps(x, low)",
+        "test_nan_and_inf_go_where_the_definition_takes_them",
+    ),
+    fault(
+        "ReLU of NaN is 0 (AVX2)", CPU,
+        "_mm256_max_ps(low, x)", "_mm256_max_ps(x, low)",
+        "test_nan_and_inf_go_where_the_definition_takes_them", **AVX2,
+    ),
+    fault(
+        "data gradient: the filter is not rotated", "csrc/host",
+        "return {static_cast<char*>(v.data) + last, v.c, v.n, -v.h, -v.w};",
+        "return {v.data, v.c, v.n, v.h, v.w};",
+        "test_conv_same_matches_reference",
+    ),
+    fault(
+        "Winograd: overflow goes unseen", CPU,
+        "if (!kernels.conv(args, task, scratch)) right = false;", "kernels.conv(args, task, scratch);",
+        "test_nan_and_inf_go_where_the_definition_takes_them",
+    ),
+    fault(
+        "CUDA: a mask of NaN gives 0", CUDA,
+        "widen(mask) <= 0 ? T{} : v", "widen(mask) > 0 ? v : T{}",
+        "test_conv_nan_passes_the_gates",
+    ),
+    fault(
+        "CUDA: ReLU of NaN is 0", CUDA,
+        "if (p.relu) v = v <= 0 ? 0.0f : v;", "if (p.relu) v = v > 0 ? v : 0.0f;",
+        "test_conv_nan_passes_the_gates",
+    ),
+    fault(
+        "CUDA: filter gradients without the pieces from the fifth on", CUDA,
+        "from[piece * count]", "from[(piece < 4 ? piece : 3) * count]",
+        "test_edge[filter_gradients_of_many_pieces]",
+    ),
+    fault(
+        "CUDA: a block's inner bias is the second convolution's", CUDA,
+        "bias1[k + f]", "bias2[k + f]",
+        "test_block_by_tiles",
+    ),
+    fault(
+        "CUDA: a block without its shortcut", CUDA,
+        "out[i][j][e + f] + bias2[k + f] + widen(pair.at[f])", "out[i][j][e + f] + bias2[k + f]",
+        "test_block_by_tiles",
+    ),
+    fault(
+        "CUDA: direct filter gradients move on to the next row too late", CUDA,
+        "++column == p.width", "++column == p.width + 1",
+        "test_conv_same_directly",
+    ),
+    fault(
+        "CUDA: a tile one row too high", CUDA,
+        "y0 - halo", "y0 - halo + 1",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a tile sees what lies right of the image", CUDA,
+        "x < shape.columns", "true",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a row of channels has those behind the last", CUDA,
+        "if (c >= channels) break;", NOTHING,
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: output channels behind the last are written", CUDA,
+        "if (c >= p.out_channels) break;", NOTHING,
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: fragments of a filter are swapped", CUDA,
+        "mma(T{}, sum[i][j], a[i], b[0], b[1]);", "mma(T{}, sum[i][j], a[i], b[0], b[2]);",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: copies of filters are not waited for", CUDA,
+        "wait_copies<conv_stages - 2>();", NOTHING,
+        "test_conv_same_repeats_bit_for_bit_in_every_order[dtype1]",
+    ),
+    fault(
+        "CUDA: sums of filter gradients are swapped", CUDA,
+        "lane % 4 * 2 + e % 2", "lane % 4 * 2 + (1 - e % 2)",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: taps behind the last are written", CUDA,
+        "if (first_tap + t >= taps) return;", NOTHING,
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a block's inner activation outside the image is not zero", CUDA,
+        "if (there) pair.at[f] = narrowed<T>(v <= 0 ? 0.0f : v);",
+        "pair.at[f] = narrowed<T>(v <= 0 ? 0.0f : v);",
+        "test_block_by_tiles",
+    ),
+    fault(
+        "CUDA: direct convolutions see what lies right of the image", CUDA,
+        "x + dx >= p.width", "false",
+        "test_conv_same_directly",
+    ),
+    fault(
+        "Triton: a gate of NaN closes", TRITON,
+        "a = tl.where(gate <= 0, 0.0, a)", "a = tl.where(gate > 0, a, 0.0)",
+        "test_edge[gradients_pass_where_the_output_is_nan]",
+    ),
+    fault(
+        "Triton: ReLU of NaN is 0", TRITON,
+        "acc = tl.where(acc <= 0, 0.0, acc)", "acc = tl.where(acc > 0, acc, 0.0)",
+        "test_conv_nan_passes_the_gates",
+    ),
+    fault(
+        "Triton: the transposed convolution's taps in the other order", TRITON,
+        "(KERNEL * KERNEL - 1 - tap) * in_channels", "tap * in_channels",
+        "test_conv_same",
+    ),
+    fault(
+        "Triton: filter gradients without the pieces from the fifth on", TRITON,
+        "for piece in range(pieces):", "for piece in range(min(pieces, 4)):",
+        "test_edge[filter_gradients_of_many_pieces]",
+    ),
+    fault(
+        "convolution: second derivatives without ReLU's mask", "fastda/ops",
+        "grad = relu_gradient(grad, y) if ctx.relu else grad", "grad = grad",
+        "test_a_gradient_is_the_same_with_and_without_a_graph_of_it[conv_same]",
+    ),
+    fault(
+        "convolution: the residual's gradient is not masked", "fastda/ops",
+        "if needs[3] and ctx.relu:", "if False:",
+        "test_only_needed_gradients_are_computed",
+    ),
+)  # fmt: skip
