@@ -40,6 +40,9 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   // output: that of a forward with relu, whose mask the gradient takes
   // -> gradients of x, weight, bias
   m.def("conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, bool need_bias, bool tf32=False) -> (Tensor, Tensor, Tensor)");
+  // The same with any padding from 0 to k - 1 and any k, on the CPU.
+  m.def("conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int padding, bool relu) -> Tensor");
+  m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, int padding, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // -> output, inner activation (empty unless keep_inner)
   m.def("refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner, bool tf32=False) -> (Tensor, Tensor)");
   // inner None: computed again, with bias1

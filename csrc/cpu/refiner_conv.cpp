@@ -133,6 +133,10 @@ struct RefinerConv : Device {
 
 }  // namespace
 
-FASTDA_CPU_LIBRARY(m) { register_refiner_conv<RefinerConv>(m); }
+FASTDA_CPU_LIBRARY(m) {
+  register_refiner_conv<RefinerConv>(m);
+  m.impl("conv2d", TORCH_BOX(&conv2d<RefinerConv>));
+  m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward<RefinerConv>));
+}
 
 }  // namespace fastda::cpu

@@ -37,13 +37,22 @@ inline View filter_view(const Tensor& weight, bool rotate) {
   return {static_cast<char*>(v.data) + last, v.c, v.n, -v.h, -v.w};
 }
 
+// The padding that keeps height and width.
+inline int64_t same(const Tensor& weight) { return weight.size(2) / 2; }
+
+// padding: none for what keeps height and width.
 template <typename Kernels>
-ConvProblem check(const Tensor& x, const Tensor& weight, const char* op) {
+ConvProblem check(const Tensor& x, const Tensor& weight, const char* op,
+                  std::optional<int64_t> padding = std::nullopt) {
   FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) &&
-                   weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1 &&
+                   weight.size(2) == weight.size(3) && (padding || weight.size(2) % 2 == 1) &&
                    weight.scalar_type() == x.scalar_type(),
                op,
                ": x must be (N, C, H, W) and weight (K, C, k, k) with odd k, of the same dtype");
+  FASTDA_CHECK(!padding || (0 <= *padding && *padding < weight.size(2) &&
+                            x.size(2) + 2 * *padding >= weight.size(2) &&
+                            x.size(3) + 2 * *padding >= weight.size(2)),
+               op, ": padding must be from 0 to k - 1, and x with it no smaller than the filter");
   const ConvProblem problem{.dtype = dtype_of(x, op),
                             .batch = x.size(0),
                             .in_channels = x.size(1),
@@ -51,7 +60,7 @@ ConvProblem check(const Tensor& x, const Tensor& weight, const char* op) {
                             .height = x.size(2),
                             .width = x.size(3),
                             .kernel = weight.size(2),
-                            .padding = weight.size(2) / 2};
+                            .padding = padding.value_or(same(weight))};
   Kernels::check(problem, op);
   return problem;
 }
@@ -69,11 +78,12 @@ ConvProblem check_block(const Tensor& x, const Tensor& weight1, const Tensor& we
   Kernels::check(second, op);
   return problem;
 }
-inline void check_image(const MaybeTensor& t, const Tensor& x, int64_t channels, const char* op) {
+inline void check_image(const MaybeTensor& t, const Tensor& x, const ConvProblem& problem,
+                        int64_t channels, const char* op) {
   if (t)
     FASTDA_CHECK(
-        t->dim() == 4 && t->size(0) == x.size(0) && t->size(1) == channels &&
-            t->size(2) == x.size(2) && t->size(3) == x.size(3) &&
+        t->dim() == 4 && t->size(0) == problem.batch && t->size(1) == channels &&
+            t->size(2) == problem.out_height() && t->size(3) == problem.out_width() &&
             t->scalar_type() == x.scalar_type(),
         op, ": every image must have the shape of the convolution's result and the dtype of x");
 }
@@ -117,11 +127,11 @@ struct Fusion {
 };
 
 // out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
-// weight.size(0) channels and out has weight.size(1). `like` has their batch, height, width and
-// dtype. channels_last: of x; out_channels_last: of out and of what it is fused with.
+// weight.size(0) channels and out has weight.size(1). `like` has the batch, height, width and dtype
+// of x. channels_last: of x; out_channels_last: of out and of what it is fused with.
 inline ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last,
                           const Tensor& weight, bool rotate, const Fusion& fusion, const View& out,
-                          bool out_channels_last) {
+                          bool out_channels_last, std::optional<int64_t> padding = std::nullopt) {
   ConvArgs args{};
   args.dtype = dtype_of(like, "conv_same");
   args.x_channels_last = channels_last;
@@ -130,7 +140,7 @@ inline ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last,
   args.height = like.size(2);
   args.width = like.size(3);
   args.kernel = weight.size(2);
-  args.padding = args.kernel / 2;
+  args.padding = padding.value_or(same(weight));
   args.in_channels = weight.size(rotate ? 0 : 1);
   args.out_channels = weight.size(rotate ? 1 : 0);
   args.x = x;
@@ -148,7 +158,8 @@ inline ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last,
 // channels_last: of x; grad_channels_last: of grad and its mask. d_weight: empty where not wanted.
 inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View& grad,
                                        const View& mask, bool grad_channels_last,
-                                       int64_t out_channels, const Tensor& d_weight) {
+                                       int64_t out_channels, const Tensor& d_weight,
+                                       std::optional<int64_t> padding = std::nullopt) {
   const bool want_weight = d_weight.dim() == 4;
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
@@ -160,7 +171,7 @@ inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, cons
   args.height = x.size(2);
   args.width = x.size(3);
   args.kernel = want_weight ? d_weight.size(2) : 1;
-  args.padding = args.kernel / 2;
+  args.padding = want_weight ? padding.value_or(same(d_weight)) : 0;
   if (want_weight) args.x = view_of(x);
   args.grad = grad;
   args.grad_mask = mask;
@@ -170,56 +181,74 @@ inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, cons
 
 template <typename Kernels>
 void convolve(const Kernels& kernels, const Tensor& x, bool channels_last, const Tensor& weight,
-              bool rotate, const Fusion& fusion, const Tensor& out, bool out_channels_last) {
+              bool rotate, const Fusion& fusion, const Tensor& out, bool out_channels_last,
+              std::optional<int64_t> padding = std::nullopt) {
   if (out.numel() == 0) return;
   kernels.convolve(conv_args(x, view_of(x), channels_last, weight, rotate, fusion, view_of(out),
-                             out_channels_last),
+                             out_channels_last, padding),
                    x);
 }
 
 template <typename Kernels>
 void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last,
                      const Tensor& grad, const MaybeTensor& mask, bool grad_channels_last,
-                     const Tensor& d_weight, const Tensor& d_bias) {
+                     const Tensor& d_weight, const Tensor& d_bias,
+                     std::optional<int64_t> padding = std::nullopt) {
   if (d_weight.dim() != 4 && d_bias.numel() == 0) return;
   if (grad.numel() == 0) {
     Tensor zeros[] = {d_weight, d_bias};
     for (Tensor& t : zeros) torch::stable::zero_(t);
     return;
   }
-  kernels.filter_gradient(filter_grad_args(x, channels_last, view_of(grad), view_of(mask),
-                                           grad_channels_last, grad.size(1), d_weight),
-                          d_bias, x);
+  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), view_of(mask),
+                                         grad_channels_last, grad.size(1), d_weight, padding);
+  if (d_weight.dim() != 4) {  // a filter of 1 x 1 stands for none, and has results of this size
+    args.height = grad.size(2);
+    args.width = grad.size(3);
+  }
+  kernels.filter_gradient(args, d_bias, x);
 }
 
 template <typename Kernels>
-Tensor conv_same(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias,
-                 const MaybeTensor& residual, bool relu, bool tf32) {
-  const char* op = "conv_same";
+Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
+                   const MaybeTensor& bias, const MaybeTensor& residual,
+                   std::optional<int64_t> padding, bool relu, bool tf32) {
   const Kernels kernels(op, tf32, x_any, weight, bias, residual);
-  const ConvProblem s = check<Kernels>(x_any, weight, op);
-  check_image(residual, x_any, s.out_channels, op);
+  const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
+  check_image(residual, x_any, s, s.out_channels, op);
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = laid_out<Kernels>(x_any, channels_last);
   Fusion fusion;
   fusion.bias = check_bias(bias, x, s.out_channels, op);
   fusion.residual = laid_out<Kernels>(residual, channels_last);
   fusion.relu = relu;
-  Tensor out = empty_image(x, s.out_channels, channels_last);
-  convolve(kernels, x, channels_last, weight, false, fusion, out, channels_last);
+  Tensor out = empty(x, {s.batch, s.out_channels, s.out_height(), s.out_width()}, x.scalar_type(),
+                     channels_last);
+  convolve(kernels, x, channels_last, weight, false, fusion, out, channels_last, padding);
   return out;
+}
+template <typename Kernels>
+Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                 const MaybeTensor& residual, bool relu, bool tf32) {
+  return convolution<Kernels>("conv_same", x, weight, bias, residual, std::nullopt, relu, tf32);
+}
+template <typename Kernels>
+Tensor conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+              const MaybeTensor& residual, int64_t padding, bool relu) {
+  return convolution<Kernels>("conv2d", x, weight, bias, residual, padding, relu, false);
 }
 
 template <typename Kernels>
-std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, const Tensor& x_any,
-                                                      const Tensor& weight,
-                                                      const MaybeTensor& output, bool need_x,
-                                                      bool need_weight, bool need_bias, bool tf32) {
-  const char* op = "conv_same_backward";
+std::tuple<Tensor, Tensor, Tensor> convolution_backward(const char* op, const Tensor& grad_any,
+                                                        const Tensor& x_any, const Tensor& weight,
+                                                        const MaybeTensor& output,
+                                                        std::optional<int64_t> padding, bool need_x,
+                                                        bool need_weight, bool need_bias,
+                                                        bool tf32) {
   const Kernels kernels(op, tf32, x_any, grad_any, weight, output);
-  const ConvProblem s = check<Kernels>(x_any, weight, op);
-  check_image(grad_any, x_any, s.out_channels, op);
-  check_image(output, x_any, s.out_channels, op);
+  const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
+  check_image(grad_any, x_any, s, s.out_channels, op);
+  check_image(output, x_any, s, s.out_channels, op);
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = laid_out<Kernels>(x_any, channels_last),
                grad = laid_out<Kernels>(grad_any, channels_last);
@@ -228,12 +257,30 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad_any, co
   Tensor d_x = nothing(x);
   if (need_x) {
     d_x = empty_image(x, s.in_channels, channels_last);
-    convolve(kernels, grad, channels_last, weight, true, fusion, d_x, channels_last);
+    convolve(kernels, grad, channels_last, weight, true, fusion, d_x, channels_last,
+             s.kernel - 1 - s.padding);
   }
   Tensor d_weight = empty_filter(weight, need_weight);
   Tensor d_bias = empty_bias(x, s.out_channels, need_bias);
-  filter_gradient(kernels, x, channels_last, grad, fusion.x_mask, channels_last, d_weight, d_bias);
+  filter_gradient(kernels, x, channels_last, grad, fusion.x_mask, channels_last, d_weight, d_bias,
+                  padding);
   return {d_x, d_weight, d_bias};
+}
+template <typename Kernels>
+std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const Tensor& x,
+                                                      const Tensor& weight,
+                                                      const MaybeTensor& output, bool need_x,
+                                                      bool need_weight, bool need_bias, bool tf32) {
+  return convolution_backward<Kernels>("conv_same_backward", grad, x, weight, output, std::nullopt,
+                                       need_x, need_weight, need_bias, tf32);
+}
+template <typename Kernels>
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& weight, const MaybeTensor& output,
+                                                   int64_t padding, bool need_x, bool need_weight,
+                                                   bool need_bias) {
+  return convolution_backward<Kernels>("conv2d_backward", grad, x, weight, output, padding, need_x,
+                                       need_weight, need_bias, false);
 }
 
 template <typename Kernels>
@@ -278,9 +325,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
   const char* op = "refiner_block_backward";
   const Kernels kernels(op, tf32, x_any, grad_any, inner_any, output_any, weight1, bias1, weight2);
   const ConvProblem s = check_block<Kernels>(x_any, weight1, weight2, op);
-  check_image(grad_any, x_any, s.in_channels, op);
-  check_image(output_any, x_any, s.in_channels, op);
-  check_image(inner_any, x_any, s.out_channels, op);
+  check_image(grad_any, x_any, s, s.in_channels, op);
+  check_image(output_any, x_any, s, s.in_channels, op);
+  check_image(inner_any, x_any, s, s.out_channels, op);
   const bool channels_last = prefers_channels_last(x_any);
   const bool inner_last = channels_last || Kernels::inner_channels_last;
   const Tensor x = laid_out<Kernels>(x_any, channels_last),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -26,12 +27,14 @@ def _check_tensor(op: str, name: str, t: Tensor) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(t).__name__}")
 
 
-def _check(op: str, x: Tensor, name: str, weight: Tensor) -> None:
+def _check(op: str, x: Tensor, name: str, weight: Tensor, odd: bool = True) -> None:
     _check_tensor(op, name, weight)
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (N, C, H, W), got {tuple(x.shape)}")
-    if weight.dim() != 4 or weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
-        raise ValueError(f"{op}: {name} must be (K, C, k, k) with odd k, got {tuple(weight.shape)}")
+    square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] > 0
+    if not square or (odd and weight.shape[2] % 2 == 0):
+        wanted = "(K, C, k, k) with odd k" if odd else "(K, C, k, k)"
+        raise ValueError(f"{op}: {name} must be {wanted}, got {tuple(weight.shape)}")
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
             f"{op}: {name} must take the {x.shape[1]} channels of x, got {weight.shape[1]} "
@@ -59,7 +62,7 @@ def _tf32(x: Tensor, serving: str) -> bool:
     return serving != "cpp" and x.dtype == torch.float32 and _torch.convolution_tf32()
 
 
-class _ConvSame(torch.autograd.Function):
+class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -67,11 +70,13 @@ class _ConvSame(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         residual: Tensor | None,
+        padding: int,
         relu: bool,
         serving: str,
     ) -> Tensor:
-        y = backend.kernels(serving).conv_same(x, weight, bias, residual, relu, _tf32(x, serving))
+        y = _forward(serving, x, weight, bias, residual, padding, relu)
         ctx.serving = serving
+        ctx.padding = padding
         ctx.relu = relu
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
         # has.
@@ -84,13 +89,17 @@ class _ConvSame(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             grad = relu_gradient(grad, y) if ctx.relu else grad
-            grads = composite_backward(reference.conv_same, (x, weight), needs[:2], grad)
+            convolve = functools.partial(reference.conv2d, padding=ctx.padding)
+            grads = composite_backward(convolve, (x, weight), needs[:2], grad)
             d_bias = grad.sum((0, 2, 3)) if needs[2] else None
-            return (*grads, d_bias, grad if needs[3] else None, None, None)
+            return (*grads, d_bias, grad if needs[3] else None, None, None, None)
         if needs[3] and ctx.relu:
             grad, y = relu_gradient(grad, y), None
-        d_x, d_weight, d_bias = backend.kernels(ctx.serving).conv_same_backward(
-            grad, x, weight, y, *needs[:3], _tf32(x, ctx.serving)
+        raw = backend.kernels(ctx.serving)
+        d_x, d_weight, d_bias = (
+            raw.conv_same_backward(grad, x, weight, y, *needs[:3], _tf32(x, ctx.serving))
+            if _is_same(weight, ctx.padding)
+            else raw.conv2d_backward(grad, x, weight, y, ctx.padding, *needs[:3])
         )
         return (
             d_x if needs[0] else None,
@@ -99,7 +108,28 @@ class _ConvSame(torch.autograd.Function):
             grad if needs[3] else None,
             None,
             None,
+            None,
         )
+
+
+def _is_same(weight: Tensor, padding: int) -> bool:
+    """Whether the result has the height and width of x: every backend has kernels for that."""
+    return weight.shape[2] == 2 * padding + 1
+
+
+def _forward(
+    serving: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    raw = backend.kernels(serving)
+    if _is_same(weight, padding):
+        return raw.conv_same(x, weight, bias, residual, relu, _tf32(x, serving))
+    return raw.conv2d(x, weight, bias, residual, padding, relu)
 
 
 class _RefinerBlock(torch.autograd.Function):
@@ -174,21 +204,76 @@ def conv_same(
     _check_tensor("conv_same", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
-    out_channels = weight.shape[0]
-    _check_like("conv_same", x, "weight", weight, None)
-    _check_like("conv_same", x, "bias", bias, (out_channels,))
-    _check_like("conv_same", x, "residual", residual, (x.shape[0], out_channels, *x.shape[2:]))
-    serving = backend.select(x)
+    return _convolve("conv_same", x, weight, bias, residual, weight.shape[2] // 2, relu)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """Convolution with stride 1 and zero padding, then `+ bias`, `+ residual`, ReLU, in one pass.
+
+    Shapes: x (N, C, H, W); weight (K, C, k, k); bias (K,); residual and the result (N, K, H', W') with
+    H' = H + 2 padding - k + 1, the result in the memory format of x. Dtypes as for `conv_same`, which is this
+    with odd k and padding k // 2. padding: from 0 to k - 1, on each side.
+
+    The kernels are the CPU's, where 5x5 filters of 16 channels and more take Winograd F(3x3, 5x5); on other
+    devices PyTorch's own convolutions serve, but for what `conv_same` serves.
+
+    Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms
+    take the reference.
+
+    Raises ValueError for shapes, devices and a padding that do not fit, TypeError for dtypes.
+    Source: Winograd convolution, arXiv 1509.09308.
+    """
+    if is_symbolic(x):
+        options = dict(padding=padding, residual=residual, relu=relu)
+        return handle_torch_function(conv2d, (x,), x, weight, bias, **options)
+    _check_tensor("conv2d", "x", x)
+    x, weight, bias, residual = autocast(x, weight, bias, residual)
+    _check("conv2d", x, "weight", weight, odd=False)
+    kernel = weight.shape[2]
+    if isinstance(padding, bool) or not isinstance(padding, int):
+        raise TypeError(f"conv2d: padding must be an int, got {padding!r}")
+    if not 0 <= padding < kernel:
+        raise ValueError(f"conv2d: padding must be from 0 to {kernel - 1} for this weight, got {padding}")
+    if min(x.shape[2:]) + 2 * padding < kernel:
+        raise ValueError(
+            f"conv2d: x must be at least as large as the filter with its padding, {kernel} by {kernel} and "
+            f"{padding}, got {tuple(x.shape)}"
+        )
+    return _convolve("conv2d", x, weight, bias, residual, padding, relu)
+
+
+def _convolve(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: int,
+    relu: bool,
+) -> Tensor:
+    out_channels, more = weight.shape[0], 2 * padding + 1 - weight.shape[2]
+    _check_like(op, x, "weight", weight, None)
+    _check_like(op, x, "bias", bias, (out_channels,))
+    _check_like(op, x, "residual", residual, (x.shape[0], out_channels, x.shape[2] + more, x.shape[3] + more))
+    serving = backend.select(x, "conv_same" if more == 0 else "conv2d")
     if serving == "reference":
-        return reference.conv_same(x, weight, bias, residual=residual, relu=relu)
+        return reference.conv2d(x, weight, bias, padding=padding, residual=residual, relu=relu)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _ConvSame.apply(*recordable(x, weight, bias, residual), relu, serving)
-    return backend.kernels(serving).conv_same(x, weight, bias, residual, relu, _tf32(x, serving))
+        return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, relu, serving)
+    return _forward(serving, x, weight, bias, residual, padding, relu)
 
 
 def refiner_block(

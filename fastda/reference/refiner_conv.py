@@ -6,6 +6,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    residual: Tensor | None = None,
+    relu: bool = False,
+) -> Tensor:
+    """relu(x * weight + bias + residual), with stride 1; see `fastda.conv2d`."""
+    y = F.conv2d(x, weight, bias, padding=padding)
+    if residual is not None:
+        y = y + residual
+    return F.relu(y) if relu else y
+
+
 def conv_same(
     x: Tensor,
     weight: Tensor,
@@ -15,10 +31,7 @@ def conv_same(
     relu: bool = False,
 ) -> Tensor:
     """relu(x * weight + bias + residual), with stride 1 and zero padding k // 2; see `fastda.conv_same`."""
-    y = F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if relu else y
+    return conv2d(x, weight, bias, padding=weight.shape[-1] // 2, residual=residual, relu=relu)
 
 
 def refiner_block(

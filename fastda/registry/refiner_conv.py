@@ -39,9 +39,9 @@ for _name in ("weight", "weight1", "weight2"):
     TOLERANCES[_name] = {**TOLERANCES["grad"], F32: Tolerance(1e-5, 1e-4)}
 
 
-def _image(x: Tensor, channels: Any) -> Tensor:
-    """An empty (N, channels, H, W) in the memory format of x."""
-    shape = (x.shape[0], channels, *x.shape[2:])
+def _image(x: Tensor, channels: Any, more: int = 0) -> Tensor:
+    """An empty (N, channels, H + more, W + more) in the memory format of x."""
+    shape = (x.shape[0], channels, x.shape[2] + more, x.shape[3] + more)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
 
 
@@ -49,6 +49,26 @@ def _conv_same(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, tf32: bool = False
 ) -> Tensor:
     return _image(x, weight.shape[0])
+
+
+def _conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: int, relu: bool
+) -> Tensor:
+    more = 2 * padding + 1 - weight.shape[2]
+    return _image(x, weight.shape[0], more)
+
+
+def _conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    output: Tensor | None,
+    padding: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    return _conv_same_backward(grad, x, weight, output, need_x, need_weight, need_bias)
 
 
 def _conv_same_backward(
@@ -112,7 +132,8 @@ def _conv_shapes(options: Options, n: int, c: int, k: int, size: int, h: int, w:
     if options.get("bias", True):
         shapes["bias"] = (k,)
     if options.get("residual"):
-        shapes["residual"] = (n, k, h, w)
+        more = 2 * options.get("padding", size // 2) + 1 - size
+        shapes["residual"] = (n, k, h + more, w + more)
     return shapes
 
 
@@ -124,7 +145,8 @@ def _block_shapes(options: Options, n: int, c: int, size: int, h: int, w: int) -
 
 def _settle_conv(a: dict[str, Any], margin: float) -> None:
     if a.get("relu"):
-        a["bias"] += clear_of_zero(reference.conv_same(**{**a, "relu": False}), margin)
+        convolve = reference.conv2d if "padding" in a else reference.conv_same
+        a["bias"] += clear_of_zero(convolve(**{**a, "relu": False}), margin)
 
 
 def _settle_block(a: dict[str, Any], margin: float) -> None:
@@ -151,6 +173,25 @@ OPERATORS = (
         raw={"conv_same": _conv_same, "conv_same_backward": _conv_same_backward},
         options=[{"bias": None}, *grid(residual=(None, True), relu=(False, True))],
         large=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
+        large_options={"relu": True},
+        settle=_settle_conv,
+        magnitudes=_unit_terms,
+    ),
+    Operator(
+        "conv2d",
+        tensors=_conv_shapes,
+        sizes=(
+            *((1, 1, 1, 4, 4, 4), (2, 3, 5, 3, 7, 9), (1, 7, 4, 2, 5, 3)),
+            *((2, 17, 33, 5, 11, 13), (1, 16, 20, 5, 37, 6), (1, 20, 16, 7, 12, 9)),
+        ),
+        tolerances=TOLERANCES,
+        raw={"conv2d": _conv2d, "conv2d_backward": _conv2d_backward},
+        options=[
+            {"bias": None},
+            *({"padding": 1, "relu": True}, {"residual": True, "padding": 0}),
+            {"residual": True, "relu": True, "padding": 1},
+        ],
+        large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),
         large_options={"relu": True},
         settle=_settle_conv,
         magnitudes=_unit_terms,

@@ -185,6 +185,8 @@ OPERATORS = {
         lambda: Call(lambda x, w, b, r: fastda.conv_same(x, w, b, residual=r, relu=True)),
         lambda: (*image(4)(), *filters()[:2], *image(4)()),
     ),
+    "conv2d": operator("conv2d", lambda: (*image(4)(), *filters()[:2])),
+    "conv2d, padded": operator("conv2d", lambda: (*image(4)(), *filters()[:2]), padding=2, relu=True),
     "refiner_block": operator("refiner_block", lambda: (*image(4)(), *filters())),
     "patch_discriminator_loss": operator("patch_discriminator_loss", pair, return_accuracy=True),
     "patch_generator_loss": operator("patch_generator_loss", image(2), reduction="batchmean"),

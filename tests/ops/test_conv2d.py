@@ -1,0 +1,151 @@
+"""Convolutions with a padding of the caller's choice: against the reference, and one clear error each."""
+
+import pytest
+import torch
+
+import fastda
+from fastda import backend, reference
+from tests.common import (
+    assert_results,
+    check_against_reference,
+    check_compiled,
+    check_error,
+    check_gradients,
+    check_opcheck,
+    check_transforms,
+    draw,
+    results,
+)
+from tests.ops.refiner_conv import LAYOUTS, B, W, X, images_as
+
+# (N, C, K, k, H, W) and the padding: 5x5 and 2x2 by Winograd, ragged tiles and vectors, all else directly.
+CASES = [
+    *(((2, 17, 33, 5, 16, 21), p) for p in range(5)),
+    *(((1, 18, 40, 2, 23, 12), p) for p in range(2)),
+    *(((1, 20, 16, 7, 17, 15), p) for p in (0, 2, 6)),
+    *(((2, 20, 17, 3, 9, 11), p) for p in (0, 2)),
+    *(((2, 3, 5, 4, 7, 9), p) for p in (0, 1, 3)),
+    *(((1, 1, 3, 6, 1, 2), 3), ((2, 3, 4, 5, 7, 5), 0)),
+]
+
+
+def case(sizes, padding, dtype=torch.float32, **options):
+    return draw(
+        "conv2d", sizes, dtype, **{"bias": True, "residual": None, "relu": True, **options}, padding=padding
+    )
+
+
+@pytest.mark.parametrize("sizes, padding", CASES, ids=str)
+def test_matches_reference(sizes, padding):
+    check_against_reference("conv2d", case(sizes, padding))
+    check_against_reference("conv2d", case(sizes, padding, residual=True))
+    check_against_reference("conv2d", case(sizes, padding, bias=None, relu=False))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes, padding", [CASES[1], CASES[6], CASES[10]], ids=str)
+def test_layouts_and_views(sizes, padding, layout):
+    check_against_reference("conv2d", images_as(case(sizes, padding, residual=True), LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes, padding", [CASES[0], CASES[5]], ids=str)
+def test_dtypes(sizes, padding, dtype):
+    check_against_reference("conv2d", case(sizes, padding, dtype))
+
+
+@pytest.mark.parametrize(
+    "sizes, padding", [((1, 96, 144, 5, 18, 18), 0), ((1, 256, 64, 5, 20, 31), 2)], ids=str
+)
+def test_sums_over_many_channels_keep_their_error(sizes, padding):
+    check_against_reference("conv2d", case(sizes, padding, relu=False))
+
+
+@pytest.mark.parametrize("kernel, padding", [(5, 0), (5, 2), (2, 1)])
+def test_what_is_not_finite_reaches_no_further_than_its_window(kernel, padding):
+    x, weight = torch.randn(1, 16, 20, 20), torch.randn(16, 16, kernel, kernel)
+    for value in (torch.inf, -torch.inf, torch.nan, 3e38):
+        x[0, 3, 9, 8] = value
+        y, expected = fastda.conv2d(x, weight, padding=padding), reference.conv2d(x, weight, padding=padding)
+        assert torch.equal(y.isfinite(), expected.isfinite())
+
+
+@pytest.mark.parametrize("shape", [(0, 20, 9, 9), (2, 20, 0, 4), (2, 0, 9, 9)], ids=str)
+def test_nothing_to_sum(shape):
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = torch.randn(20, shape[1], 5, 5, requires_grad=True), torch.randn(20, requires_grad=True)
+    arguments = {"x": x, "weight": weight, "bias": bias, "padding": 3}
+    assert_results("conv2d", results(fastda.conv2d, arguments), results(reference.conv2d, arguments))
+
+
+def test_one_and_two_threads_give_the_same_bits():
+    arguments = case((3, 20, 33, 5, 40, 37), 1)
+    one = results(fastda.conv2d, arguments)
+    torch.set_num_threads(2)
+    try:
+        two = results(fastda.conv2d, arguments)
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.isa_independent
+def test_derivatives_compilers_and_transforms():
+    small = case((2, 2, 3, 4, 5, 4), 1, torch.float64, residual=True)
+    check_gradients("conv2d", small)
+    check_transforms("conv2d", case((1, 2, 2, 3, 4, 3), 0, torch.float64))
+    check_compiled("conv2d", case((2, 3, 4, 5, 8, 9), 0))
+
+
+@pytest.mark.isa_independent
+@pytest.mark.skipif(backend.native is None, reason=f"no C++ extension: {backend.native_error}")
+def test_opcheck():
+    x, weight, bias, residual = (torch.randn(s) for s in ((2, 3, 7, 6), (4, 3, 4, 4), (4,), (2, 4, 6, 5)))
+    for layout in (torch.contiguous_format, torch.channels_last):
+        image = x.to(memory_format=layout)
+        check_opcheck("conv2d", image, weight, bias, residual, 1, True)
+        check_opcheck("conv2d_backward", residual, image, weight, residual, 1, True, True, True)
+
+
+ERRORS = [
+    ({"x": X[0]}, ValueError, "x must be (N, C, H, W), got (3, 7, 9)"),
+    ({"weight": W[..., :2]}, ValueError, "weight must be (K, C, k, k), got (4, 3, 3, 2)"),
+    ({"weight": W[..., :0, :0]}, ValueError, "weight must be (K, C, k, k), got (4, 3, 0, 0)"),
+    ({"weight": W[:, :2]}, ValueError, "weight must take the 3 channels of x, got 2 ((4, 2, 3, 3))"),
+    ({"bias": B[:3]}, ValueError, "bias must be (4,), got (3,)"),
+    ({"residual": X}, ValueError, "residual must be (2, 4, 5, 7), got (2, 3, 7, 9)"),
+    ({"padding": 3}, ValueError, "padding must be from 0 to 2 for this weight, got 3"),
+    ({"padding": -1}, ValueError, "padding must be from 0 to 2 for this weight, got -1"),
+    ({"padding": 0.5}, TypeError, "padding must be an int, got 0.5"),
+    ({"padding": (1, 1)}, TypeError, "padding must be an int, got (1, 1)"),
+    (
+        {"x": X[..., :2]},
+        ValueError,
+        "x must be at least as large as the filter with its padding, 3 by 3 and 0, got (2, 3, 7, 2)",
+    ),
+    ({"weight": W.double()}, TypeError, "weight must have the dtype of x, torch.float32, got torch.float64"),
+]
+
+
+@pytest.mark.isa_independent
+@pytest.mark.parametrize("change, kind, message", ERRORS, ids=lambda v: v if isinstance(v, str) else "")
+def test_errors(change, kind, message):
+    check_error(fastda.conv2d, {"x": X, "weight": W, "bias": B, **change}, kind, f"conv2d: {message}")
+
+
+@pytest.mark.isa_independent
+@pytest.mark.skipif(backend.native is None, reason=f"no C++ extension: {backend.native_error}")
+def test_raw_operators_refuse_what_does_not_fit():
+    ops, y = torch.ops.fastda, torch.randn(2, 4, 5, 7)
+    calls = [
+        lambda: ops.conv2d(X, W, None, None, 3, False),
+        lambda: ops.conv2d(X, W, None, None, -1, False),
+        lambda: ops.conv2d(X, W, None, X, 0, False),
+        lambda: ops.conv2d(X[..., :2], W, None, None, 0, False),
+        lambda: ops.conv2d_backward(X, X, W, None, 0, True, True, True),
+        lambda: ops.conv2d_backward(y, X, W, X, 0, True, True, True),
+        lambda: ops.conv2d_backward(y, X, W, None, 1, True, True, True),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="must"):
+            call()
