@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function
 
@@ -204,7 +205,7 @@ def conv_same(
     _check_tensor("conv_same", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
-    return _convolve("conv_same", x, weight, bias, residual, weight.shape[2] // 2, relu)
+    return _convolve("conv_same", x, weight, bias, residual, weight.shape[2] // 2, 1, relu)
 
 
 def conv2d(
@@ -213,17 +214,20 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     padding: int = 0,
+    dilation: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
     """Convolution with stride 1 and zero padding, then `+ bias`, `+ residual`, ReLU, in one pass.
 
     Shapes: x (N, C, H, W); weight (K, C, k, k); bias (K,); residual and the result (N, K, H', W') with
-    H' = H + 2 padding - k + 1, the result in the memory format of x. Dtypes as for `conv_same`, which is this
-    with odd k and padding k // 2. padding: from 0 to k - 1, on each side.
+    H' = H + 2 padding - dilation (k - 1), the result in the memory format of x. Dtypes as for `conv_same`,
+    which is this with odd k, padding k // 2 and dilation 1. padding: on each side, less than the filter is
+    wide, dilation (k - 1) + 1.
 
     The kernels are the CPU's, where 5x5 filters of 16 channels and more take Winograd F(3x3, 5x5); on other
-    devices PyTorch's own convolutions serve, but for what `conv_same` serves.
+    devices PyTorch's own convolutions serve, but for what `conv_same` serves. With a dilation d and a padding
+    of d (k // 2), k odd, d * d images of every d-th pixel go through `conv_same`; all else is PyTorch's.
 
     Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms
     take the reference.
@@ -232,22 +236,25 @@ def conv2d(
     Source: Winograd convolution, arXiv 1509.09308.
     """
     if is_symbolic(x):
-        options = dict(padding=padding, residual=residual, relu=relu)
+        options: Any = dict(padding=padding, dilation=dilation, residual=residual, relu=relu)
         return handle_torch_function(conv2d, (x,), x, weight, bias, **options)
     _check_tensor("conv2d", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv2d", x, "weight", weight, odd=False)
-    kernel = weight.shape[2]
-    if isinstance(padding, bool) or not isinstance(padding, int):
-        raise TypeError(f"conv2d: padding must be an int, got {padding!r}")
-    if not 0 <= padding < kernel:
-        raise ValueError(f"conv2d: padding must be from 0 to {kernel - 1} for this weight, got {padding}")
-    if min(x.shape[2:]) + 2 * padding < kernel:
+    for name, value in (("padding", padding), ("dilation", dilation)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"conv2d: {name} must be an int, got {value!r}")
+    if dilation < 1:
+        raise ValueError(f"conv2d: dilation must be at least 1, got {dilation}")
+    reach = dilation * (weight.shape[2] - 1)
+    if not 0 <= padding <= reach:
+        raise ValueError(f"conv2d: padding must be from 0 to {reach} for this weight, got {padding}")
+    if min(x.shape[2:]) + 2 * padding <= reach:
         raise ValueError(
-            f"conv2d: x must be at least as large as the filter with its padding, {kernel} by {kernel} and "
-            f"{padding}, got {tuple(x.shape)}"
+            f"conv2d: x must be at least as large as the filter with its padding, {reach + 1} by {reach + 1} "
+            f"and {padding}, got {tuple(x.shape)}"
         )
-    return _convolve("conv2d", x, weight, bias, residual, padding, relu)
+    return _convolve("conv2d", x, weight, bias, residual, padding, dilation, relu)
 
 
 def _convolve(
@@ -257,15 +264,32 @@ def _convolve(
     bias: Tensor | None,
     residual: Tensor | None,
     padding: int,
+    dilation: int,
     relu: bool,
 ) -> Tensor:
-    out_channels, more = weight.shape[0], 2 * padding + 1 - weight.shape[2]
+    out_channels, more = weight.shape[0], 2 * padding - dilation * (weight.shape[2] - 1)
     _check_like(op, x, "weight", weight, None)
     _check_like(op, x, "bias", bias, (out_channels,))
     _check_like(op, x, "residual", residual, (x.shape[0], out_channels, x.shape[2] + more, x.shape[3] + more))
-    serving = backend.select(x, "conv_same" if more == 0 else "conv2d")
-    if serving == "reference":
-        return reference.conv2d(x, weight, bias, padding=padding, residual=residual, relu=relu)
+    serving = backend.select(x, "conv_same" if more == 0 and dilation == 1 else "conv2d")
+    if serving != "reference" and dilation > 1 and more == 0:
+        return _dilated(x, weight, bias, residual, dilation, relu, serving)
+    if serving == "reference" or dilation > 1:
+        return reference.conv2d(
+            x, weight, bias, padding=padding, dilation=dilation, residual=residual, relu=relu
+        )
+    return _serve(x, weight, bias, residual, padding, relu, serving)
+
+
+def _serve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: int,
+    relu: bool,
+    serving: str,
+) -> Tensor:
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
@@ -274,6 +298,35 @@ def _convolve(
     ):
         return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, relu, serving)
     return _forward(serving, x, weight, bias, residual, padding, relu)
+
+
+def _dilated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dilation: int,
+    relu: bool,
+    serving: str,
+) -> Tensor:
+    """d * d convolutions without dilation, each of the pixels that one tap apart see each other."""
+    _, _, h, w = x.shape
+    parts = [None if image is None else _every(image, dilation) for image in (x, residual)]
+    y = _serve(parts[0], weight, bias, parts[1], weight.shape[2] // 2, relu, serving)  # type: ignore[arg-type]
+    rows, columns = y.shape[2:]
+    y = y.permute(0, 2, 3, 1).unflatten(0, (-1, dilation, dilation)).permute(0, 3, 1, 4, 2, 5)
+    y = y.reshape(x.shape[0], rows * dilation, columns * dilation, -1).permute(0, 3, 1, 2)[..., :h, :w]
+    return y.contiguous(memory_format=_torch.memory_format(x))
+
+
+def _every(x: Tensor, step: int) -> Tensor:
+    """(N, C, H, W) -> (N * step * step, C, H / step, W / step), rounded up, in channels_last: every `step`-th
+    pixel of rows and columns, with zeros below and on the right.
+    """
+    n, c, h, w = x.shape
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % step, 0, -h % step))
+    x = x.unflatten(2, (-1, step)).unflatten(1, (-1, step)).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n * step * step, -(-h // step), -(-w // step), c).permute(0, 3, 1, 2)
 
 
 def refiner_block(

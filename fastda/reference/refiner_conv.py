@@ -12,11 +12,12 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     padding: int = 0,
+    dilation: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
 ) -> Tensor:
     """relu(x * weight + bias + residual), with stride 1; see `fastda.conv2d`."""
-    y = F.conv2d(x, weight, bias, padding=padding)
+    y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
     if residual is not None:
         y = y + residual
     return F.relu(y) if relu else y

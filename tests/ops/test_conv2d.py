@@ -48,6 +48,30 @@ def test_layouts_and_views(sizes, padding, layout):
     check_against_reference("conv2d", images_as(case(sizes, padding, residual=True), LAYOUTS[layout]))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "sizes, padding, dilation",
+    [
+        *(((2, 17, 33, 3, 19, 22), 2, 2), ((1, 3, 5, 3, 7, 9), 4, 4), ((1, 16, 20, 5, 11, 13), 6, 3)),
+        *(((2, 3, 4, 3, 9, 8), 1, 2), ((1, 3, 2, 2, 6, 7), 0, 3), ((1, 20, 16, 3, 3, 5), 2, 2)),
+    ],
+    ids=str,
+)
+def test_dilation(sizes, padding, dilation, layout):
+    arguments = {**case(sizes, padding), "dilation": dilation, "relu": False}
+    arguments = images_as(arguments, LAYOUTS[layout])
+    check_against_reference("conv2d", arguments)
+    y, expected = fastda.conv2d(**arguments), reference.conv2d(**arguments)
+    assert y.is_contiguous() == expected.is_contiguous() or 1 in y.shape
+    residual = torch.randn(y.shape, requires_grad=True)
+    fused = {**arguments, "residual": residual, "relu": True}
+    gate = reference.conv2d(**fused) > 0
+    got = torch.autograd.grad(fastda.conv2d(**fused)[gate].sum(), (residual, arguments["weight"]))
+    right = torch.autograd.grad(reference.conv2d(**fused)[gate].sum(), (residual, arguments["weight"]))
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("sizes, padding", [CASES[0], CASES[5]], ids=str)
 def test_dtypes(sizes, padding, dtype):
@@ -70,12 +94,17 @@ def test_what_is_not_finite_reaches_no_further_than_its_window(kernel, padding):
         assert torch.equal(y.isfinite(), expected.isfinite())
 
 
-@pytest.mark.parametrize("shape", [(0, 20, 9, 9), (2, 20, 0, 4), (2, 0, 9, 9)], ids=str)
-def test_nothing_to_sum(shape):
-    x = torch.randn(shape, requires_grad=True)
-    weight, bias = torch.randn(20, shape[1], 5, 5, requires_grad=True), torch.randn(20, requires_grad=True)
+def test_an_empty_batch():
+    x = torch.randn(0, 20, 9, 9, requires_grad=True)
+    weight, bias = torch.randn(20, 20, 5, 5, requires_grad=True), torch.randn(20, requires_grad=True)
     arguments = {"x": x, "weight": weight, "bias": bias, "padding": 3}
     assert_results("conv2d", results(fastda.conv2d, arguments), results(reference.conv2d, arguments))
+
+
+def test_no_input_channels():
+    bias = torch.randn(20)
+    y = fastda.conv2d(torch.randn(2, 0, 9, 8), torch.randn(20, 0, 5, 5), bias)
+    assert torch.equal(y, bias.view(1, 20, 1, 1).expand(2, 20, 5, 4))
 
 
 def test_one_and_two_threads_give_the_same_bits():
@@ -95,6 +124,10 @@ def test_derivatives_compilers_and_transforms():
     check_gradients("conv2d", small)
     check_transforms("conv2d", case((1, 2, 2, 3, 4, 3), 0, torch.float64))
     check_compiled("conv2d", case((2, 3, 4, 5, 8, 9), 0))
+    dilated = {**case((1, 2, 2, 3, 5, 4), 2, torch.float64, relu=False), "dilation": 2}
+    check_gradients("conv2d", dilated)
+    check_transforms("conv2d", dilated)
+    check_compiled("conv2d", {**case((2, 3, 4, 3, 8, 9), 2), "dilation": 2})
 
 
 @pytest.mark.isa_independent
@@ -116,6 +149,9 @@ ERRORS = [
     ({"residual": X}, ValueError, "residual must be (2, 4, 5, 7), got (2, 3, 7, 9)"),
     ({"padding": 3}, ValueError, "padding must be from 0 to 2 for this weight, got 3"),
     ({"padding": -1}, ValueError, "padding must be from 0 to 2 for this weight, got -1"),
+    ({"dilation": 0}, ValueError, "dilation must be at least 1, got 0"),
+    ({"dilation": (2, 2)}, TypeError, "dilation must be an int, got (2, 2)"),
+    ({"dilation": 2, "padding": 5}, ValueError, "padding must be from 0 to 4 for this weight, got 5"),
     ({"padding": 0.5}, TypeError, "padding must be an int, got 0.5"),
     ({"padding": (1, 1)}, TypeError, "padding must be an int, got (1, 1)"),
     (

@@ -96,10 +96,13 @@ void multiply(const S* x, int64_t row_stride, int64_t pixels, const int64_t* off
     for (int64_t t = 0; t < taps; t += group) {
       const int64_t n = min(group, taps - t);
       const int64_t part = longest > 0 ? ceil_div(depth, ceil_div(depth, longest)) : depth;
-      for (int64_t d = 0; d < depth; d += part)
+      int64_t d = 0;
+      do {  // once where there are no channels: the sums are zeros
         for (int64_t q = 0; q < pixels; q += rows)
           kernel(x + q * row_stride + d, row, rows, offset + t, n, min(part, depth - d), 1,
                  b + (t * depth + d) * width, width, out + q * padded_k + k0, padded_k, t + d > 0);
+        d += part;
+      } while (d < depth);
     }
     k0 += width;
   }
