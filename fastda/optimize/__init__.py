@@ -31,7 +31,7 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> Report:
     Recognised:
 
     - convolutions with stride 1 and padding up to the same size, where they were measured to be faster: on
-      the CPU, with 3×3 or 7×7 kernels and 16 channels or more;
+      the CPU, with 3×3, 5×5 or 7×7 kernels and 16 channels or more;
     - gradient reversals: `autograd.Function`s that a module's code refers to and whose backward is −scale ·
       gradient in two passes over it (tllib, pytorch-revgrad, skada, the hand-written `ReverseLayerF`);
     - mean losses of torch whose target is one expanded number or one class, as the patch losses of CycleGAN's

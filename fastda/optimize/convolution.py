@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastda import _torch
-from fastda.ops.refiner_conv import conv_same
+from fastda.ops.refiner_conv import conv2d, conv_same
 from fastda.optimize.stand_in import PLAIN, Found, StandIn, copies_of_its_own, is_torchs, not_on_cpu
 
 _DTYPES = (torch.float32, torch.float64)
 _CONV_FORWARD, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
 
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
-FAST_KERNELS = (3, 7)
+FAST_KERNELS = (3, 5, 7)
 LEAST_CHANNELS = 16
 LEAST_SIZE = 4
 # They go by tiles of 4×4 pixels, of which one pixel in so many must be wanted. And they have a fixed cost:
@@ -29,6 +29,10 @@ LEAST_PRODUCTS = 1 << 18
 LEAST_PIXELS = 2048
 MOST_FILTERS = {3: 1 << 16, 7: 1 << 14}
 LEAST_SIZE_OF_7 = 16
+# 5×5 go by tiles of 3×3 pixels: small results must be many, those of few channels larger, and so many filters
+# at most may come to one pixel.
+LEAST_SIZE_OF_5, SMALL_OF_5, MANY_OF_5, LARGE_OF_5 = 8, 10, 2048, 16
+LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 400, 32
 
 
 def find(module: nn.Module) -> Iterator[Found]:
@@ -102,7 +106,7 @@ def _is_pair_of(value: Any, number: int | None = None) -> bool:
 
 
 class Convolution(StandIn):
-    """`nn.Conv2d._conv_forward` by conv_same."""
+    """`nn.Conv2d._conv_forward` by conv_same or conv2d."""
 
     method = "_conv_forward"
     # Settings that were found to be served, and the padding that they mean.
@@ -171,30 +175,38 @@ class Convolution(StandIn):
 
 
 def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int, dtype: torch.dtype) -> bool:
-    """Whether a convolution of x is faster than PyTorch's, where a border of the result is not wanted."""
+    """Whether a convolution of x is faster than PyTorch's, where the result is smaller by a border."""
     n, _, height, width = x
     out_channels, in_channels, k, _ = weight
     h, w = height - 2 * border, width - 2 * border
-    tiles = n * (-(-height // 4)) * (-(-width // 4))
-    small: tuple[Any, ...] = (
-        h < LEAST_SIZE,
-        w < LEAST_SIZE,
-        WANTED_OF * n * h * w < 16 * tiles,
-        n * h * w * out_channels * in_channels < LEAST_PRODUCTS,
-    )
-    if k != 3 or dtype == torch.float64:
-        small += n * h * w < LEAST_PIXELS, out_channels * in_channels > MOST_FILTERS.get(k, 0)
-    if k != 3:
+    pixels, filters = n * h * w, out_channels * in_channels
+    small: tuple[Any, ...] = (h < LEAST_SIZE, w < LEAST_SIZE, pixels * filters < LEAST_PRODUCTS)
+    if k == 3:
+        small += (WANTED_OF * pixels < 16 * n * (-(-height // 4)) * (-(-width // 4)),)
+    if k == 5 and dtype == torch.float32:
+        small += (
+            h < LEAST_SIZE_OF_5,
+            w < LEAST_SIZE_OF_5,
+            (h < SMALL_OF_5 or w < SMALL_OF_5) and pixels < MANY_OF_5,
+            min(out_channels, in_channels) < 2 * LEAST_CHANNELS and (h < LARGE_OF_5 or w < LARGE_OF_5),
+            pixels < LEAST_PIXELS_OF_5,
+            pixels * FILTERS_OF_A_PIXEL < filters,
+        )
+    elif k != 3 or dtype == torch.float64:
+        small += pixels < LEAST_PIXELS, filters > MOST_FILTERS.get(k, 0)
+    if k == 7:
         small += h < LEAST_SIZE_OF_7, w < LEAST_SIZE_OF_7
     # Sizes that are open to a compiler are taken to be large enough.
     return not any(map(_torch.known, small) if is_compiling() else small)
 
 
 def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
-    """The layer's result. What `conv_same` pads more than the layer does is a border that is cut off."""
-    border = weight.shape[2] // 2 - padding
+    """The layer's result. 3×3 are fast with a padding of 1: what that is more than the layer's is cut off."""
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
-        border += padding
+        padding = 0
+    if weight.shape[2] != 3:
+        return conv2d(x, weight, bias, padding=padding)
     y = conv_same(x, weight, bias)
+    border = 1 - padding
     return torch.constant_pad_nd(y, (-border,) * 4) if border else y

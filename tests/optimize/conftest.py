@@ -21,7 +21,9 @@ def even_where_nothing_is_gained(monkeypatch, request):
         monkeypatch.setattr(convolution, "WANTED_OF", 1 << 20)
         monkeypatch.setattr(convolution, "LEAST_PRODUCTS", 0)
         monkeypatch.setattr(convolution, "LEAST_PIXELS", 0)
-        monkeypatch.setattr(convolution, "LEAST_SIZE_OF_7", 0)
+        for name in ("LEAST_SIZE_OF_7", "LEAST_SIZE_OF_5", "SMALL_OF_5", "LARGE_OF_5", "LEAST_PIXELS_OF_5"):
+            monkeypatch.setattr(convolution, name, 0)
+        monkeypatch.setattr(convolution, "FILTERS_OF_A_PIXEL", 1 << 30)
         monkeypatch.setattr(convolution, "MOST_FILTERS", dict.fromkeys((1, 3, 5, 7), 1 << 30))
         monkeypatch.setattr(loss, "LEAST_PATCHES", dict.fromkeys(loss.LEAST_PATCHES, 1))
 

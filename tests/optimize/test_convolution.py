@@ -261,13 +261,13 @@ def test_inputs_that_do_not_fit_do_what_they_did(odd):
 def test_only_what_gains_is_replaced():
     model = nn.Sequential(
         *(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 5, padding=2)),
-        nn.Conv2d(16, 16, 7, padding=3),
+        *(nn.Conv2d(16, 16, 7, padding=3), nn.Conv2d(16, 16, 1)),
     )
     report = fastda.optimize(model)
-    assert [e.path for e in report.replaced] == ["1", "3"]
+    assert [e.path for e in report.replaced] == ["1", "2", "3"]
     assert [e.what for e in report.left] == [
         "no faster with less than 16 channels",
-        "no faster with 5×5 kernels",
+        "no faster with 1×1 kernels",
     ]
 
 
@@ -291,6 +291,16 @@ def test_only_what_gains_is_replaced():
         (64, 7, "float32", (8, 16, 16), 3, True),
         (64, 7, "float32", (32, 8, 8), 3, False),
         (136, 7, "float32", (8, 16, 16), 3, False),
+        (64, 5, "float32", (32, 12, 12), 0, True),
+        (64, 5, "float32", (31, 12, 12), 0, False),
+        (64, 5, "float32", (128, 11, 11), 0, False),
+        (64, 5, "float32", (1, 20, 20), 2, True),
+        (64, 5, "float32", (3, 10, 13), 2, False),
+        (128, 5, "float32", (2, 16, 16), 2, True),
+        (128, 5, "float32", (1, 20, 20), 2, False),
+        (16, 5, "float32", (16, 20, 20), 2, True),
+        (16, 5, "float32", (64, 15, 20), 2, False),
+        (64, 5, "float64", (16, 32, 32), 2, False),
     ],
 )
 def test_a_convolution_of_little_work_takes_pytorchs(channels, k, dtype, shape, padding, is_served):
