@@ -99,8 +99,14 @@ class StandIn(Change):
         return getattr(type(self.module), self.method).__get__(self.module)
 
     @property
+    def __code__(self) -> Any:
+        """That method's code: where torch.export reads the arguments' names."""
+        return getattr(type(self.module), self.method).__code__
+
+    @property
     def __globals__(self) -> Any:
-        raise RuntimeError("fastda.optimize: call report.undo() before torch.jit.script")
+        # torch.jit.script asks for them; torch.fx takes none for an answer.
+        raise AttributeError("fastda.optimize: call report.undo() before torch.jit.script")
 
 
 def _made_again(kind: type[StandIn], make: Any, arguments: Any) -> nn.Module:

@@ -9,6 +9,7 @@ from tests.optimize.tools import MODELS, image
 
 convolution = importlib.import_module("fastda.optimize.convolution")
 loss = importlib.import_module("fastda.optimize.loss")
+pool = importlib.import_module("fastda.optimize.pool")
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +26,7 @@ def even_where_nothing_is_gained(monkeypatch, request):
             monkeypatch.setattr(convolution, name, 0)
         monkeypatch.setattr(convolution, "FILTERS_OF_A_PIXEL", 1 << 30)
         monkeypatch.setattr(convolution, "MOST_FILTERS", dict.fromkeys((1, 3, 5, 7), 1 << 30))
+        monkeypatch.setattr(pool, "LEAST_ELEMENTS", 0)
         monkeypatch.setattr(loss, "LEAST_PATCHES", dict.fromkeys(loss.LEAST_PATCHES, 1))
 
 
