@@ -85,7 +85,8 @@ def assert_same(actual, expected, rtol=2e-4):
 @pytest.mark.parametrize("backend_name", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile_without_a_break_and_with_dynamic_shapes(backend_name):
     model, original = pair()
-    fast, counter = compiled(model, backend_name, dynamic=True)
+    fast, _ = compiled(model, backend_name, dynamic=True)
+    torch._dynamo.utils.counters.clear()
 
     def call(x):
         return fast(x)
@@ -94,7 +95,9 @@ def test_compile_without_a_break_and_with_dynamic_shapes(backend_name):
     for shape in ((2, 1, 9, 8), (3, 1, 12, 10)):
         x = torch.randn(shape)
         assert_same(gradients(call, x), gradients(original, x))
-    assert counter.frame_count == 1
+    # Graphs that were finished, not the backend's calls, of which torch 2.11 makes two: it leaves the reversal's
+    # scale open, finds it in no tensor's computation, and begins again with the scale as a constant.
+    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] == 1
 
 
 @native
