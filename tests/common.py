@@ -11,13 +11,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map
 
 import fastda
-from fastda import backend, reference, registry
+from fastda import backend, recipes, reference, registry
 from fastda.testing import assert_matches
 from fastda.tools import verify
 
 F64 = torch.float64
 needs_node = pytest.mark.skipif(
     backend.autograd_module is None, reason=f"no C++ autograd module: {backend.autograd_error}"
+)
+needs_recipes = pytest.mark.skipif(
+    bool(recipes.missing()), reason=f"not installed: {', '.join(recipes.missing())}"
 )
 both_routes = pytest.mark.usefixtures("route")
 

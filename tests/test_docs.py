@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -100,9 +99,8 @@ def check_command(words):
     elif program == "python" and rest[:2] == ["-m", "fastda"]:
         check_command(rest[1:])
     elif program == "fastda" and rest[0] in recipes.NAMES:
-        missing = [package for module, package in recipes.PACKAGES.items() if not find_spec(module)]
-        if missing:
-            pytest.skip(f"not installed: {', '.join(missing)}")
+        if recipes.missing():
+            pytest.skip(f"not installed: {', '.join(recipes.missing())}")
         importlib.import_module(f"fastda.recipes.{rest[0]}.cli").arguments(rest[1:])
     elif program == "fastda":
         cli._parser().parse_args(rest)

@@ -86,18 +86,17 @@ def assert_same(actual, expected, rtol=2e-4):
 def test_compile_without_a_break_and_with_dynamic_shapes(backend_name):
     model, original = pair()
     fast, _ = compiled(model, backend_name, dynamic=True)
-    torch._dynamo.utils.counters.clear()
 
     def call(x):
         return fast(x)
 
     call.parameters = model.parameters
-    for shape in ((2, 1, 9, 8), (3, 1, 12, 10)):
+    # The number of the backend's calls says nothing: torch 2.11 makes two for one graph, as it leaves the
+    # scale of the reversal open, finds it in no tensor's computation, and begins again with it as a constant.
+    for shape, stance in (((2, 1, 9, 8), "default"), ((3, 1, 12, 10), "fail_on_recompile")):
         x = torch.randn(shape)
-        assert_same(gradients(call, x), gradients(original, x))
-    # Graphs that were finished, not the backend's calls, of which torch 2.11 makes two: it leaves the reversal's
-    # scale open, finds it in no tensor's computation, and begins again with the scale as a constant.
-    assert torch._dynamo.utils.counters["aot_autograd"]["ok"] == 1
+        with torch.compiler.set_stance(stance):
+            assert_same(gradients(call, x), gradients(original, x))
 
 
 @native

@@ -28,13 +28,18 @@ class MissingPackages(ImportError):
 
 def run(name: str, argv: Sequence[str]) -> int:
     """The command `fastda NAME` with the arguments `argv`; returns the exit status."""
-    missing = [package for module, package in PACKAGES.items() if not _installed(module)]
-    if missing:
+    absent = missing()
+    if absent:
         raise MissingPackages(
-            f"needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}: "
+            f"needs the package{'s' * (len(absent) > 1)} {', '.join(absent)}: "
             "pip install 'fastda-kernels[recipes]'"
         )
     return importlib.import_module(f"fastda.recipes.{name}.cli").main(list(argv))
+
+
+def missing() -> list[str]:
+    """The packages of the extra `recipes` that are not installed."""
+    return [package for module, package in PACKAGES.items() if not _installed(module)]
 
 
 def _installed(module: str) -> bool:

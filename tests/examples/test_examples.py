@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.common import needs_recipes
+
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).parents[2]
 
@@ -31,8 +33,8 @@ def test_dann_in_a_loop_of_ones_own_bridges_the_domains():
     assert before < 0.85 < 0.93 < after
 
 
+@needs_recipes
 def test_a_refiner_from_python_makes_thin_digits_thick(tmp_path):
-    pytest.importorskip("safetensors", reason="the extra recipes is not installed")
     out = run("simgan.py", "--steps", "2", "--out", str(tmp_path))
     assert (tmp_path / "grid.png").exists()
     assert len(re.findall(r"\d+\.\d", out)) == 3

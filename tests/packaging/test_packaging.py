@@ -13,6 +13,7 @@ import torch
 
 import fastda
 from fastda import backend, recipes
+from tests.common import needs_recipes
 
 pytestmark = pytest.mark.isa_independent
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,8 +239,8 @@ def test_the_installed_wheel_works_away_from_the_checkout(wheel, tmp_path):
 
 
 @native
+@needs_recipes
 def test_the_trainings_are_in_the_wheel_and_run_away_from_the_checkout(wheel, tmp_path):
-    pytest.importorskip("safetensors", reason="the extra recipes is not installed")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     command = [sys.executable, "-m", "fastda", "simgan", "draw", "strokes", "--count", "3", "--out", "drawn"]
     run(command, tmp_path, PYTHONPATH=str(tmp_path / "site"))

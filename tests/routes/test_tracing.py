@@ -147,7 +147,7 @@ def test_a_history_says_that_it_cannot_be_recorded(route):
     with pytest.raises(RuntimeError, match="ImageHistoryBuffer: its state and its draws cannot be traced"):
         routes[route]()
     assert len(history) == 0
-    # An export that raises leaves a hook on this module's buffers in torch 2.11, which takes fake tensors alone.
+    # In torch 2.11 an export that raises leaves a hook on this module's buffers, for fake tensors alone.
     torch.nn.modules.module._global_buffer_registration_hooks.clear()
     torch._dynamo.reset()
     torch.compile(history, backend="eager")(batch)

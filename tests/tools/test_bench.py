@@ -353,6 +353,7 @@ def test_losses_are_said_as_plainly_as_wins():
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     rows = [row(), row("grad_reverse", peer="pytorch-revgrad"), row(ratio=0.7, mode="forward")]
     (tmp_path / "cases").mkdir()
     for i, r in enumerate(rows):
@@ -388,6 +389,7 @@ def test_exponents_are_slopes_on_log_axes():
 
 
 def test_published_layers_reverse_the_gradient():
+    pytest.importorskip("pytorch_revgrad", reason="pytorch-revgrad is not installed")
     task = bench.Task(Case("grad_reverse", (3, 4)))
     for label, call in PEERS["published"](task):
         (grad,) = call()

@@ -8,6 +8,7 @@ import pytest
 from fastda import backend, recipes, testing
 from fastda.tools import bench, cli, verify
 from fastda.tools.console import Column, Console
+from tests.common import needs_recipes
 
 pytestmark = pytest.mark.isa_independent
 
@@ -37,8 +38,12 @@ def test_module_runs_as_a_command():
     assert (done.returncode, done.stdout.strip()) == (0, backend.info()["fastda"])
 
 
+TRAININGS = ["dann", "reviews", "simgan", "simgan train", "simgan refine"]
+
+
 @pytest.mark.parametrize(
-    "command", ["", "info", "verify", "bench", "dann", "reviews", "simgan", "simgan train", "simgan refine"]
+    "command",
+    ["", "info", "verify", "bench", *(pytest.param(name, marks=needs_recipes) for name in TRAININGS)],
 )
 def test_help_everywhere(capsys, command):
     with pytest.raises(SystemExit) as stop:
@@ -166,13 +171,14 @@ def test_words_in_place_of_numbers_are_named_in_the_users_words(capsys, argv, me
 @pytest.mark.parametrize("command", list(recipes.NAMES))
 def test_trainings_without_their_packages_say_what_to_install(capsys, monkeypatch, command):
     assert command in cli._parser().format_help()
+    missing = {*recipes.missing(), "scikit-learn", "safetensors"}
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "sklearn", None)
     status, _, err = run(capsys, command, "--help")
     assert status == 2
+    absent = [name for name in recipes.PACKAGES.values() if name in missing]
     assert err == (
-        f"fastda {command}: needs the packages scikit-learn, safetensors: "
-        "pip install 'fastda-kernels[recipes]'\n"
+        f"fastda {command}: needs the packages {', '.join(absent)}: pip install 'fastda-kernels[recipes]'\n"
     )
 
 
