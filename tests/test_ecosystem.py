@@ -93,7 +93,9 @@ def test_compile_without_a_break_and_with_dynamic_shapes(backend_name):
     call.parameters = model.parameters
     # The number of the backend's calls says nothing: torch 2.11 makes two for one graph, as it leaves the
     # scale of the reversal open, finds it in no tensor's computation, and begins again with it as a constant.
-    for shape, stance in (((2, 1, 9, 8), "default"), ((3, 1, 12, 10), "fail_on_recompile")):
+    # Inductor compiles again, the original model too: it binds height and width in a convolution's backward.
+    again = "default" if backend_name == "inductor" else "fail_on_recompile"
+    for shape, stance in (((2, 1, 9, 8), "default"), ((3, 1, 12, 10), again)):
         x = torch.randn(shape)
         with torch.compiler.set_stance(stance):
             assert_same(gradients(call, x), gradients(original, x))

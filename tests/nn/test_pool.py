@@ -22,6 +22,11 @@ def test_is_a_max_pool_without_parameters():
         assert torch.equal(module(x), expected)
 
 
+def test_arguments_stand_where_torch_has_them():
+    x, arguments = torch.randn(2, 4, 12, 10), (3, 2, 1, 2, False, True)
+    assert torch.equal(ReLUMaxPool2d(*arguments)(x), nn.MaxPool2d(*arguments)(x).relu())
+
+
 def test_indices_are_refused():
     with pytest.raises(ValueError, match="return_indices must be False"):
         ReLUMaxPool2d(2, return_indices=True)

@@ -122,8 +122,17 @@ def test_layouts(relu):
 
 
 @pytest.mark.isa_independent
-def test_without_a_batch():
-    x = torch.randn(5, 8, 11, requires_grad=True)
+@pytest.mark.parametrize("relu", [True, False])
+def test_without_gradients(relu):
+    x = ties(2, 3, 9, 8)
+    for window in (((3, 2), (2, 3), (1, 0), True), (3, (), 0, False)):  # () is torch's own default
+        assert torch.equal(fused(x, *window, relu=relu), (relu_then_pool if relu else pool)(x, *window))
+
+
+@pytest.mark.isa_independent
+@pytest.mark.parametrize("channels", [1, 5])
+def test_without_a_batch(channels):
+    x = torch.randn(channels, 8, 11, requires_grad=True)
     y = fastda.relu_max_pool(x, 3, 2, 1)
     assert torch.equal(y, F.max_pool2d(F.relu(x), 3, 2, 1))
     (grad,) = torch.autograd.grad(y.sum(), x)
@@ -161,15 +170,20 @@ def test_derivatives(options):
 
 
 @pytest.mark.isa_independent
-def test_second_gradients_go_to_what_won():
-    x = torch.randn(2, 3, 9, 9, dtype=torch.float64, requires_grad=True)
-    scale = torch.ones(2, 3, 5, 5, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("window", [(3, 2, 1), ((4, 3), (2, 3), (2, 1))], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
+def test_second_gradients_go_to_what_won(window, layout):
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
 
-    def penalty(function):
-        (g,) = torch.autograd.grad((function(x, 3, 2, 1) * scale).sum(), x, create_graph=True)
-        return torch.autograd.grad(g.square().sum(), scale)[0]
+    def gradients(function):
+        y = function(x, *window)
+        scale = torch.linspace(1, 2, y.numel(), dtype=y.dtype).view(y.shape).requires_grad_()
+        (g,) = torch.autograd.grad((y * scale).sum(), x, create_graph=True)
+        return g, torch.autograd.grad(g.square().sum(), scale)[0]
 
-    torch.testing.assert_close(penalty(fastda.relu_max_pool), penalty(reference.relu_max_pool))
+    actual, expected = gradients(fastda.relu_max_pool), gradients(reference.relu_max_pool)
+    torch.testing.assert_close(actual, expected)
+    assert actual[0].stride() == x.stride()
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=str)
@@ -209,6 +223,7 @@ ERRORS = [
     ({"kernel_size": 0}, ValueError, "kernel_size must be at least 1, got 0"),
     ({"kernel_size": 2.0}, TypeError, "kernel_size must be an int or a pair of ints, got 2.0"),
     ({"kernel_size": (2, 2, 2)}, TypeError, "kernel_size must be an int or a pair of ints, got (2, 2, 2)"),
+    ({"kernel_size": True}, TypeError, "kernel_size must be an int or a pair of ints, got True"),
     ({"stride": (1, 0)}, ValueError, "stride must be at least 1, got (1, 0)"),
     ({"padding": -1}, ValueError, "padding must be at least 0, got -1"),
     ({"padding": (1, 2)}, ValueError, "padding must be at most half of kernel_size, got (1, 2) for (2, 2)"),
