@@ -22,6 +22,7 @@ from tests.ops.refiner_conv import LAYOUTS, B, W, X, images_as
 CASES = [
     *(((2, 17, 33, 5, 16, 21), p) for p in range(5)),
     *(((1, 18, 40, 2, 23, 12), p) for p in range(2)),
+    ((53, 17, 20, 5, 9, 8), 1),  # several images to a task, and fewer to the last
     *(((1, 20, 16, 7, 17, 15), p) for p in (0, 2, 6)),
     *(((2, 20, 17, 3, 9, 11), p) for p in (0, 2)),
     *(((2, 3, 5, 4, 7, 9), p) for p in (0, 1, 3)),
@@ -43,7 +44,7 @@ def test_matches_reference(sizes, padding):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sizes, padding", [CASES[1], CASES[6], CASES[10]], ids=str)
+@pytest.mark.parametrize("sizes, padding", [CASES[1], CASES[6], CASES[7], CASES[11]], ids=str)
 def test_layouts_and_views(sizes, padding, layout):
     check_against_reference("conv2d", images_as(case(sizes, padding, residual=True), LAYOUTS[layout]))
 
@@ -107,8 +108,9 @@ def test_no_input_channels():
     assert torch.equal(y, bias.view(1, 20, 1, 1).expand(2, 20, 5, 4))
 
 
-def test_one_and_two_threads_give_the_same_bits():
-    arguments = case((3, 20, 33, 5, 40, 37), 1)
+@pytest.mark.parametrize("sizes", [(3, 20, 33, 5, 40, 37), (53, 17, 20, 5, 9, 8)], ids=str)
+def test_one_and_two_threads_give_the_same_bits(sizes):
+    arguments = case(sizes, 1)
     one = results(fastda.conv2d, arguments)
     torch.set_num_threads(2)
     try:

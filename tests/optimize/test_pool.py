@@ -50,7 +50,7 @@ def compare(pool, original, x):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS.keys())
-def test_every_setting(setting, dtype):
+def test_every_setting_of_a_pool(setting, dtype):
     pool, original, report = pair(**setting)
     for shape in ((2, 3, 9, 7), (1, 2, 4, 5), (3, 2, 4, 4)):
         x = torch.randn(shape, dtype=dtype)

@@ -38,6 +38,9 @@ struct Pieces {
   struct Layout {
     int64_t pieces, high, wide, c, k;
     Blocking blocking;
+    // Small images go together: several to a task where each is one block, of one piece, whose tiles
+    // need no neighbours. At least 16 tasks stay, if there are so many images.
+    int64_t group = 1;
     explicit Layout(const Args& a)
         : pieces(ceil_div(a.kernel, TAPS)),
           high(ceil_div(a.out_height(), TILE)),
@@ -45,22 +48,44 @@ struct Pieces {
           c(padded<float>(a.in_channels)),
           k(padded<float>(a.out_channels)),
           blocking(block_image(a.batch, high, wide,
-                               POINTS * POINTS * (c + k) * int64_t(sizeof(float)), 1600 << 10)) {}
+                               POINTS * POINTS * (c + k) * int64_t(sizeof(float)), budget)) {
+      if (pieces == 1 && blocking.per_column * blocking.per_row == 1) {
+        const int64_t fit =
+            budget / (high * wide * POINTS * POINTS * (c + k) * int64_t(sizeof(float)));
+        group = max(1, min(fit, a.batch / 16));
+      }
+    }
+    static constexpr int64_t budget = 1600 << 10;
 
     int64_t taps() const { return pieces * pieces; }
     int64_t filter() const { return taps() * c * k; }  // floats of one point
     int64_t grid() const { return (blocking.rows + pieces - 1) * (blocking.columns + pieces - 1); }
     // Rows of V and M of one point; the micro-kernel runs past the end by up to max_rows.
-    int64_t v_rows() const { return grid() + max_rows; }
-    int64_t m_rows() const { return blocking.rows * (blocking.columns + pieces - 1) + max_rows; }
+    int64_t v_rows() const { return group * grid() + max_rows; }
+    int64_t m_rows() const {
+      return group * blocking.rows * (blocking.columns + pieces - 1) + max_rows;
+    }
+    int64_t tasks() const { return ceil_div(blocking.tasks, group); }
     int64_t packed() const {
       return (TILE * (blocking.rows + pieces) + TAPS) *
              (TILE * (blocking.columns + pieces) + TAPS) * max(c, k);
     }
-    Tiles tiles(int64_t task) const {
-      const Block b = blocking.block(task, high, wide);
+    Tiles tiles(int64_t block) const {
+      const Block b = blocking.block(block, high, wide);
       const int64_t columns = b.columns + pieces - 1;
       return {b, pieces, b.rows + pieces - 1, columns, (b.rows - 1) * columns + b.columns};
+    }
+    // Calls f(tiles, where their rows of V and M begin) for the blocks of a task; returns the pixels
+    // of all.
+    template <typename F>
+    int64_t each(int64_t task, F&& f) const {
+      int64_t pixels = 0;
+      for (int64_t i = task * group; i < min(blocking.tasks, (task + 1) * group); ++i) {
+        const Tiles t = tiles(i);
+        f(t, pixels);
+        pixels += t.pixels;
+      }
+      return pixels;
     }
     void offsets(const Tiles& t, int64_t* offset) const {
       for (int64_t i = 0; i < taps(); ++i) offset[i] = (i / pieces * t.columns + i % pieces) * c;
@@ -194,35 +219,40 @@ struct Pieces {
            Arena::bytes<float>(POINTS * POINTS * l.m_rows() * l.k) +
            Arena::bytes<int64_t>(l.taps());
   }
-  static int64_t conv_tasks(const ConvArgs& a) { return Layout(a).blocking.tasks; }
+  static int64_t conv_tasks(const ConvArgs& a) { return Layout(a).tasks(); }
 
   template <typename T>
   static bool conv_block(const ConvArgs& a, int64_t task, void* memory) {
     const Layout layout(a);
-    const Tiles t = layout.tiles(task);
     Arena scratch(memory);
     float* packed = scratch.take<float>(layout.packed());
     const int64_t v_step = layout.v_rows() * layout.c, m_step = layout.m_rows() * layout.k;
     float* v = scratch.take<float>(POINTS * POINTS * v_step);
     float* m = scratch.take<float>(POINTS * POINTS * m_step);
     int64_t* offset = scratch.take<int64_t>(layout.taps());
-    layout.offsets(t, offset);
-    transform_input<T>(a, a.x_mask, layout, t, packed, v, v_step);
+    int64_t rows = 0;
+    const int64_t pixels = layout.each(task, [&](const Tiles& t, int64_t at) {
+      layout.offsets(t, offset);
+      transform_input<T>(a, a.x_mask, layout, t, packed, v + at * layout.c, v_step);
+      rows = at + t.rows * t.columns;
+    });
     // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow
     // on Intel.
-    const int64_t rows = t.rows * t.columns;
     for (int p = 0; p < POINTS * POINTS; ++p)
       for (int64_t i = 0; i < max_rows * layout.c; ++i) v[p * v_step + rows * layout.c + i] = 0;
     for (int p = 0; p < POINTS * POINTS; ++p)
-      multiply<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(), layout.c,
+      multiply<float>(v + p * v_step, layout.c, pixels, offset, layout.taps(), layout.c,
                       static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k,
                       m + p * m_step, longest_sum);
     float* sums = packed;  // which nobody needs any more
-    const bool finite = transform_output(t, m, m_step, layout.k, sums);
-    const int64_t h = TILE * t.block.h, w = TILE * t.block.w;
-    epilogue<T, float>(a, sums, TILE * t.block.columns, layout.k,
-                       {t.block.n, h, w, min(TILE * t.block.rows, a.out_height() - h),
-                        min(TILE * t.block.columns, a.out_width() - w)});
+    bool finite = true;
+    layout.each(task, [&](const Tiles& t, int64_t at) {
+      finite &= transform_output(t, m + at * layout.k, m_step, layout.k, sums);
+      const int64_t h = TILE * t.block.h, w = TILE * t.block.w;
+      epilogue<T, float>(a, sums, TILE * t.block.columns, layout.k,
+                         {t.block.n, h, w, min(TILE * t.block.rows, a.out_height() - h),
+                          min(TILE * t.block.columns, a.out_width() - w)});
+    });
     return finite;
   }
   static bool conv(const ConvArgs& a, int64_t task, void* scratch) {
@@ -237,7 +267,7 @@ struct Pieces {
     return Arena::bytes<float>(POINTS * POINTS * l.filter()) + Arena::bytes<double>(l.k);
   }
   static int64_t chunks(const FilterGradArgs& a) {
-    return chunk_count(Layout(a).blocking.tasks, sum_bytes(a));
+    return chunk_count(Layout(a).tasks(), sum_bytes(a));
   }
   static int64_t filter_grad_scratch_bytes(const FilterGradArgs& a) {
     const Layout l(a);
@@ -297,14 +327,15 @@ struct Pieces {
     int64_t* offset = scratch.take<int64_t>(layout.taps());
     for (int64_t i = 0; i < POINTS * POINTS * layout.filter(); ++i) filter[i] = 0;
     for (int64_t i = 0; i < layout.k; ++i) bias[i] = 0;
-    const int64_t tasks = layout.blocking.tasks, count = chunks(a);
+    const int64_t tasks = layout.tasks(), count = chunks(a);
     for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
-      const Tiles t = layout.tiles(task);
-      layout.offsets(t, offset);
-      transform_input<T>(a, View{}, layout, t, packed, v, v_step);
-      transform_gradient<T>(a, t, layout.k, packed, z, z_step, bias);
+      const int64_t pixels = layout.each(task, [&](const Tiles& t, int64_t at) {
+        layout.offsets(t, offset);
+        transform_input<T>(a, View{}, layout, t, packed, v + at * layout.c, v_step);
+        transform_gradient<T>(a, t, layout.k, packed, z + at * layout.k, z_step, bias);
+      });
       for (int p = 0; p < POINTS * POINTS; ++p)
-        multiply_transposed<float>(v + p * v_step, layout.c, t.pixels, offset, layout.taps(),
+        multiply_transposed<float>(v + p * v_step, layout.c, pixels, offset, layout.taps(),
                                    layout.c, z + p * z_step, layout.k,
                                    filter + p * layout.filter());
     }

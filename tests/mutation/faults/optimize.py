@@ -24,6 +24,16 @@ FAULTS = (
         "test_convolution::test_patches_of_torch_are_honoured",
     ),
     fault(
+        "optimize: a pooling of channels_last images is served", "fastda/optimize",
+        "and not input.is_contiguous(memory_format=torch.channels_last)", "and True",
+        "test_other_inputs_are_pytorchs",
+    ),
+    fault(
+        "optimize: a pooling's dilation is overlooked", "fastda/optimize",
+        "or _pair(pool.dilation) != (1, 1)", "or False",
+        "test_later_changes_are_followed",
+    ),
+    fault(
         "optimize: half of a label's smoothing", "fastda/optimize",
         "2 * min(label, 1 - label)", "min(label, 1 - label)",
         "test_expanded_labels",

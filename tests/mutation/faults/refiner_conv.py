@@ -130,6 +130,21 @@ FAULTS = (
         "test_edge_of_the_cpu[a_backward_in_bands_that_overflows]",
     ),
     fault(
+        "small images that go together lie on each other", CPU,
+        "a.x_mask, layout, t, packed, v + at * layout.c,", "a.x_mask, layout, t, packed, v,",
+        "test_refiner_conv_padding::test_matches_reference",
+    ),
+    fault(
+        "sums in parts: the last part alone", CPU,
+        "t + d > 0", "t > 0",
+        "test_refiner_conv_padding::test_matches_reference",
+    ),
+    fault(
+        "dilation: columns past the image stay", "fastda/ops",
+        "[..., :h, :w]", "[..., :h, -w:]",
+        "test_dilation",
+    ),
+    fault(
         "large filters: one corner of the check for what is not finite", CPU,
         "(y[0] + y[TILE - 1]) * 0.0f", "y[0] * 0.0f",
         "test_edge_of_the_cpu[what_overflows_on_the_way]",
