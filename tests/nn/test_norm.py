@@ -59,6 +59,17 @@ def test_it_is_torch_s_own_layer_with_an_activation(ours, theirs):
     torch.testing.assert_close(ours(4)(x), theirs(4)(x))
 
 
+@every_pair
+def test_statistics_that_are_no_longer_tracked(ours, theirs):
+    fused, plain = (layer(4, track_running_stats=True) for layer in (ours, theirs))
+    fused.track_running_stats = plain.track_running_stats = False
+    for training in (True, False):
+        x = torch.randn(3, 4, 5, 6)
+        torch.testing.assert_close(fused.train(training)(x), plain.train(training)(x))
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(fused.state_dict()[name], value)
+
+
 def test_one_image_without_a_batch():
     x, residual = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
     torch.testing.assert_close(

@@ -1,5 +1,7 @@
 """What the conformance tests do not ask of normalisation: accuracy, stored statistics, what is saved."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,7 +84,7 @@ def test_the_mask_where_a_result_is_zero_or_nan(op, layout, slope):
     residual[0, 0, 0, 0], residual[1, 2, 3, 3] = torch.nan, -torch.inf
     weight, bias = torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3)
     mean, variance = torch.zeros(3), torch.ones(3)
-    for with_residual in (True, False):
+    for with_residual, twice in itertools.product((True, False), (True, False)):
         results = []
         for function in (getattr(fastda, op), getattr(reference, op)):
             leaves = [t.clone().requires_grad_() for t in (x, residual)]
@@ -93,7 +95,8 @@ def test_the_mask_where_a_result_is_zero_or_nan(op, layout, slope):
                 negative_slope=slope,
             )
             wanted = leaves if with_residual else leaves[:1]
-            results.append([y.detach(), *torch.autograd.grad(y.sum(), wanted)])
+            gradients = torch.autograd.grad(y.sum(), wanted, create_graph=twice)
+            results.append([t.detach() for t in (y, *gradients)])
         for got, right in zip(*results, strict=True):
             torch.testing.assert_close(got, right, equal_nan=True)
 
@@ -156,6 +159,27 @@ def test_first_and_second_gradients_by_differences(op):
         {"residual": True, "weight": None, "bias": None},
     ):
         check_gradients(op, draw(op, (2, 3, 2, 3), **options))
+
+
+@both
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("slope", [None, 0.0, 0.1])
+@pytest.mark.parametrize("added", [True, False])
+def test_second_gradients_are_those_of_the_reference(op, training, slope, added):
+    x, residual, grad = (torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    weight, bias = (torch.randn(3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mean, variance = torch.randn(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64) + 0.5
+    leaves = [x, weight, bias, residual] if added else [x, weight, bias]
+
+    def gradients(function):
+        options = {"training": training, "eps": 0.3, "negative_slope": slope}
+        stored = mean.clone(), variance.clone()
+        y = function(x, weight, bias, *stored, residual=residual if added else None, **options)
+        first = torch.autograd.grad(y, leaves, grad, create_graph=True)
+        penalty = sum(g.pow(3).sum() for g in first)
+        return *first, *torch.autograd.grad(penalty, [grad, *leaves], materialize_grads=True)
+
+    torch.testing.assert_close(gradients(getattr(fastda, op)), gradients(getattr(reference, op)))
 
 
 @both
@@ -234,10 +258,24 @@ def test_float32_statistics_and_weights_for_16_bit_images(op):
             "negative_slope must be None or a number of 0 or more, got -0.1",
         ),
         ({"eps": "small"}, ValueError, "eps must be a number of 0 or more, got 'small'"),
+        ({"eps": -1e-5}, ValueError, "eps must be a number of 0 or more, got -1e-05"),
+        (
+            {"x": torch.ones(2, 3, 4, 5).half(), "weight": torch.ones(3), "bias": torch.ones(3).half()},
+            TypeError,
+            "bias must have the dtype of weight, torch.float32, got torch.float16",
+        ),
     ],
 )
 def test_errors(op, options, error, message):
     check_error(getattr(fastda, op), {"x": torch.ones(2, 3, 4, 5), **options}, error, f"{op}: {message}")
+
+
+def test_no_image_leaves_the_statistics_as_in_torch():
+    for function in (fastda.batch_norm_act, F.batch_norm):
+        mean, variance = torch.zeros(3), torch.ones(3)
+        y = function(torch.ones(0, 3, 4, 5), running_mean=mean, running_var=variance, training=True)
+        assert y.shape == (0, 3, 4, 5)
+        assert torch.equal(mean, torch.zeros(3)) and torch.equal(variance, torch.ones(3))
 
 
 def test_one_value_a_channel_as_torch_refuses_it():
