@@ -8,7 +8,7 @@
 //   x x x x | x x x x | x x x x | x x          x x x x | x x x x | x     a register is some channels
 //   four registers at once, one constant       x x x x | x x x x | x     of a row, has its own
 //   of each kind                               x x x x | x x x x | x     constants, and stays for
-//                                                                        `block_rows` rows
+//                                                                        four rows
 //
 // Statistics: within a block of at most 2048 entries of a channel (128 rows) sums of d = x - pivot
 // and of d^2 in the accumulator type, where the pivot is the mean of the block's first entries; then
@@ -23,7 +23,7 @@ namespace {
 
 constexpr int block_entries = 2048, pivot_entries = 256;
 constexpr int block_rows = 128, pivot_rows = 16;
-constexpr int row_group = vector_registers == 32 ? 4 : 2;  // registers of channels at once
+constexpr int panel = 256;  // channels whose sums are kept at once
 
 template <typename S, typename T>
 FASTDA_INLINE Vec<S> load_whole(const T* p) {
@@ -63,18 +63,6 @@ inline double sum_lanes(Vec<S> v) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return double(lane[0]);
 }
-// The first n lanes of a row's sums, added to double ones.
-template <typename S>
-FASTDA_INLINE void add_lanes(double* sums, Vec<S> v, int n) {
-  S lane[lanes<S>];
-  store_vec(lane, v);
-  if (n == lanes<S>) {
-    for (int i = 0; i < lanes<S>; ++i) sums[i] += double(lane[i]);
-  } else {
-    for (int i = 0; i < n; ++i) sums[i] += double(lane[i]);
-  }
-}
-
 template <Activation A, typename S>
 FASTDA_INLINE Vec<S> activate(Vec<S> v, S slope) {
   if constexpr (A == Activation::relu) return relu_mask(v, v);
@@ -170,64 +158,75 @@ void moments_of_channel(const T* x, int64_t count, double& mean, double& squares
   }
 }
 
-// V registers of channels, the last of `count` lanes; `ways` rows at once where there are few.
-template <typename T, typename S, int V, bool Whole>
-FASTDA_INLINE void moments_of_rows(const T* x, int rows, int64_t channels, int count, S* pivots,
-                                   S* sums, S* squares) {
-  constexpr int L = lanes<S>, ways = V == 1 ? 4 : 1;
-  const int few = rows < pivot_rows ? rows : pivot_rows;
-  Vec<S> pivot[V] = {}, sum[ways][V] = {}, square[ways][V] = {};
-  for (int r = 0; r < few; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) pivot[v] += load_some<S, Whole>(x + r * channels + v * L, count);
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) pivot[v] *= S(1) / S(few);
-  const auto add = [&](int way, int r) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const Vec<S> d = load_some<S, Whole>(x + r * channels + v * L, count) - pivot[v];
-      sum[way][v] += d;
-      square[way][v] += d * d;
-    }
-  };
+// Sums of up to `panel` channels of a block of rows. They lie in the first-level cache, so that whole
+// rows are read one after another, which is what memory is good at.
+template <typename S>
+struct PanelSums {
+  alignas(64) S first[panel + lanes<S>] = {}, second[panel + lanes<S>] = {};
+};
+
+// f.template operator()<Whole, Rows>(row, channel, lanes): the vectors of four rows at a time, then of
+// single ones.
+template <typename S, typename F>
+FASTDA_INLINE void for_row_groups(int rows, int channels, F&& f) {
   int r = 0;
-  for (; r + ways <= rows; r += ways)
+  for (; r + 4 <= rows; r += 4)
+    for_vectors<S>(channels, [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
+      f.template operator()<Whole, 4>(r, c, n);
+    });
+  for (; r < rows; ++r)
+    for_vectors<S>(channels, [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
+      f.template operator()<Whole, 1>(r, c, n);
+    });
+}
+template <int N, typename V>
+FASTDA_INLINE V sum_of(const V* v) {
+  if constexpr (N == 4) return (v[0] + v[1]) + (v[2] + v[3]);
+  return v[0];
+}
+
+template <typename T, typename S>
+void moments_of_rows(const T* x, int rows, int64_t stride, int channels, S* pivots,
+                     PanelSums<S>& sums) {
+  const int few = rows < pivot_rows ? rows : pivot_rows;
+  const auto row = [&](int r, int64_t c) { return x + r * stride + c; };
+  for_row_groups<S>(few, channels,
+                    [&]<bool Whole, int R>(int r, int64_t c, int n) __attribute__((always_inline)) {
+                      Vec<S> v[R];
 #pragma GCC unroll 4
-    for (int way = 0; way < ways; ++way) add(way, r + way);
-  for (; r < rows; ++r) add(0, r);
+                      for (int i = 0; i < R; ++i) v[i] = load_some<S, Whole>(row(r + i, c), n);
+                      store_vec(pivots + c, load_vec(pivots + c) + sum_of<R>(v));
+                    });
+  for (int c = 0; c < channels; ++c) pivots[c] *= S(1) / S(few);
+  for_row_groups<S>(rows, channels,
+                    [&]<bool Whole, int R>(int r, int64_t c, int n) __attribute__((always_inline)) {
+                      const Vec<S> pivot = load_vec(pivots + c);
+                      Vec<S> d[R], square[R];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    for (int way = 1; way < ways; ++way) {
-      sum[0][v] += sum[way][v];
-      square[0][v] += square[way][v];
-    }
-    store_vec(pivots + v * L, pivot[v]);
-    store_vec(sums + v * L, sum[0][v]);
-    store_vec(squares + v * L, square[0][v]);
-  }
+                      for (int i = 0; i < R; ++i) {
+                        d[i] = load_some<S, Whole>(row(r + i, c), n) - pivot;
+                        square[i] = d[i] * d[i];
+                      }
+                      store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(d));
+                      store_vec(sums.second + c, load_vec(sums.second + c) + sum_of<R>(square));
+                    });
 }
 
 template <typename T, typename S>
 void moments_of(const T* x, const NormRun& run, double* mean, double* squares) {
-  constexpr int L = lanes<S>, V = row_group;
   if (run.channels == 1) return moments_of_channel<T, S>(x, run.positions, *mean, *squares);
   for (int64_t first = 0; first < run.positions; first += block_rows) {
     const int rows = int(run.positions - first < block_rows ? run.positions - first : block_rows);
     const Merge merge(first, rows);
     const T* block = x + first * run.channels;
-    for (int64_t c = 0; c < run.channels;) {
-      S pivot[V * L], sum[V * L], square[V * L];
-      const int64_t left = run.channels - c;
-      const int taken = left >= V * L ? V * L : left >= L ? L : int(left);
-      if (taken == V * L)
-        moments_of_rows<T, S, V, true>(block + c, rows, run.channels, L, pivot, sum, square);
-      else if (taken == L)
-        moments_of_rows<T, S, 1, true>(block + c, rows, run.channels, L, pivot, sum, square);
-      else
-        moments_of_rows<T, S, 1, false>(block + c, rows, run.channels, taken, pivot, sum, square);
+    for (int64_t c = 0; c < run.channels; c += panel) {
+      const int taken = int(run.channels - c < panel ? run.channels - c : panel);
+      alignas(64) S pivots[panel + lanes<S>] = {};
+      PanelSums<S> sums;
+      moments_of_rows<T, S>(block + c, rows, run.channels, taken, pivots, sums);
       for (int i = 0; i < taken; ++i) {
         double m, q;
-        if (!settle(double(pivot[i]), double(sum[i]), double(square[i]), rows, m, q))
+        if (!settle(double(pivots[i]), double(sums.first[i]), double(sums.second[i]), rows, m, q))
           exact_moments(block + c + i, rows, run.channels, m, q);
         if (first == 0) {
           mean[c + i] = m;
@@ -236,7 +235,6 @@ void moments_of(const T* x, const NormRun& run, double* mean, double* squares) {
           merge(mean[c + i], squares[c + i], m, q);
         }
       }
-      c += taken;
     }
   }
 }
@@ -374,46 +372,30 @@ void sums_of_channel(const Norm& norm, const NormRun& run, double& grads, double
   }
 }
 
-template <typename T, typename S, Activation A, bool Output, int V, bool Whole>
-FASTDA_INLINE void sums_of_rows(const Norm& norm, const NormRun& run, int64_t begin, int rows,
-                                int64_t c, int count, double* grads, double* products) {
-  constexpr int L = lanes<S>, ways = V == 1 ? 4 : 1;
+template <typename T, typename S, Activation A, bool Output, bool Residual>
+void sums_of_rows(const Norm& norm, const NormRun& run, int64_t begin, int rows, int64_t channel,
+                  int channels, PanelSums<S>& sums) {
   const Back<T, S, A, Output> back(norm);
   T* d_residual = static_cast<T*>(norm.d_residual);
   const Constant<S, true> centers(norm.center, run), scales(norm.scale, run),
       shifts(norm.shift, run);
-  Vec<S> center[V], scale[V], shift[V], sum[ways][V] = {}, product[ways][V] = {};
+  for_row_groups<S>(rows, channels,
+                    [&]<bool Whole, int R>(int r, int64_t c, int n) __attribute__((always_inline)) {
+                      const Vec<S> center = centers.template at<Whole>(channel + c, n);
+                      const Vec<S> scale = scales.template at<Whole>(channel + c, n);
+                      const Vec<S> shift = shifts.template at<Whole>(channel + c, n);
+                      Vec<S> grad[R], product[R];
 #pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    center[v] = centers.template at<Whole>(c + v * L, count);
-    scale[v] = scales.template at<Whole>(c + v * L, count);
-    shift[v] = shifts.template at<Whole>(c + v * L, count);
-  }
-  const auto add = [&](int way, int r) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) {
-      const int64_t at = begin + r * run.channels + c + v * L;
-      const Vec<S> centered = load_some<S, Whole>(back.x + at, count) - center[v];
-      const Vec<S> g = back.template operator()<Whole>(at, count, centered, scale[v], shift[v]);
-      if (d_residual) store_some<S, Whole>(d_residual + at, g, count);
-      sum[way][v] += g;
-      product[way][v] += g * centered;
-    }
-  };
-  int r = 0;
-  for (; r + ways <= rows; r += ways)
-#pragma GCC unroll 4
-    for (int way = 0; way < ways; ++way) add(way, r + way);
-  for (; r < rows; ++r) add(0, r);
-#pragma GCC unroll 4
-  for (int v = 0; v < V; ++v) {
-    for (int way = 1; way < ways; ++way) {
-      sum[0][v] += sum[way][v];
-      product[0][v] += product[way][v];
-    }
-    add_lanes<S>(grads + c + v * L, sum[0][v], count);
-    add_lanes<S>(products + c + v * L, product[0][v], count);
-  }
+                      for (int i = 0; i < R; ++i) {
+                        const int64_t at = begin + (r + i) * run.channels + channel + c;
+                        const Vec<S> centered = load_some<S, Whole>(back.x + at, n) - center;
+                        grad[i] = back.template operator()<Whole>(at, n, centered, scale, shift);
+                        if constexpr (Residual) store_some<S, Whole>(d_residual + at, grad[i], n);
+                        product[i] = grad[i] * centered;
+                      }
+                      store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(grad));
+                      store_vec(sums.second + c, load_vec(sums.second + c) + sum_of<R>(product));
+                    });
 }
 
 template <typename T, typename S, bool Rows, Activation A, bool Output>
@@ -421,18 +403,21 @@ void sums_of(const Norm& norm, const NormRun& run, double* grads, double* produc
   if constexpr (!Rows) {
     sums_of_channel<T, S, A, Output>(norm, run, *grads, *products);
   } else {
-    constexpr int L = lanes<S>, V = row_group;
     for (int64_t first = 0; first < run.positions; first += block_rows) {
       const int rows = int(run.positions - first < block_rows ? run.positions - first : block_rows);
       const int64_t begin = run.begin + first * run.channels;
-      int64_t c = 0;
-      for (; c + V * L <= run.channels; c += V * L)
-        sums_of_rows<T, S, A, Output, V, true>(norm, run, begin, rows, c, L, grads, products);
-      for (; c + L <= run.channels; c += L)
-        sums_of_rows<T, S, A, Output, 1, true>(norm, run, begin, rows, c, L, grads, products);
-      if (c < run.channels)
-        sums_of_rows<T, S, A, Output, 1, false>(norm, run, begin, rows, c, int(run.channels - c),
-                                                grads, products);
+      for (int64_t c = 0; c < run.channels; c += panel) {
+        const int taken = int(run.channels - c < panel ? run.channels - c : panel);
+        PanelSums<S> part;
+        if (norm.d_residual)
+          sums_of_rows<T, S, A, Output, true>(norm, run, begin, rows, c, taken, part);
+        else
+          sums_of_rows<T, S, A, Output, false>(norm, run, begin, rows, c, taken, part);
+        for (int i = 0; i < taken; ++i) {
+          grads[c + i] += double(part.first[i]);
+          products[c + i] += double(part.second[i]);
+        }
+      }
     }
   }
 }
