@@ -310,12 +310,12 @@ def _dilated(
     serving: str,
 ) -> Tensor:
     """d * d convolutions without dilation, each of the pixels that one tap apart see each other."""
-    _, _, h, w = x.shape
+    n, _, h, w = x.shape
     parts = [None if image is None else _every(image, dilation) for image in (x, residual)]
     y = _serve(parts[0], weight, bias, parts[1], weight.shape[2] // 2, relu, serving)  # type: ignore[arg-type]
-    rows, columns = y.shape[2:]
-    y = y.permute(0, 2, 3, 1).unflatten(0, (-1, dilation, dilation)).permute(0, 3, 1, 4, 2, 5)
-    y = y.reshape(x.shape[0], rows * dilation, columns * dilation, -1).permute(0, 3, 1, 2)[..., :h, :w]
+    _, k, rows, columns = y.shape
+    y = y.permute(0, 2, 3, 1).unflatten(0, (n, dilation, dilation)).permute(0, 3, 1, 4, 2, 5)
+    y = y.reshape(n, rows * dilation, columns * dilation, k).permute(0, 3, 1, 2)[..., :h, :w]
     return y.contiguous(memory_format=_torch.memory_format(x))
 
 
@@ -325,8 +325,9 @@ def _every(x: Tensor, step: int) -> Tensor:
     """
     n, c, h, w = x.shape
     x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % step, 0, -h % step))
-    x = x.unflatten(2, (-1, step)).unflatten(1, (-1, step)).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(n * step * step, -(-h // step), -(-w // step), c).permute(0, 3, 1, 2)
+    rows, columns = -(-h // step), -(-w // step)
+    x = x.unflatten(2, (columns, step)).unflatten(1, (rows, step)).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n * step * step, rows, columns, c).permute(0, 3, 1, 2)
 
 
 def refiner_block(

@@ -129,7 +129,7 @@ _OPTIONS = [
     *grid(residual=(None, True), negative_slope=(0.0, None, 0.01)),
     {"weight": None, "bias": None},
     {"weight": None, "bias": None, "residual": True, "eps": 0.1},
-    {"negative_slope": 0.0, **_STORED},
+    {"negative_slope": 0.0, "momentum": 0.3, **_STORED},
     {"residual": True, "negative_slope": 0.2, **_STORED},
 ]
 OPERATORS = tuple(

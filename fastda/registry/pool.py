@@ -77,6 +77,7 @@ OPERATORS = (
             {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True, "relu": False},
             {"kernel_size": (3, 2), "stride": (1, 3), "padding": (0, 1), "ceil_mode": True},
             {"kernel_size": (2, 4), "stride": 1, "padding": (1, 2), "relu": False},
+            {"kernel_size": 2, "padding": 1, "dilation": 2},
         ],
         large=((16, 32, 24, 24), (2, 64, 57, 112)),
         large_options={"kernel_size": 3, "stride": 2, "padding": 1},

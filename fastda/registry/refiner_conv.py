@@ -190,6 +190,7 @@ OPERATORS = (
             {"bias": None},
             *({"padding": 1, "relu": True}, {"residual": True, "padding": 0}),
             {"residual": True, "relu": True, "padding": 1},
+            {"dilation": 2, "padding": 2},
         ],
         large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),
         large_options={"relu": True},
