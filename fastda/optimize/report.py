@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastda import timing
 from fastda.optimize.reversal import Reversal
 from fastda.optimize.stand_in import Change, Found, StandIn
 
@@ -124,6 +123,9 @@ class Report:
                     value.remove()
         # What is replaced in a Function is replaced for both.
         around: dict[str, Callable[[], Any]] = {"fastda": contextlib.nullcontext, "original": Reversal.paused}
+
+        # Only who measures waits for the statistics.
+        from fastda import timing
 
         def ratio(function: Callable[[nn.Module], object]) -> timing.Ratio:
             def call(name: str) -> None:

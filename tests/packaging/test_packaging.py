@@ -310,8 +310,9 @@ def test_the_source_distribution_has_all_sources(tmp_path):
 
 def test_import_needs_torch_alone_and_adds_little_time():
     code = (
-        "import sys, time, torch; sys.modules['numpy'] = None; sys.modules['rich'] = None; "
-        "t = time.process_time(); import fastda; print(time.process_time() - t)"
+        "import sys, time; a = time.process_time(); import torch; b = time.process_time(); "
+        "sys.modules['numpy'] = None; sys.modules['rich'] = None; "
+        "import fastda; print((time.process_time() - b) / (b - a))"
     )
-    seconds = min(float(run([sys.executable, "-c", code], ROOT).split()[-1]) for _ in range(3))
-    assert seconds < 0.05
+    share = min(float(run([sys.executable, "-c", code], ROOT).split()[-1]) for _ in range(3))
+    assert share < 0.07  # of what torch itself takes; a dozen operators with their rows take 0.04 to 0.05
