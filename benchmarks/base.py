@@ -153,6 +153,7 @@ def _serve(tree: Path) -> None:
                 settings.__enter__()
                 task = bench.Task(case, message["device"], message["seed"])
                 _, call = next(bench.PROVIDERS["fastda"](task))
+                call()  # an operator that the tree lacks shows here
                 sample, value = timing.timed(call, task.clock()), True
             answer = {"value": value}
         except Exception as error:
