@@ -37,11 +37,15 @@ FASTDA_POOL_INLINE PoolRange pool_places(int64_t i, int64_t kernel, int64_t stri
   const int64_t first = i * stride - pad, room = size - first;
   return {first < 0 ? -first : 0, room < kernel ? room : kernel};
 }
+// The host side refuses what does not fit 32 bits; 64 would be a call of a function on a GPU.
+FASTDA_POOL_INLINE int64_t pool_quotient(int64_t a, int64_t b) {
+  return int64_t(uint32_t(a) / uint32_t(b));
+}
 // Outputs in whose windows input i is.
 FASTDA_POOL_INLINE PoolRange pool_windows(int64_t i, int64_t kernel, int64_t stride, int64_t pad,
                                           int64_t out) {
-  const int64_t past = i + pad - kernel, last = (i + pad) / stride;
-  return {past < 0 ? 0 : past / stride + 1, last < out ? last + 1 : out};
+  const int64_t past = i + pad - kernel, last = pool_quotient(i + pad, stride);
+  return {past < 0 ? 0 : pool_quotient(past, stride) + 1, last < out ? last + 1 : out};
 }
 
 }  // namespace fastda

@@ -24,9 +24,11 @@ inline PoolProblem pool_problem(const char* op, DType dtype, int64_t images, int
   FASTDA_CHECK(size.size() == 2 && kernel.size() == 2 && stride.size() == 2 && padding.size() == 2,
                op, ": sizes must be pairs");
   for (int i = 0; i < 2; ++i)
-    FASTDA_CHECK(size[i] > 0 && kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 &&
-                     2 * padding[i] <= kernel[i] && kernel[i] <= no_index,
-                 op, ": sizes must be positive, and paddings at most half of the kernel");
+    FASTDA_CHECK(
+        size[i] > 0 && kernel[i] > 0 && stride[i] > 0 && padding[i] >= 0 &&
+            2 * padding[i] <= kernel[i] && kernel[i] <= no_index && size[i] < (int64_t(1) << 31) &&
+            stride[i] < (int64_t(1) << 31),
+        op, ": sizes must be positive and below 2^31, and paddings at most half of the kernel");
   FASTDA_CHECK(kernel[0] * kernel[1] <= no_index, op, ": a window must have at most 255 elements");
   PoolProblem p{};
   p.dtype = dtype;

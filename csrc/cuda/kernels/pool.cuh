@@ -13,7 +13,8 @@ constexpr int pool_threads = 256;
 // Where an entry is, and where the other tensor's entries of its channel are: entry (row, column) is
 // plane + (row * width + column) * step.
 struct PoolEntry {
-  int64_t row, column, plane, step;
+  int row, column;
+  int64_t plane, step;
 };
 
 // n is divided by the divisor; the remainder comes back.
@@ -29,8 +30,8 @@ FASTDA_DEVICE PoolEntry pool_entry(const PoolProblem& p, int64_t i, const Diviso
                                    const Divisor& height, const Divisor& width, int64_t other) {
   PoolEntry e;
   const int64_t channel = p.channels_last ? divide(i, channels) : 0;
-  e.column = divide(i, width);
-  e.row = divide(i, height);
+  e.column = int(divide(i, width));
+  e.row = int(divide(i, height));
   e.step = p.channels_last ? p.channels : 1;
   e.plane = i * other * e.step + channel;
   return e;
@@ -71,12 +72,13 @@ pool_backward_kernel(PoolProblem p, const T* grad, const uint8_t* indices, T* ou
   const PoolEntry e = pool_entry(p, i, channels, height, width, p.out_height * p.out_width);
   const PoolRange rows = pool_windows(e.row, p.kernel_h, p.stride_h, p.pad_h, p.out_height);
   const PoolRange columns = pool_windows(e.column, p.kernel_w, p.stride_w, p.pad_w, p.out_width);
+  const int kernel = int(p.kernel_w), down = int(p.stride_h), right = int(p.stride_w);
   S sum = 0;
-  for (int64_t r = rows.begin; r < rows.end; ++r)
-    for (int64_t c = columns.begin; c < columns.end; ++c) {
+  for (int r = int(rows.begin); r < int(rows.end); ++r)
+    for (int c = int(columns.begin); c < int(columns.end); ++c) {
       const int64_t from = e.plane + (r * p.out_width + c) * e.step;
-      const int64_t place =
-          (e.row + p.pad_h - r * p.stride_h) * p.kernel_w + e.column + p.pad_w - c * p.stride_w;
+      const int place =
+          (e.row + int(p.pad_h) - r * down) * kernel + e.column + int(p.pad_w) - c * right;
       if (indices[from] == place) sum += widen(grad[from]);
     }
   out[i] = narrowed<T>(sum);

@@ -30,7 +30,7 @@ FAULTS = (
     ),
     fault(
         "relu_max_pool: an input is in one window less", "csrc/common",
-        "past < 0 ? 0 : past / stride + 1", "past < 0 ? 0 : past / stride + 2",
+        "past < 0 ? 0 : pool_quotient(past, stride) + 1", "past < 0 ? 0 : pool_quotient(past, stride) + 2",
         "test_is_that_of_pytorch[randn]",
     ),
     fault(
