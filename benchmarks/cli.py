@@ -54,17 +54,22 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def hold(isa: str, out: Path, module: str, argv: Sequence[str] | None) -> None:
+    """Start this command again, unless its process is held to the instruction set already."""
+    wanted = ISAS[isa]
+    if any(os.environ.get(name) != value for name, value in wanted.items()):
+        # They are read when the libraries load, which has happened. What torch.compile keeps on disk for
+        # the whole instruction set fails in a process that is held to a lower one.
+        os.environ.update(wanted, TORCHINDUCTOR_CACHE_DIR=str((out / isa / "inductor").resolve()))
+        os.execv(sys.executable, [sys.executable, "-m", module, *(argv or sys.argv[1:])])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     args.command = "bench"
     out = args.out
     if args.isa:
-        wanted = ISAS[args.isa]
-        if any(os.environ.get(name) != value for name, value in wanted.items()):
-            # They are read when the libraries load, which has happened. What torch.compile keeps on disk for
-            # the whole instruction set fails in a process that is held to a lower one.
-            os.environ.update(wanted, TORCHINDUCTOR_CACHE_DIR=str((out / args.isa / "inductor").resolve()))
-            os.execv(sys.executable, [sys.executable, "-m", "benchmarks", *(argv or sys.argv[1:])])
+        hold(args.isa, out, "benchmarks", argv)
         args.out = out / args.isa
     try:
         if args.compare:

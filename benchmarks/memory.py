@@ -19,6 +19,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from fastda.registry.row import Call
 from fastda.tools.bench import PROVIDERS, Task, task_settings
 from fastda.tools.workloads import Case
 
@@ -28,17 +29,18 @@ CONTENDERS = {
     "compile": ("torch.compile channels_last",),
 }
 
+RETURNED_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
 
 def peak_memory(case: Case, providers: Collection[str]) -> dict[str, dict[str, float]]:
     """By contender, in bytes; those that fail are left out."""
     found = {}
-    kept = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     identity = json.dumps(vars(case))
     for provider, labels in CONTENDERS.items():
         for label in labels if provider in providers else ():
             done = subprocess.run(
                 [sys.executable, "-m", "benchmarks.memory", identity, provider, label],
-                env={**os.environ, **kept},
+                env={**os.environ, **RETURNED_AT_ONCE},
                 capture_output=True,
                 text=True,
             )
@@ -61,13 +63,18 @@ def _measure(identity: str, provider: str, wanted: str) -> dict[str, Any]:
         call = next(call for label, call in PROVIDERS[provider](Task(case)) if label == wanted)
         for _ in range(2):
             call()
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
-        whole = _status("VmHWM")
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-        call()
-        peak = _status("VmHWM")
+        return rise(call)
+
+
+def rise(call: Call) -> dict[str, int]:
+    """How far a call raises this process's resident set, and the most that it ever was, in bytes."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    whole = _status("VmHWM")
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
+    call()
+    peak = _status("VmHWM")
     return {"step": peak - before, "process": max(whole, peak)}
 
 

@@ -312,8 +312,8 @@ def combined(sessions: Sequence[Row]) -> Row:
         }
         ratios = {
             key: over_sessions([Ratio(**c[key]) for c in found])._asdict()
-            for key in ("ratio", "added_ratio")
-            if key in found[0]
+            for key, value in found[0].items()
+            if isinstance(value, dict)
         }
         contenders[name] = {**middle, "minimum": min(c["minimum"] for c in found), **ratios}
     row = {

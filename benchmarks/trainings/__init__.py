@@ -1,0 +1,148 @@
+"""Fifteen public trainings, rebuilt by their published structure: what `fastda.optimize` is worth in a step.
+
+`python -m benchmarks.trainings` measures them. Networks, losses, optimizers, and which passes record
+gradients are those of the repositories; the data is noise.
+"""
+
+from benchmarks.trainings import dann, segmentation, simgan, translation
+from benchmarks.trainings.training import Published, Training
+
+__all__ = ["TRAININGS", "Published", "Training"]
+
+TRAININGS = (
+    Published(
+        "simgan-hands",
+        "ajdillhoff/simgan-pytorch",
+        "10 blocks 7×7, 224×224, batch 2 (64 published)",
+        2.5,
+        simgan.Hands,
+        {"batch": 2, "size": 224},
+        {"batch": 1, "size": 80, "blocks": 1, "width": 16},
+    ),
+    Published(
+        "simgan-gaze",
+        "MinjingLin/Learning-from-Simulated-and-Unsupervised-Images-through-Adversarial-Training-SimGAN-PyTorch",
+        "gaze, leaky ReLU, batch 32, 2 R + 1 D",
+        2.5,
+        simgan.Gaze,
+        {"batch": 32},
+        {"batch": 2, "blocks": 2, "channels": 16},
+    ),
+    Published(
+        "simgan-gaze-norm",
+        "AlexHex7/SimGAN_pytorch",
+        "gaze, batch norm, batch 128, 2 R (50 published) + 1 D",
+        2.6,
+        simgan.GazeNorm,
+        {"batch": 128},
+        {"batch": 2, "blocks": 2, "channels": 16},
+    ),
+    Published(
+        "simgan-digits",
+        "cleapeter/simgan-pytorch",
+        "28×28, batch norm, batch 16, 2 R + 1 D",
+        2.2,
+        simgan.Digits,
+        {"batch": 16},
+        {"batch": 2, "width": 16},
+    ),
+    Published(
+        "cut",
+        "taesungp/contrastive-unpaired-translation",
+        "9 blocks, 256×256, G, D, F",
+        2.2,
+        translation.Cut,
+        {"size": 256},
+        {"size": 64, "width": 8, "blocks": 5, "projected": 16},
+    ),
+    Published(
+        "cyclegan",
+        "taesungp/contrastive-unpaired-translation",
+        "9 blocks, 256×256, both G, both D",
+        2.0,
+        translation.CycleGan,
+        {"size": 256},
+        {"size": 64, "width": 8, "blocks": 1},
+    ),
+    Published(
+        "unit",
+        "mingyuliutw/UNIT",
+        "256×256, both D, both G, no perceptual loss",
+        1.8,
+        translation.Unit,
+        {"size": 256},
+        {"size": 64, "width": 8, "blocks": 1, "scales": 2},
+    ),
+    Published(
+        "pixelda",
+        "eriklindernoren/PyTorch-GAN",
+        "6 blocks, 32×32, batch 64, G + C, D",
+        2.0,
+        translation.Pixelda,
+        {"batch": 64},
+        {"batch": 4, "width": 16, "blocks": 1},
+    ),
+    Published(
+        "dann-resnet18",
+        "thuml/Transfer-Learning-Library",
+        "ResNet-18, 224×224, 8 + 8 (32 + 32 published)",
+        1.8,
+        dann.Objects,
+        {"batch": 8, "size": 224, "blocks": (2, 2, 2, 2), "wide": False},
+        {"batch": 4, "size": 64, "blocks": (1, 1, 1, 1), "wide": False, "width": 16},
+    ),
+    Published(
+        "dann-resnet50",
+        "thuml/Transfer-Learning-Library",
+        "ResNet-50, 224×224, 8 + 8 (32 + 32 published)",
+        1.3,
+        dann.Objects,
+        {"batch": 8, "size": 224, "blocks": (3, 4, 6, 3), "wide": True},
+        {"batch": 4, "size": 64, "blocks": (1, 1, 1, 1), "wide": True, "width": 16},
+    ),
+    Published(
+        "dann-digits-norm",
+        "fungtion/DANN",
+        "28×28, batch norm, 128 + 128",
+        1.8,
+        dann.BatchNormDigits,
+        {"batch": 128},
+        {"batch": 16, "wide": 16, "narrow": 16},
+    ),
+    Published(
+        "dann-digits-padded",
+        "NaJaeMin92/pytorch_DANN",
+        "28×28, padded, 32 + 32 and 32 once more",
+        1.8,
+        dann.PaddedDigits,
+        {"batch": 32},
+        {"batch": 4, "first": 16, "second": 16},
+    ),
+    Published(
+        "dann-digits-small",
+        "jvanvugt/pytorch-domain-adaptation",
+        "28×28, 10 and 20 channels, 32 + 32",
+        1.8,
+        dann.SmallDigits,
+        {"batch": 64},
+        {"batch": 8},
+    ),
+    Published(
+        "dann-signs",
+        "vcoyette/DANN",
+        "40×40, 64 + 64",
+        2.0,
+        dann.Signs,
+        {"batch": 128},
+        {"batch": 4, "widths": (16, 16, 16)},
+    ),
+    Published(
+        "adaptsegnet",
+        "wasidennis/AdaptSegNet",
+        "ResNet-101, 640×360 and 512×256 (twice as wide and high published)",
+        1.3,
+        segmentation.AdaptSegNet,
+        {"source": (360, 640), "target": (256, 512)},
+        {"source": (64, 96), "target": (64, 64), "blocks": (1, 1, 1, 1), "width": 16},
+    ),
+)
