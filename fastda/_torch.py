@@ -42,7 +42,7 @@ exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def tracing() -> bool:
     """True inside torch.jit.trace, which can keep torch's own operators alone."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
 
 
 def modes_active() -> bool:

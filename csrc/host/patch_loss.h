@@ -74,7 +74,7 @@ LossSide loss_side(const Tensor& any, const MaybeTensor& weight, const PatchTerm
                ": logits must be (N, 2, H, W) for softmax and (N, 1, H, W) for other kinds");
   check_patches<Kernels>(any, op);
   const ScalarType accumulator = wide(any);
-  LossSide s{{}, dtype_of(any, op), reduction, with_planes(any), nothing(any, accumulator), {}};
+  LossSide s{{}, dtype_of(any, op), reduction, with_planes(any), {}, {}};
   const Tensor& logits = s.logits;
   PatchView& v = s.view;
   v.term = term;
@@ -94,8 +94,9 @@ LossSide loss_side(const Tensor& any, const MaybeTensor& weight, const PatchTerm
     v.weight_image = s.weight->stride(0);
     v.weight_patch = patch_stride(*s.weight);
   }
+  s.grad = need_grad ? empty_image(logits, logits.size(1), accumulator, is_channels_last(logits))
+                     : nothing(logits, accumulator);
   if (need_grad) {
-    s.grad = empty_image(logits, logits.size(1), accumulator, is_channels_last(logits));
     v.grad = s.grad.mutable_data_ptr();
     v.grad_image = s.grad.stride(0);
     v.grad_channel = s.grad.stride(1);

@@ -127,8 +127,9 @@ struct Block {
 // Scores b.z[0, n) become b.term, b.slope (times factor) and their sums. A patch of weight zero is
 // taken out, whatever its logits are.
 template <typename S, Formula F, bool Weighted>
-void evaluate(const PatchTerm& p, Block<S>& b, int n, S factor, PatchSums& sums) {
+void evaluate(const PatchTerm& given, Block<S>& b, int n, S factor, PatchSums& sums) {
   constexpr int L = lanes<S>;
+  const PatchTerm p = given;  // of its own, or the stores below could change it
   Vec<S> loss{}, right{}, slopes{};
   const auto step = [&](int i, auto whole) {
     const Vec<S> z = load_vec(b.z + i);
@@ -198,6 +199,11 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
   S* terms = static_cast<S*>(s.terms);
   S* grad = static_cast<S*>(s.grad);
   const bool pair = s.term.pair;
+  // Images that follow each other without a gap are as good as one.
+  const bool gapless = !pair && s.image == s.patches * s.patch &&
+                       (!weight || s.weight_image == s.patches * s.weight_patch) &&
+                       (!grad || s.grad_image == s.patches);
+  const int64_t patches = gapless ? end : s.patches;
   const auto run =
       weight ? evaluate_of<S, true>(s.term.formula) : evaluate_of<S, false>(s.term.formula);
   PatchSums sums{0, 0, 0};
@@ -206,7 +212,7 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
     const int n = int(end - first < block<S> ? end - first : block<S>);
     // What fills the last vector must not trap or be slow, no more.
     for (int i = n; i < block<S> && i < n + lanes<S>; ++i) b.z[i] = b.weight[i] = 0;
-    for_runs(s.patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
+    for_runs(patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
       const T* x = logits + image * s.image + patch * s.patch;
       const T* fake = x + s.channel;
       S* z = b.z + at;
@@ -232,7 +238,7 @@ PatchSums side_of(const PatchSide& s, int64_t begin, int64_t end) {
     if (terms)
       for (int i = 0; i < n; ++i) terms[first + i] = b.term[i];
     if (grad)
-      for_runs(s.patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
+      for_runs(patches, first, n, [&](int64_t image, int64_t patch, int at, int count) {
         S* g = grad + image * s.grad_image + patch * s.grad_patch;
         S* fake = g + s.grad_channel;
         const S* slope = b.slope + at;
