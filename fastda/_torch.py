@@ -50,6 +50,11 @@ def modes_active() -> bool:
     return torch._C._len_torch_function_stack() > 0 or torch._C._len_torch_dispatch_stack() > 0
 
 
+def global_module_hooks() -> bool:
+    """True where a hook is registered for all modules."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
 def batched(t: torch.Tensor) -> bool:
     """True for one of several gradients under `torch.autograd.grad(…, is_grads_batched=True)`."""
     return torch._C._functorch.is_legacy_batchedtensor(t) or torch._C._functorch.is_batchedtensor(t)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 
 from fastda import backend, reference
@@ -35,17 +37,25 @@ class _NormAct(torch.autograd.Function):
         per_image: bool,
         eps: float,
         negative_slope: float | None,
+        saves_as_torch: bool,
+        take_up: Callable[[Tensor, Tensor], None] | None,
         serving: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, variance = backend.kernels(serving).norm_act(
             x, weight, bias, running_mean, running_var, residual, per_image, eps, negative_slope
         )
+        if take_up is not None:
+            take_up(mean, variance)
         ctx.mark_non_differentiable(mean, variance)
         ctx.serving, ctx.per_image, ctx.eps, ctx.negative_slope = serving, per_image, eps, negative_slope
         ctx.own_statistics = running_mean is None
-        # Without a residual the mask is computed again from x, and y may be changed in place.
-        output = y if residual is not None and negative_slope is not None else None
-        ctx.save_for_backward(x, weight, bias, mean, variance, output)
+        # Without a residual the mask can be computed again from x, and y may be changed in place.
+        masked = negative_slope is not None
+        output = y if masked and (saves_as_torch or residual is not None) else None
+        given = saves_as_torch and running_mean is not None
+        statistics = (running_mean, running_var) if given else (mean, variance)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(x, weight, bias if masked and output is None else None, *statistics, output)
         return y, mean, variance
 
     @staticmethod
@@ -53,6 +63,8 @@ class _NormAct(torch.autograd.Function):
         x, weight, bias, mean, variance, output = ctx.saved_tensors
         needs, slope = ctx.needs_input_grad, ctx.negative_slope
         if torch.is_grad_enabled():
+            if bias is None and ctx.bias_dtype is not None:  # no gradient depends on it
+                bias = x.new_zeros(x.shape[1], dtype=ctx.bias_dtype).requires_grad_()
             if output is not None:
                 grad, slope = _act_gradient(grad, output, slope), None
             norm = reference.instance_norm_act if ctx.per_image else reference.batch_norm_act
@@ -70,7 +82,7 @@ class _NormAct(torch.autograd.Function):
                 )
 
             grads = composite_backward(call, (x, weight, bias), needs[:3], grad)
-            return (*grads, grad if needs[3] else None, *[None] * 6)
+            return (*grads, grad if needs[3] else None, *[None] * 8)
         need_residual = needs[3] and slope is not None
         d_x, d_weight, d_bias, d_residual = backend.kernels(ctx.serving).norm_act_backward(
             *(grad, x, weight, bias, mean, variance, output, ctx.per_image, ctx.own_statistics),
@@ -79,9 +91,9 @@ class _NormAct(torch.autograd.Function):
         return (
             d_x if needs[0] else None,
             d_weight.to(weight.dtype) if needs[1] else None,
-            d_bias.to(bias.dtype) if needs[2] else None,
+            d_bias.to(ctx.bias_dtype) if needs[2] else None,
             (d_residual if need_residual else grad) if needs[3] else None,
-            *[None] * 6,
+            *[None] * 8,
         )
 
 
@@ -131,7 +143,7 @@ def _check(
         )
 
 
-def _norm_act(
+def norm_act(
     op: str,
     per_image: bool,
     x: Tensor,
@@ -144,7 +156,9 @@ def _norm_act(
     eps: float,
     residual: Tensor | None,
     negative_slope: float | None,
+    saves_as_torch: bool = False,
 ) -> Tensor:
+    """Either; `saves_as_torch`: what changes before backward changes gradients as it does in PyTorch."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x must be a tensor, got {type(x).__name__}")
     channels = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
@@ -153,7 +167,7 @@ def _norm_act(
         raise ValueError(f"{op}: running_mean and running_var must both be given, or neither")
     if not training and running_mean is None:
         raise ValueError(f"{op}: running_mean and running_var must be given where training is False")
-    n, c, h, w = x.shape
+    n, _, h, w = x.shape
     count = h * w if per_image else n * h * w
     if training and count == 1:
         raise ValueError(f"{op}: training needs more than one value for each mean, got x of {tuple(x.shape)}")
@@ -174,28 +188,41 @@ def _norm_act(
         )
     stored = (None, None) if training else (running_mean, running_var)
     own = per_image and training
+    tracked = training and x.numel() > 0 and running_mean is not None and running_var is not None
+
+    def take_up(mean: Tensor, variance: Tensor) -> None:
+        _update(running_mean, mean, momentum, momentum)  # type: ignore[arg-type]
+        _update(running_var, variance, momentum, momentum * count / (count - 1))  # type: ignore[arg-type]
+
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
+        # An activation checkpoint's second forward ends where the last tensor is saved.
+        early = tracked and saves_as_torch
         y, mean, variance = _NormAct.apply(
-            *recordable(x, weight, bias, residual), *stored, own, eps, negative_slope, serving
+            *recordable(x, weight, bias, residual, *stored),
+            *(own, eps, negative_slope, saves_as_torch, take_up if early else None, serving),
         )
+        tracked = tracked and not early
     else:
         y, mean, variance = backend.kernels(serving).norm_act(
             x, weight, bias, *stored, residual, own, eps, negative_slope
         )
-    if training and running_mean is not None and running_var is not None and x.numel() > 0:
-        _update(running_mean, mean.view(-1, c).mean(0), momentum)
-        _update(running_var, variance.view(-1, c).mean(0) * (count / (count - 1)), momentum)
+    if tracked:
+        take_up(mean, variance)
     return y
 
 
-def _update(running: Tensor, value: Tensor, momentum: float) -> None:
+def _update(running: Tensor, value: Tensor, momentum: float, weight: float) -> None:
+    """running * (1 - momentum) + value * weight. As PyTorch has it, autograd does not take notice."""
+    kept = running if is_compiling() else running.data
     with torch.no_grad():
-        running.copy_(running.to(value.dtype) * (1 - momentum) + value * momentum)
+        if value.shape != running.shape:
+            value = value.view(-1, len(running)).mean(0)
+        kept.copy_((kept.to(value.dtype) * (1 - momentum)).add_(value, alpha=weight))
 
 
 def batch_norm_act(
@@ -238,7 +265,7 @@ def batch_norm_act(
             residual=residual,
             negative_slope=negative_slope,
         )
-    return _norm_act(
+    return norm_act(
         *("batch_norm_act", False, x, weight, bias, running_mean, running_var),
         *(training, momentum, eps, residual, negative_slope),
     )
@@ -277,7 +304,7 @@ def instance_norm_act(
             residual=residual,
             negative_slope=negative_slope,
         )
-    return _norm_act(
+    return norm_act(
         *("instance_norm_act", True, x, weight, bias, running_mean, running_var),
         *(training, momentum, eps, residual, negative_slope),
     )

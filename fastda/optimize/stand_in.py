@@ -50,9 +50,9 @@ class Found(NamedTuple):
 class StandIn(Change):
     """Stands in the attributes of one module for a method of its class, which serves what this one does not.
 
-    Copies and pickles of the module have one of their own: its `__reduce_ex__`, from which all of them are
-    made, is in its attributes, too. The module is referred to weakly, since a cycle would keep its memory
-    until the next garbage collection.
+    Copies and pickles of the module have one of their own, DataParallel's replicas have none: what all of
+    them are made by is in its attributes, too. The module is referred to weakly, since a cycle would keep its
+    memory until the next garbage collection.
     """
 
     method: str
@@ -67,11 +67,18 @@ class StandIn(Change):
         raise RuntimeError("fastda.optimize: called for a module that is gone")
 
     def install(self) -> None:
-        vars(self.module).update({self.method: self, "__reduce_ex__": self.reduce})
+        vars(self.module).update(self._attributes())
+
+    def _attributes(self) -> dict[str, Any]:
+        return {
+            self.method: self,
+            "__reduce_ex__": self.reduce,
+            "_replicate_for_data_parallel": self.replicate,
+        }
 
     def remove(self) -> None:
         if (module := self._module()) is not None:
-            for name in (self.method, "__reduce_ex__"):
+            for name in self._attributes():
                 vars(module).pop(name, None)
 
     def problem(self) -> str | None:
@@ -83,8 +90,16 @@ class StandIn(Change):
         """The module's own way of being copied, without this and with another of its kind."""
         own: Any = type(self.module).__reduce_ex__
         make, arguments, state, *rest = own(self.module, protocol)
-        state = {name: v for name, v in state.items() if name not in (self.method, "__reduce_ex__")}
+        state = {name: v for name, v in state.items() if name not in self._attributes()}
         return _made_again, (type(self), make, arguments), state, *rest
+
+    def replicate(self) -> nn.Module:
+        """The module's own way of being replicated, without this: a replica has weights of its own."""
+        own: Any = type(self.module)._replicate_for_data_parallel
+        replica: nn.Module = own(self.module)
+        for name in self._attributes():
+            vars(replica).pop(name, None)
+        return replica
 
     def __deepcopy__(self, memo: Any) -> StandIn:
         # A module that was parametrized since is copied attribute by attribute.

@@ -9,6 +9,7 @@ from tests.optimize.tools import MODELS, image
 
 convolution = importlib.import_module("fastda.optimize.convolution")
 loss = importlib.import_module("fastda.optimize.loss")
+norm = importlib.import_module("fastda.optimize.norm")
 pool = importlib.import_module("fastda.optimize.pool")
 
 
@@ -27,6 +28,8 @@ def even_where_nothing_is_gained(monkeypatch, request):
         monkeypatch.setattr(convolution, "FILTERS_OF_A_PIXEL", 1 << 30)
         monkeypatch.setattr(convolution, "MOST_FILTERS", dict.fromkeys((1, 3, 5, 7), 1 << 30))
         monkeypatch.setattr(pool, "LEAST_ELEMENTS", 0)
+        monkeypatch.setattr(norm, "LEAST_ELEMENTS", 0)
+        monkeypatch.setattr(norm, "LEAST_PIXELS", 0)
         monkeypatch.setattr(loss, "LEAST_PATCHES", dict.fromkeys(loss.LEAST_PATCHES, 1))
 
 

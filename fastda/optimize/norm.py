@@ -1,0 +1,275 @@
+"""Normalisation in a model that exists: by itself, and with the (leaky) ReLU behind it in a Sequential."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from fastda import _torch
+from fastda.ops.norm import norm_act
+from fastda.optimize.stand_in import PLAIN, Found, StandIn, is_torchs, not_on_cpu
+
+# Where it was measured to be faster, on the CPU: from so many elements on, and so many pixels of an image.
+LEAST_ELEMENTS = 1 << 17
+LEAST_PIXELS = 784
+
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(F, name) for name in ("batch_norm", "instance_norm", "relu", "leaky_relu")
+}
+_METHODS: dict[type, dict[str, Any]] = {
+    kind: {name: getattr(kind, name) for name in names}
+    for kind, names in {
+        nn.BatchNorm2d: ("forward", "_check_input_dim"),
+        nn.InstanceNorm2d: ("forward", "_check_input_dim", "_get_no_batch_dim", "_apply_instance_norm"),
+        nn.ReLU: ("forward",),
+        nn.LeakyReLU: ("forward",),
+        nn.Sequential: ("forward", "__iter__"),
+        nn.Module: ("__call__", "_call_impl", "_wrapped_call_impl"),
+    }.items()
+}
+
+
+def find(module: nn.Module) -> Iterator[Found]:
+    """The stand-in of a norm, or why it is left; that of a Sequential which holds a pair."""
+    if "forward" in vars(module):
+        return
+    where = f"from {LEAST_PIXELS:,} pixels and {LEAST_ELEMENTS:,} elements on"
+    if type(module) in (nn.BatchNorm2d, nn.InstanceNorm2d):
+        own = type(module) is nn.BatchNorm2d
+        reason = not_on_cpu(module)
+        if not own and (module.running_mean is not None or module.running_var is not None):
+            reason = "has running statistics"
+        if not all(map(is_torchs, _FUNCTIONS.values())):
+            reason = "torch's normalisation was patched before fastda was imported"
+        if reason:
+            yield Found(reason)
+        elif own:
+            yield Found(f"batch norm → batch_norm_act, of contiguous images {where}", BatchNorm(module))
+        else:
+            yield Found(f"instance norm → instance_norm_act, {where}", InstanceNorm(module))
+    elif type(module) is nn.Sequential:
+        kinds = [type(child) for child in module]
+        norms, activations = (nn.BatchNorm2d, nn.InstanceNorm2d), (nn.ReLU, nn.LeakyReLU)
+        if any(a in norms and b in activations for a, b in itertools.pairwise(kinds)):
+            yield Found("normalisation + activation → one operator, where the norm is served", Pairs(module))
+
+
+def _as_torch_has_it(module: Any, kind: type) -> bool:
+    """Whether what torch's code calls of `kind` for this module is still torch's own; its `forward` apart."""
+    attributes = vars(module)
+    return all(
+        getattr(type(module), name) is method and (name == "forward" or name not in attributes)
+        for name, method in _METHODS[kind].items()
+    )
+
+
+class Norm(StandIn):
+    """A norm's `forward`."""
+
+    method = "forward"
+    kind: Any
+    function: str
+
+    def __call__(self, input: Tensor) -> Any:
+        y = self.serve(input)
+        return y if self.count(y is not None) else type(self.module).forward(self.module, input)
+
+    def serve(self, x: Any, negative_slope: float | None = None) -> Tensor | None:
+        """The norm of x and the activation behind it; None, with nothing done, where torch is to do it."""
+        norm: Any = self.module
+        if (
+            type(x) in PLAIN
+            and not is_compiling()  # a compiler has kernels of its own
+            and not (torch.jit.is_tracing() or _torch.modes_active() or _torch.transforms_active())
+            and x.is_cpu
+            and x.layout is torch.strided
+            and not x.is_nested
+            and x.dtype in (torch.float32, torch.float64)
+            and x.dim() == 4
+            and x.numel() >= max(1, LEAST_ELEMENTS)
+            and x.shape[2] * x.shape[3] >= max(2, LEAST_PIXELS)
+            and not torch.is_autocast_enabled("cpu")
+            and type(norm) is self.kind
+            and _as_torch_has_it(norm, self.kind)
+            and getattr(F, self.function) is _FUNCTIONS[self.function]
+            and type(norm.eps) is float
+            and 0 < norm.eps < math.inf
+            and all(_is_one_a_channel(t, x) for t in (norm.weight, norm.bias))
+        ):
+            return self.compute(norm, x, negative_slope)
+        return None
+
+    def compute(self, norm: Any, x: Tensor, negative_slope: float | None) -> Tensor | None:
+        raise NotImplementedError
+
+    def run(self, norm: Any, x: Tensor, *settings: Any) -> Tensor:
+        mean, variance, training, momentum, negative_slope = settings
+        return norm_act(
+            *(self.function, self.kind is nn.InstanceNorm2d, x, norm.weight, norm.bias, mean, variance),
+            *(training, momentum, norm.eps, None, negative_slope),
+            saves_as_torch=True,
+        )
+
+
+def _is_one_a_channel(t: Any, x: Tensor) -> bool:
+    return t is None or (
+        type(t) in PLAIN
+        and t.dtype == x.dtype
+        and t.is_cpu
+        and t.layout is torch.strided
+        and t.dim() == 1
+        and t.shape[0] == x.shape[1]
+    )
+
+
+def _is_contiguous(x: Tensor) -> bool:
+    """Contiguous, and not channels_last in the same strides."""
+    return x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last)
+
+
+class BatchNorm(Norm):
+    """`nn.BatchNorm2d.forward` by batch_norm_act."""
+
+    kind, function = nn.BatchNorm2d, "batch_norm"
+
+    def compute(self, norm: Any, x: Tensor, negative_slope: float | None) -> Tensor | None:
+        momentum, training, tracking = norm.momentum, norm.training, norm.track_running_stats
+        if not (_is_contiguous(x) and (momentum is None or type(momentum) is float)):
+            return None
+        # As torch's forward has it.
+        mean, variance = norm.running_mean, norm.running_var
+        own = training or (mean is None and variance is None)
+        if training and not tracking:
+            mean = variance = None
+        if (mean is None) != (variance is None):
+            return None
+        if mean is not None and not _are_statistics(mean, variance, x, norm.weight, norm.bias):
+            return None
+        if training and tracking and norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(norm.num_batches_tracked)
+        return self.run(norm, x, mean, variance, own, momentum or 0.0, negative_slope)
+
+
+def _are_statistics(mean: Any, variance: Any, x: Tensor, *read: Any) -> bool:
+    """Whether these are what torch's kernel writes, and share no memory with what it reads meanwhile."""
+    for t in (mean, variance):
+        if not (
+            _is_one_a_channel(t, x)
+            and t.is_contiguous()
+            and not (t.requires_grad or t.is_inference() or t.is_neg())
+        ):
+            return False
+    written = [_memory(mean), _memory(variance)]
+    return all(
+        end <= begin or other_end <= start
+        for (start, end), *others in (written, written[::-1])
+        for begin, other_end in (*others, *(_memory(t) for t in (x, *read) if t is not None))
+    )
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    """Where the entries of a tensor begin and end."""
+    begin = t.data_ptr()
+    last = sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    return begin, begin + (last + 1) * t.element_size()
+
+
+class InstanceNorm(Norm):
+    """`nn.InstanceNorm2d.forward` by instance_norm_act, without running statistics."""
+
+    kind, function = nn.InstanceNorm2d, "instance_norm"
+
+    def compute(self, norm: Any, x: Tensor, negative_slope: float | None) -> Tensor | None:
+        if (
+            norm.running_mean is not None
+            or norm.running_var is not None
+            or not (norm.training or not norm.track_running_stats)
+            or x.shape[1] != norm.num_features
+        ):
+            return None
+        if not _is_contiguous(x):
+            if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+                return None
+            x = x.contiguous()  # as torch's result is
+        return self.run(norm, x, None, None, True, 0.0, negative_slope)
+
+
+class Pairs(StandIn):
+    """`nn.Sequential.forward`, with a norm and the activation behind it as one."""
+
+    method = "forward"
+
+    def __call__(self, input: Any) -> Any:
+        sequence = self.module
+        if (
+            type(input) not in PLAIN
+            or is_compiling()
+            or torch.jit.is_tracing()
+            or _torch.global_module_hooks()
+            or not _as_torch_has_it(sequence, nn.Sequential)
+        ):
+            return type(sequence).forward(sequence, input)
+        before: Any = None
+        for module in sequence:
+            if before is not None:
+                slope = _slope(module)
+                stand_in = vars(before).get("forward")
+                if (
+                    slope is not None
+                    and type(stand_in) in (BatchNorm, InstanceNorm)
+                    and stand_in.module is before
+                    and _is_alone(before)
+                ):
+                    y = stand_in.serve(input, slope)
+                    if self.count(y is not None):
+                        stand_in.count(True)
+                        input, before = y, None
+                        continue
+                input = before(input)
+                before = None
+            if type(module) in (nn.BatchNorm2d, nn.InstanceNorm2d):
+                before = module
+            else:
+                input = module(input)
+        return input if before is None else before(input)
+
+
+def _is_alone(module: Any) -> bool:
+    """Whether a call of the module calls its `forward`, and nothing sees its argument and result."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or not _as_torch_has_it(module, nn.Module)
+    )
+
+
+def _slope(module: Any) -> float | None:
+    """The slope below zero of a (leaky) ReLU; None if the module is or does something else."""
+    kind: Any = type(module)
+    if kind is nn.ReLU:
+        slope, function = 0.0, "relu"
+    elif kind is nn.LeakyReLU:
+        slope, function = module.negative_slope, "leaky_relu"
+        if type(slope) is not float or not 0 < slope < math.inf:
+            return None
+    else:
+        return None
+    plain = (
+        "forward" not in vars(module)
+        and _as_torch_has_it(module, kind)
+        and getattr(F, function) is _FUNCTIONS[function]
+        and _is_alone(module)
+    )
+    return slope if plain else None
