@@ -34,20 +34,20 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   m.def("patch_loss_scale_(Tensor(a!) first, Tensor(b!) second, Tensor factor) -> ()");
 
   // Refiner convolutions. Gradients that are not needed come back empty. tf32: a CUDA device may
-  // round the factors of float32 products to TF32.
+  // round the factors of float32 products to TF32. negative_slope: of every ReLU; 0 or more.
   // relu?(conv(x, weight) + bias + residual), stride 1, zero padding k // 2
-  m.def("conv_same(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, bool tf32=False) -> Tensor");
+  m.def("conv_same(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, bool tf32=False, float negative_slope=0.0) -> Tensor");
   // output: that of a forward with relu, whose mask the gradient takes
   // -> gradients of x, weight, bias
-  m.def("conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, bool need_bias, bool tf32=False) -> (Tensor, Tensor, Tensor)");
+  m.def("conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, bool need_bias, bool tf32=False, float negative_slope=0.0) -> (Tensor, Tensor, Tensor)");
   // The same with any padding from 0 to k - 1 and any k, on the CPU.
-  m.def("conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int padding, bool relu) -> Tensor");
-  m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, int padding, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  m.def("conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int padding, bool relu, float negative_slope=0.0) -> Tensor");
+  m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, int padding, bool need_x, bool need_weight, bool need_bias, float negative_slope=0.0) -> (Tensor, Tensor, Tensor)");
   // -> output, inner activation (empty unless keep_inner)
-  m.def("refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner, bool tf32=False) -> (Tensor, Tensor)");
+  m.def("refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner, bool tf32=False, float negative_slope=0.0) -> (Tensor, Tensor)");
   // inner None: computed again, with bias1
   // -> gradients of x, weight1, bias1, weight2, bias2
-  m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("refiner_block_backward(Tensor grad, Tensor x, Tensor? inner, Tensor output, Tensor weight1, Tensor? bias1, Tensor weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2, bool need_bias2, bool tf32=False, float negative_slope=0.0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 
   // Normalisation. act?((x - mean) / sqrt(variance + eps) weight + bias + residual), the statistics
   // those of a channel, per_image of one image's channel, or the running ones where they are given;

@@ -22,17 +22,19 @@ struct ConvProblem {
   int64_t out_width() const { return width + 2 * padding - (kernel - 1); }
 };
 
-// out = mask(out_mask, relu(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
-// mask(g, v) is v where g > 0 or g is NaN, else 0: the backward of ReLU, read off its output g. The
-// data gradient is the same operation with the filter rotated by 180 degrees, its channels swapped,
-// and a padding of kernel - 1 - padding.
+// out = mask(out_mask, act(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
+// act is ReLU, or leaky ReLU with a negative slope above 0. mask(g, v) is its backward, read off its
+// output g: v where g > 0, else 0 (ReLU, which keeps v where g is NaN) or negative_slope v. The data
+// gradient is the same operation with the filter rotated by 180 degrees, its channels swapped, and a
+// padding of kernel - 1 - padding.
 struct ConvArgs : ConvProblem {
   bool x_channels_last, out_channels_last;  // of x and x_mask; of the other activations
   View x, x_mask, filter;
   const void* prepared;  // by the device, where it prepares anything
   const void* bias;      // [out_channels] or null
   View residual, residual_mask;
-  bool relu;
+  bool relu;  // whether there is an activation
+  double negative_slope;
   View out_mask, out;
 };
 
@@ -41,6 +43,7 @@ struct ConvArgs : ConvProblem {
 struct FilterGradArgs : ConvProblem {
   bool x_channels_last, grad_channels_last;
   View x, grad, grad_mask;
+  double negative_slope;
   const void* prepared;  // as above
   View d_filter;         // no data: not wanted
 };

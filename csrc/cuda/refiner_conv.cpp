@@ -42,7 +42,8 @@ struct RefinerConv : Device {
            .out_mask = a.out_mask,
            .out = a.out,
            .bias = a.bias,
-           .relu = a.relu};
+           .relu = a.relu,
+           .negative_slope = a.negative_slope};
     const Tensor prepared = workspace(like, prepared_bytes(p));
     p.prepared = prepared.mutable_data_ptr();
     cuda::convolve(p, stream());
@@ -59,6 +60,7 @@ struct RefinerConv : Device {
                  .x = a.x,
                  .grad = a.grad,
                  .mask = a.grad_mask,
+                 .negative_slope = a.negative_slope,
                  .d_weight = a.d_filter.data,
                  .d_bias = d_bias.numel() > 0 ? d_bias.mutable_data_ptr() : nullptr};
     if (p.d_weight == nullptr && p.d_bias == nullptr) return;
@@ -68,7 +70,7 @@ struct RefinerConv : Device {
   }
 
   bool in_one_launch(const ConvArgs& first, const ConvArgs& second) const {
-    return block_fits(block(first, second));
+    return first.negative_slope == 0 && block_fits(block(first, second));
   }
   void convolve_block(const ConvArgs& first, const ConvArgs& second, const Tensor& like) const {
     BlockConv p = block(first, second);

@@ -41,7 +41,7 @@ void convolve_directly(const Conv& p, void* stream) {
   d.in_channels = p.in_channels, d.out_channels = p.out_channels;
   d.height = p.height, d.width = p.width, d.kernel = p.kernel;
   d.total = int64_t(p.batch) * p.out_channels * p.height * p.width;
-  d.relu = p.relu;
+  d.relu = p.relu, d.slope = p.negative_slope;
   d.channels_last = p.out.c == 1;
   dispatch_dtype(p.arithmetic.dtype, [&](auto tag) {
     launch("direct_conv", direct_conv_kernel<typename decltype(tag)::type>,
@@ -74,7 +74,7 @@ void convolve(const Conv& p, void* stream) {
   const int64_t tiles = tiles_of(tile, p.height, p.width);
   k.tiles = Divisor(tiles), k.tiles_across = Divisor(divide_up(p.width, tile.width));
   k.window = window_of(tile, p.kernel, p.height, p.width);
-  k.relu = p.relu;
+  k.relu = p.relu, k.slope = float(p.negative_slope);
   const int64_t size = element_bytes(dtype);
   k.x_packs = in_packs(p.x, p.in_channels, size) && in_packs(p.x_mask, p.in_channels, size);
   k.out_packs = true;

@@ -78,6 +78,7 @@ void filter_gradient(const FilterGrad& p, void* stream) {
     d.in_channels = p.in_channels, d.out_channels = p.out_channels;
     d.height = p.height, d.width = p.width, d.kernel = p.kernel;
     d.pixels = int64_t(p.batch) * p.height * p.width, d.piece = plan.piece_pixels;
+    d.slope = p.negative_slope;
     const dim3 grid(
         unsigned(divide_up(entries(p) + (p.d_bias ? p.out_channels : 0), direct_grad_threads)),
         unsigned(plan.pieces));
@@ -102,6 +103,7 @@ void filter_gradient(const FilterGrad& p, void* stream) {
     k.grad_packs = in_packs(p.grad, p.out_channels, element_bytes(dtype)) &&
                    in_packs(p.mask, p.out_channels, element_bytes(dtype));
     k.weight = p.d_weight != nullptr;
+    k.slope = float(p.negative_slope);
     const dim3 grid(unsigned(plan.groups * plan.blocks_across * plan.blocks_down),
                     unsigned(plan.pieces));
     const auto run = [&](auto kernel) {

@@ -87,6 +87,9 @@ inline void check_image(const MaybeTensor& t, const Tensor& x, const ConvProblem
             t->scalar_type() == x.scalar_type(),
         op, ": every image must have the shape of the convolution's result and the dtype of x");
 }
+inline void check_slope(double negative_slope, const char* op) {
+  FASTDA_CHECK(negative_slope >= 0, op, ": negative_slope must be 0 or more");
+}
 inline MaybeTensor check_bias(const MaybeTensor& bias, const Tensor& x, int64_t channels,
                               const char* op) {
   if (!bias) return std::nullopt;
@@ -124,6 +127,7 @@ inline Tensor empty_bias(const Tensor& x, int64_t channels, bool needed) {
 struct Fusion {
   MaybeTensor x_mask, bias, residual, residual_mask, out_mask;
   bool relu = false;
+  double negative_slope = 0;
 };
 
 // out = the convolution of x with weight, or, `rotate`d, its transpose: then x is a gradient with
@@ -150,6 +154,7 @@ inline ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last,
   args.residual = view_of(fusion.residual);
   args.residual_mask = view_of(fusion.residual_mask);
   args.relu = fusion.relu;
+  args.negative_slope = fusion.negative_slope;
   args.out_mask = view_of(fusion.out_mask);
   args.out = out;
   return args;
@@ -157,8 +162,9 @@ inline ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last,
 
 // channels_last: of x; grad_channels_last: of grad and its mask. d_weight: empty where not wanted.
 inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, const View& grad,
-                                       const View& mask, bool grad_channels_last,
-                                       int64_t out_channels, const Tensor& d_weight,
+                                       const View& mask, double negative_slope,
+                                       bool grad_channels_last, int64_t out_channels,
+                                       const Tensor& d_weight,
                                        std::optional<int64_t> padding = std::nullopt) {
   const bool want_weight = d_weight.dim() == 4;
   FilterGradArgs args{};
@@ -175,6 +181,7 @@ inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, cons
   if (want_weight) args.x = view_of(x);
   args.grad = grad;
   args.grad_mask = mask;
+  args.negative_slope = negative_slope;
   if (want_weight) args.d_filter = view_of(d_weight);
   return args;
 }
@@ -191,8 +198,8 @@ void convolve(const Kernels& kernels, const Tensor& x, bool channels_last, const
 
 template <typename Kernels>
 void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last,
-                     const Tensor& grad, const MaybeTensor& mask, bool grad_channels_last,
-                     const Tensor& d_weight, const Tensor& d_bias,
+                     const Tensor& grad, const MaybeTensor& mask, double negative_slope,
+                     bool grad_channels_last, const Tensor& d_weight, const Tensor& d_bias,
                      std::optional<int64_t> padding = std::nullopt) {
   if (d_weight.dim() != 4 && d_bias.numel() == 0) return;
   if (grad.numel() == 0) {
@@ -200,8 +207,9 @@ void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last
     for (Tensor& t : zeros) torch::stable::zero_(t);
     return;
   }
-  FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), view_of(mask),
-                                         grad_channels_last, grad.size(1), d_weight, padding);
+  FilterGradArgs args =
+      filter_grad_args(x, channels_last, view_of(grad), view_of(mask), negative_slope,
+                       grad_channels_last, grad.size(1), d_weight, padding);
   if (d_weight.dim() != 4) {  // a filter of 1 x 1 stands for none, and has results of this size
     args.height = grad.size(2);
     args.width = grad.size(3);
@@ -212,7 +220,8 @@ void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last
 template <typename Kernels>
 Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
                    const MaybeTensor& bias, const MaybeTensor& residual,
-                   std::optional<int64_t> padding, bool relu, bool tf32) {
+                   std::optional<int64_t> padding, bool relu, bool tf32, double negative_slope) {
+  check_slope(negative_slope, op);
   const Kernels kernels(op, tf32, x_any, weight, bias, residual);
   const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
   check_image(residual, x_any, s, s.out_channels, op);
@@ -222,6 +231,7 @@ Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
   fusion.bias = check_bias(bias, x, s.out_channels, op);
   fusion.residual = laid_out<Kernels>(residual, channels_last);
   fusion.relu = relu;
+  fusion.negative_slope = negative_slope;
   Tensor out = empty(x, {s.batch, s.out_channels, s.out_height(), s.out_width()}, x.scalar_type(),
                      channels_last);
   convolve(kernels, x, channels_last, weight, false, fusion, out, channels_last, padding);
@@ -229,13 +239,15 @@ Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
 }
 template <typename Kernels>
 Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                 const MaybeTensor& residual, bool relu, bool tf32) {
-  return convolution<Kernels>("conv_same", x, weight, bias, residual, std::nullopt, relu, tf32);
+                 const MaybeTensor& residual, bool relu, bool tf32, double negative_slope) {
+  return convolution<Kernels>("conv_same", x, weight, bias, residual, std::nullopt, relu, tf32,
+                              negative_slope);
 }
 template <typename Kernels>
 Tensor conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-              const MaybeTensor& residual, int64_t padding, bool relu) {
-  return convolution<Kernels>("conv2d", x, weight, bias, residual, padding, relu, false);
+              const MaybeTensor& residual, int64_t padding, bool relu, double negative_slope) {
+  return convolution<Kernels>("conv2d", x, weight, bias, residual, padding, relu, false,
+                              negative_slope);
 }
 
 template <typename Kernels>
@@ -243,8 +255,9 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const char* op, const Te
                                                         const Tensor& x_any, const Tensor& weight,
                                                         const MaybeTensor& output,
                                                         std::optional<int64_t> padding, bool need_x,
-                                                        bool need_weight, bool need_bias,
-                                                        bool tf32) {
+                                                        bool need_weight, bool need_bias, bool tf32,
+                                                        double negative_slope) {
+  check_slope(negative_slope, op);
   const Kernels kernels(op, tf32, x_any, grad_any, weight, output);
   const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
   check_image(grad_any, x_any, s, s.out_channels, op);
@@ -254,6 +267,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const char* op, const Te
                grad = laid_out<Kernels>(grad_any, channels_last);
   Fusion fusion;
   fusion.x_mask = laid_out<Kernels>(output, channels_last);
+  fusion.negative_slope = negative_slope;
   Tensor d_x = nothing(x);
   if (need_x) {
     d_x = empty_image(x, s.in_channels, channels_last);
@@ -262,32 +276,35 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const char* op, const Te
   }
   Tensor d_weight = empty_filter(weight, need_weight);
   Tensor d_bias = empty_bias(x, s.out_channels, need_bias);
-  filter_gradient(kernels, x, channels_last, grad, fusion.x_mask, channels_last, d_weight, d_bias,
-                  padding);
+  filter_gradient(kernels, x, channels_last, grad, fusion.x_mask, negative_slope, channels_last,
+                  d_weight, d_bias, padding);
   return {d_x, d_weight, d_bias};
 }
 template <typename Kernels>
 std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const Tensor& x,
                                                       const Tensor& weight,
                                                       const MaybeTensor& output, bool need_x,
-                                                      bool need_weight, bool need_bias, bool tf32) {
+                                                      bool need_weight, bool need_bias, bool tf32,
+                                                      double negative_slope) {
   return convolution_backward<Kernels>("conv_same_backward", grad, x, weight, output, std::nullopt,
-                                       need_x, need_weight, need_bias, tf32);
+                                       need_x, need_weight, need_bias, tf32, negative_slope);
 }
 template <typename Kernels>
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Tensor& x,
                                                    const Tensor& weight, const MaybeTensor& output,
                                                    int64_t padding, bool need_x, bool need_weight,
-                                                   bool need_bias) {
+                                                   bool need_bias, double negative_slope) {
   return convolution_backward<Kernels>("conv2d_backward", grad, x, weight, output, padding, need_x,
-                                       need_weight, need_bias, false);
+                                       need_weight, need_bias, false, negative_slope);
 }
 
 template <typename Kernels>
 std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weight1,
                                          const MaybeTensor& bias1, const Tensor& weight2,
-                                         const MaybeTensor& bias2, bool keep_inner, bool tf32) {
+                                         const MaybeTensor& bias2, bool keep_inner, bool tf32,
+                                         double negative_slope) {
   const char* op = "refiner_block";
+  check_slope(negative_slope, op);
   const Kernels kernels(op, tf32, x_any, weight1, bias1, weight2, bias2);
   const ConvProblem s = check_block<Kernels>(x_any, weight1, weight2, op);
   const bool channels_last = prefers_channels_last(x_any);
@@ -298,6 +315,7 @@ std::tuple<Tensor, Tensor> refiner_block(const Tensor& x_any, const Tensor& weig
   second.bias = check_bias(bias2, x, s.in_channels, op);
   second.residual = x;
   first.relu = second.relu = true;
+  first.negative_slope = second.negative_slope = negative_slope;
   Tensor out = empty_image(x, s.in_channels, channels_last);
   ConvArgs to_inner =
       conv_args(x, view_of(x), channels_last, weight1, false, first, {}, inner_last);
@@ -321,8 +339,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     const Tensor& grad_any, const Tensor& x_any, const MaybeTensor& inner_any,
     const Tensor& output_any, const Tensor& weight1, const MaybeTensor& bias1,
     const Tensor& weight2, bool need_x, bool need_weight1, bool need_bias1, bool need_weight2,
-    bool need_bias2, bool tf32) {
+    bool need_bias2, bool tf32, double negative_slope) {
   const char* op = "refiner_block_backward";
+  check_slope(negative_slope, op);
   const Kernels kernels(op, tf32, x_any, grad_any, inner_any, output_any, weight1, bias1, weight2);
   const ConvProblem s = check_block<Kernels>(x_any, weight1, weight2, op);
   check_image(grad_any, x_any, s, s.in_channels, op);
@@ -338,15 +357,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     Fusion first;
     first.bias = check_bias(bias1, x, s.out_channels, op);
     first.relu = true;
+    first.negative_slope = negative_slope;
     inner = empty_image(x, s.out_channels, inner_last);
     convolve(kernels, x, channels_last, weight1, false, first, *inner, inner_last);
   }
   Tensor d_weight2 = empty_filter(weight2, need_weight2);
   Tensor d_bias2 = empty_bias(x, s.in_channels, need_bias2);
-  filter_gradient(kernels, *inner, inner_last, grad, output, channels_last, d_weight2, d_bias2);
+  filter_gradient(kernels, *inner, inner_last, grad, output, negative_slope, channels_last,
+                  d_weight2, d_bias2);
   Tensor d_weight1 = empty_filter(weight1, need_weight1);
   Tensor d_bias1 = empty_bias(x, s.out_channels, need_bias1);
   Fusion to_inner, to_x;
+  to_inner.negative_slope = to_x.negative_slope = negative_slope;
   to_inner.x_mask = output;
   to_inner.out_mask = std::move(inner);
   to_x.residual = grad;
@@ -358,8 +380,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
       if (kernels.backward_in_window(
               conv_args(x, view_of(grad), channels_last, weight2, true, to_inner, {}, true),
               conv_args(x, {}, true, weight1, true, to_x, view_of(d_x), channels_last),
-              filter_grad_args(x, channels_last, {}, {}, true, s.out_channels, d_weight1), d_bias1,
-              x))
+              filter_grad_args(x, channels_last, {}, {}, 0, true, s.out_channels, d_weight1),
+              d_bias1, x))
         return {d_x, d_weight1, d_bias1, d_weight2, d_bias2};
       d_x = nothing(x);
     }
@@ -368,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> refiner_block_backward(
     const Tensor d_inner = empty_image(x, s.out_channels, inner_last);
     convolve(kernels, grad, channels_last, weight2, true, to_inner, d_inner, inner_last);
     to_inner.out_mask.reset();  // a recomputed inner activation is freed before d_x is made
-    filter_gradient(kernels, x, channels_last, d_inner, std::nullopt, inner_last, d_weight1,
+    filter_gradient(kernels, x, channels_last, d_inner, std::nullopt, 0, inner_last, d_weight1,
                     d_bias1);
     if (need_x) {
       d_x = empty_image(x, s.in_channels, channels_last);

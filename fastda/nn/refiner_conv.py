@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from fastda import _torch
-from fastda.ops.common import is_symbolic
+from fastda.ops.common import check_slope, is_symbolic
 from fastda.ops.refiner_conv import checked_refiner_block, conv_same
 
 
@@ -17,26 +17,39 @@ class RefinerBlock(nn.Module):
     kernel_size: odd; 3 for gaze, 7 for hand images.
     recompute_inner: compute the activation between the convolutions again in backward instead of keeping it:
         one convolution more for one image less of memory.
+    negative_slope: of both ReLUs, 0 or more; above 0 they are leaky.
 
     The parameters are those of two `nn.Conv2d`, conv1 and conv2.
     """
 
-    def __init__(self, channels: int = 64, kernel_size: int = 3, *, recompute_inner: bool = False) -> None:
+    def __init__(
+        self,
+        channels: int = 64,
+        kernel_size: int = 3,
+        *,
+        recompute_inner: bool = False,
+        negative_slope: float = 0.0,
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
             raise ValueError(f"RefinerBlock: kernel_size must be odd, got {kernel_size}")
-        self.recompute_inner = recompute_inner
+        check_slope("RefinerBlock", negative_slope, "a number of 0 or more")
+        self.recompute_inner, self.negative_slope = recompute_inner, negative_slope
         self.conv1 = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
 
     def forward(self, x: Tensor) -> Tensor:
         c1, c2 = self.conv1, self.conv2
         return checked_refiner_block(
-            x, c1.weight, c1.bias, c2.weight, c2.bias, recompute=self.recompute_inner
+            *(x, c1.weight, c1.bias, c2.weight, c2.bias),
+            recompute=self.recompute_inner,
+            negative_slope=self.negative_slope,
         )
 
     def extra_repr(self) -> str:
-        return "recompute_inner=True" if self.recompute_inner else ""
+        shown = ["recompute_inner=True"] if self.recompute_inner else []
+        shown += [f"negative_slope={self.negative_slope}"] if self.negative_slope else []
+        return ", ".join(shown)
 
 
 class Refiner(nn.Module):

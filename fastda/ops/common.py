@@ -32,9 +32,18 @@ def composite_backward(
     return [next(grads) if need and t is not None else None for t, need in zip(leaves, needs, strict=True)]
 
 
-def relu_gradient(grad: Tensor, output: Tensor) -> Tensor:
-    """`grad` where ReLU's result is positive or NaN, else 0; differentiable in `grad`."""
-    return torch.ops.aten.threshold_backward(grad, output, 0)
+def activation_gradient(grad: Tensor, output: Tensor, negative_slope: float) -> Tensor:
+    """`grad` through (leaky) ReLU, whose result is `output`; differentiable in `grad`."""
+    if negative_slope == 0:
+        return torch.ops.aten.threshold_backward(grad, output, 0)
+    return torch.ops.aten.leaky_relu_backward(grad, output, negative_slope, True)
+
+
+def check_slope(op: str, negative_slope: Any, what: str = "None or a number of 0 or more") -> None:
+    """Below 0 an output would not tell the sign of what went into the activation."""
+    is_number = isinstance(negative_slope, Real) and not isinstance(negative_slope, bool)
+    if not is_number or not negative_slope >= 0:
+        raise ValueError(f"{op}: negative_slope must be {what}, got {negative_slope!r}")
 
 
 def shown(value: Any) -> Any:

@@ -12,16 +12,9 @@ from torch.compiler import is_compiling
 from torch.overrides import handle_torch_function
 
 from fastda import backend, reference
-from fastda.ops.common import composite_backward, is_symbolic, recordable, relu_gradient
+from fastda.ops.common import activation_gradient, check_slope, composite_backward, is_symbolic, recordable
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _act_gradient(grad: Tensor, output: Tensor, negative_slope: float) -> Tensor:
-    """`grad` through the activation whose result is `output`; differentiable in `grad`."""
-    if negative_slope == 0:
-        return relu_gradient(grad, output)
-    return torch.ops.aten.leaky_relu_backward(grad, output, negative_slope, True)
 
 
 class _NormAct(torch.autograd.Function):
@@ -66,7 +59,7 @@ class _NormAct(torch.autograd.Function):
             if bias is None and ctx.bias_dtype is not None:  # no gradient depends on it
                 bias = x.new_zeros(x.shape[1], dtype=ctx.bias_dtype).requires_grad_()
             if output is not None:
-                grad, slope = _act_gradient(grad, output, slope), None
+                grad, slope = activation_gradient(grad, output, slope), None
             norm = reference.instance_norm_act if ctx.per_image else reference.batch_norm_act
             kept = None if ctx.own_statistics else _stored(x, weight, mean, variance)
 
@@ -137,10 +130,8 @@ def _check(
             raise ValueError(f"{op}: residual must be on the device of x, {x.device}, got {residual.device}")
     if not isinstance(eps, Real) or not eps >= 0:
         raise ValueError(f"{op}: eps must be a number of 0 or more, got {eps!r}")
-    if negative_slope is not None and (not isinstance(negative_slope, Real) or not negative_slope >= 0):
-        raise ValueError(
-            f"{op}: negative_slope must be None or a number of 0 or more, got {negative_slope!r}"
-        )
+    if negative_slope is not None:
+        check_slope(op, negative_slope)
 
 
 def norm_act(

@@ -12,12 +12,13 @@ from torch.overrides import handle_torch_function
 
 from fastda import _torch, backend, reference
 from fastda.ops.common import (
+    activation_gradient,
     autocast,
+    check_slope,
     composite_backward,
     is_symbolic,
     laid_out_as,
     recordable,
-    relu_gradient,
 )
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,6 +59,18 @@ def _check_like(op: str, x: Tensor, name: str, t: Tensor | None, shape: tuple[in
         raise ValueError(f"{op}: {name} must be on the device of x, {x.device}, got {t.device}")
 
 
+def _slope(op: str, relu: bool, negative_slope: float | None) -> float | None:
+    """Of the activation: None where there is none, 0 for ReLU."""
+    if negative_slope is None:
+        return 0.0 if relu else None
+    check_slope(op, negative_slope)
+    if relu:
+        raise ValueError(
+            f"{op}: relu and negative_slope={negative_slope!r} both name the activation; give one"
+        )
+    return float(negative_slope)
+
+
 def _tf32(x: Tensor, serving: str) -> bool:
     """Whether the kernels may round the operands of products to TF32; asked where they could."""
     return serving != "cpp" and x.dtype == torch.float32 and _torch.convolution_tf32()
@@ -72,16 +85,16 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         padding: int,
-        relu: bool,
+        slope: float | None,
         serving: str,
     ) -> Tensor:
-        y = _forward(serving, x, weight, bias, residual, padding, relu)
+        y = _forward(serving, x, weight, bias, residual, padding, slope)
         ctx.serving = serving
         ctx.padding = padding
-        ctx.relu = relu
+        ctx.slope = slope
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
         # has.
-        ctx.save_for_backward(x, weight, y if relu else None)
+        ctx.save_for_backward(x, weight, None if slope is None else y)
         return y
 
     @staticmethod
@@ -89,18 +102,18 @@ class _Conv2d(torch.autograd.Function):
         x, weight, y = ctx.saved_tensors
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            grad = relu_gradient(grad, y) if ctx.relu else grad
+            grad = grad if y is None else activation_gradient(grad, y, ctx.slope)
             convolve = functools.partial(reference.conv2d, padding=ctx.padding)
             grads = composite_backward(convolve, (x, weight), needs[:2], grad)
             d_bias = grad.sum((0, 2, 3)) if needs[2] else None
             return (*grads, d_bias, grad if needs[3] else None, None, None, None)
-        if needs[3] and ctx.relu:
-            grad, y = relu_gradient(grad, y), None
-        raw = backend.kernels(ctx.serving)
+        if needs[3] and y is not None:
+            grad, y = activation_gradient(grad, y, ctx.slope), None
+        raw, slope = backend.kernels(ctx.serving), ctx.slope or 0.0
         d_x, d_weight, d_bias = (
-            raw.conv_same_backward(grad, x, weight, y, *needs[:3], _tf32(x, ctx.serving))
+            raw.conv_same_backward(grad, x, weight, y, *needs[:3], _tf32(x, ctx.serving), slope)
             if _is_same(weight, ctx.padding)
-            else raw.conv2d_backward(grad, x, weight, y, ctx.padding, *needs[:3])
+            else raw.conv2d_backward(grad, x, weight, y, ctx.padding, *needs[:3], slope)
         )
         return (
             d_x if needs[0] else None,
@@ -125,12 +138,12 @@ def _forward(
     bias: Tensor | None,
     residual: Tensor | None,
     padding: int,
-    relu: bool,
+    slope: float | None,
 ) -> Tensor:
-    raw = backend.kernels(serving)
+    raw, act = backend.kernels(serving), slope is not None
     if _is_same(weight, padding):
-        return raw.conv_same(x, weight, bias, residual, relu, _tf32(x, serving))
-    return raw.conv2d(x, weight, bias, residual, padding, relu)
+        return raw.conv_same(x, weight, bias, residual, act, _tf32(x, serving), slope or 0.0)
+    return raw.conv2d(x, weight, bias, residual, padding, act, slope or 0.0)
 
 
 class _RefinerBlock(torch.autograd.Function):
@@ -143,11 +156,13 @@ class _RefinerBlock(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor | None,
         recompute: bool,
+        slope: float,
         serving: str,
     ) -> Tensor:
         ctx.serving = serving
+        ctx.slope = slope
         y, inner = backend.kernels(serving).refiner_block(
-            x, weight1, bias1, weight2, bias2, not recompute, _tf32(x, serving)
+            x, weight1, bias1, weight2, bias2, not recompute, _tf32(x, serving), slope
         )
         ctx.save_for_backward(x, weight1, bias1, weight2, None if recompute else inner, y)
         return y
@@ -158,16 +173,16 @@ class _RefinerBlock(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # The last ReLU's mask comes from y, so that bias2 need not be kept: it matters for nothing else.
-            grad = relu_gradient(grad, y)
+            grad = activation_gradient(grad, y, ctx.slope)
 
             def before_relu(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor) -> Tensor:
-                inner = reference.conv_same(x, weight1, bias1, relu=True)
+                inner = reference.conv_same(x, weight1, bias1, negative_slope=ctx.slope)
                 return reference.conv_same(inner, weight2, residual=x)
 
             grads = composite_backward(before_relu, (x, weight1, bias1, weight2), needs[:4], grad)
-            return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None, None)
+            return (*grads, grad.sum((0, 2, 3)) if needs[4] else None, None, None, None)
         grads = backend.kernels(ctx.serving).refiner_block_backward(
-            grad, x, inner, y, weight1, bias1, weight2, *needs[:5], _tf32(x, ctx.serving)
+            grad, x, inner, y, weight1, bias1, weight2, *needs[:5], _tf32(x, ctx.serving), ctx.slope
         )
         d_x, d_weight1, d_bias1, d_weight2, d_bias2 = (
             g if need else None for g, need in zip(grads, needs, strict=False)
@@ -176,7 +191,7 @@ class _RefinerBlock(torch.autograd.Function):
             d_weight1 = laid_out_as(weight1, d_weight1)
         if d_weight2 is not None:
             d_weight2 = laid_out_as(weight2, d_weight2)
-        return d_x, d_weight1, d_bias1, d_weight2, d_bias2, None, None
+        return d_x, d_weight1, d_bias1, d_weight2, d_bias2, None, None, None
 
 
 def conv_same(
@@ -186,26 +201,31 @@ def conv_same(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
+    negative_slope: float | None = None,
 ) -> Tensor:
-    """Convolution with stride 1 and zero padding k // 2, then `+ bias`, `+ residual`, ReLU, in one pass.
+    """Convolution with stride 1 and zero padding k // 2, then `+ bias`, `+ residual`, (leaky) ReLU.
+
+    All in one pass. negative_slope: of a leaky ReLU, 0 or more, in place of `relu`, which is a slope of 0.
 
     Shapes: x (N, C, H, W); weight (K, C, k, k) with odd k; bias (K,); residual and the result (N, K, H, W),
     the result in the memory format of x. Dtypes: float32, float64, bfloat16, float16, the same for every
     argument; the last two compute in float32. Under autocast every argument is cast, as `F.conv2d` casts its
     own.
 
-    Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms
-    take the reference.
+    Saved for backward: x, weight and, with an activation, the result. Double backward works; torch.func
+    transforms take the reference.
 
-    Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes, devices and a slope that do not fit, TypeError for dtypes.
     Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
     """
     if is_symbolic(x):
-        return handle_torch_function(conv_same, (x,), x, weight, bias, residual=residual, relu=relu)
+        options: Any = dict(residual=residual, relu=relu, negative_slope=negative_slope)
+        return handle_torch_function(conv_same, (x,), x, weight, bias, **options)
     _check_tensor("conv_same", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
-    return _convolve("conv_same", x, weight, bias, residual, weight.shape[2] // 2, 1, relu)
+    slope = _slope("conv_same", relu, negative_slope)
+    return _convolve("conv_same", x, weight, bias, residual, weight.shape[2] // 2, 1, slope)
 
 
 def conv2d(
@@ -217,26 +237,29 @@ def conv2d(
     dilation: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
+    negative_slope: float | None = None,
 ) -> Tensor:
-    """Convolution with stride 1 and zero padding, then `+ bias`, `+ residual`, ReLU, in one pass.
+    """Convolution with stride 1 and zero padding, then `+ bias`, `+ residual`, (leaky) ReLU, in one pass.
 
     Shapes: x (N, C, H, W); weight (K, C, k, k); bias (K,); residual and the result (N, K, H', W') with
     H' = H + 2 padding - dilation (k - 1), the result in the memory format of x. Dtypes as for `conv_same`,
-    which is this with odd k, padding k // 2 and dilation 1. padding: on each side, less than the filter is
-    wide, dilation (k - 1) + 1.
+    which is this with odd k, padding k // 2 and dilation 1, as is negative_slope. padding: on each side, less
+    than the filter is wide, dilation (k - 1) + 1.
 
     The kernels are the CPU's, where 5x5 filters of 16 channels and more take Winograd F(3x3, 5x5); on other
     devices PyTorch's own convolutions serve, but for what `conv_same` serves. With a dilation d and a padding
     of d (k // 2), k odd, d * d images of every d-th pixel go through `conv_same`; all else is PyTorch's.
 
-    Saved for backward: x, weight and, with `relu`, the result. Double backward works; torch.func transforms
-    take the reference.
+    Saved for backward: x, weight and, with an activation, the result. Double backward works; torch.func
+    transforms take the reference.
 
-    Raises ValueError for shapes, devices and a padding that do not fit, TypeError for dtypes.
+    Raises ValueError for shapes, devices, a padding and a slope that do not fit, TypeError for dtypes.
     Source: Winograd convolution, arXiv 1509.09308.
     """
     if is_symbolic(x):
-        options: Any = dict(padding=padding, dilation=dilation, residual=residual, relu=relu)
+        options: Any = dict(
+            padding=padding, dilation=dilation, residual=residual, relu=relu, negative_slope=negative_slope
+        )
         return handle_torch_function(conv2d, (x,), x, weight, bias, **options)
     _check_tensor("conv2d", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
@@ -254,7 +277,8 @@ def conv2d(
             f"conv2d: x must be at least as large as the filter with its padding, {reach + 1} by {reach + 1} "
             f"and {padding}, got {tuple(x.shape)}"
         )
-    return _convolve("conv2d", x, weight, bias, residual, padding, dilation, relu)
+    slope = _slope("conv2d", relu, negative_slope)
+    return _convolve("conv2d", x, weight, bias, residual, padding, dilation, slope)
 
 
 def _convolve(
@@ -265,7 +289,7 @@ def _convolve(
     residual: Tensor | None,
     padding: int,
     dilation: int,
-    relu: bool,
+    slope: float | None,
 ) -> Tensor:
     out_channels, more = weight.shape[0], 2 * padding - dilation * (weight.shape[2] - 1)
     _check_like(op, x, "weight", weight, None)
@@ -273,12 +297,12 @@ def _convolve(
     _check_like(op, x, "residual", residual, (x.shape[0], out_channels, x.shape[2] + more, x.shape[3] + more))
     serving = backend.select(x, "conv_same" if more == 0 and dilation == 1 else "conv2d")
     if serving != "reference" and dilation > 1 and more == 0:
-        return _dilated(x, weight, bias, residual, dilation, relu, serving)
+        return _dilated(x, weight, bias, residual, dilation, slope, serving)
     if serving == "reference" or dilation > 1:
         return reference.conv2d(
-            x, weight, bias, padding=padding, dilation=dilation, residual=residual, relu=relu
+            x, weight, bias, padding=padding, dilation=dilation, residual=residual, negative_slope=slope
         )
-    return _serve(x, weight, bias, residual, padding, relu, serving)
+    return _serve(x, weight, bias, residual, padding, slope, serving)
 
 
 def _serve(
@@ -287,7 +311,7 @@ def _serve(
     bias: Tensor | None,
     residual: Tensor | None,
     padding: int,
-    relu: bool,
+    slope: float | None,
     serving: str,
 ) -> Tensor:
     if torch.is_grad_enabled() and (
@@ -296,8 +320,8 @@ def _serve(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, relu, serving)
-    return _forward(serving, x, weight, bias, residual, padding, relu)
+        return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, slope, serving)
+    return _forward(serving, x, weight, bias, residual, padding, slope)
 
 
 def _dilated(
@@ -306,13 +330,13 @@ def _dilated(
     bias: Tensor | None,
     residual: Tensor | None,
     dilation: int,
-    relu: bool,
+    slope: float | None,
     serving: str,
 ) -> Tensor:
     """d * d convolutions without dilation, each of the pixels that one tap apart see each other."""
     n, _, h, w = x.shape
     parts = [None if image is None else _every(image, dilation) for image in (x, residual)]
-    y = _serve(parts[0], weight, bias, parts[1], weight.shape[2] // 2, relu, serving)  # type: ignore[arg-type]
+    y = _serve(parts[0], weight, bias, parts[1], weight.shape[2] // 2, slope, serving)  # type: ignore[arg-type]
     _, k, rows, columns = y.shape
     y = y.permute(0, 2, 3, 1).unflatten(0, (n, dilation, dilation)).permute(0, 3, 1, 4, 2, 5)
     y = y.reshape(n, rows * dilation, columns * dilation, k).permute(0, 3, 1, 2)[..., :h, :w]
@@ -331,9 +355,17 @@ def _every(x: Tensor, step: int) -> Tensor:
 
 
 def refiner_block(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    negative_slope: float = 0.0,
 ) -> Tensor:
     """SimGAN's residual block, relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2).
+
+    negative_slope: of both ReLUs, 0 or more; above 0 they are leaky.
 
     Shapes: x and the result (N, C, H, W), in the same memory format; weight1 (M, C, k, k), bias1 (M,),
     weight2 (C, M, l, l), bias2 (C,) with odd k and l (C = M = 64 and k = l in SimGAN). Dtypes as for
@@ -345,7 +377,9 @@ def refiner_block(
     Raises ValueError for shapes and devices that do not fit, TypeError for dtypes.
     Source: arXiv 1612.07828, section 2.3.
     """
-    return checked_refiner_block(x, weight1, bias1, weight2, bias2, recompute=False)
+    return checked_refiner_block(
+        x, weight1, bias1, weight2, bias2, recompute=False, negative_slope=negative_slope
+    )
 
 
 def checked_refiner_block(
@@ -356,11 +390,14 @@ def checked_refiner_block(
     bias2: Tensor | None,
     *,
     recompute: bool,
+    negative_slope: float = 0.0,
 ) -> Tensor:
     """`refiner_block` with a choice: `recompute` the inner activation in backward instead of keeping it."""
     if is_symbolic(x):
         inputs = (x, weight1, bias1, weight2, bias2)
-        return handle_torch_function(checked_refiner_block, (x,), *inputs, recompute=recompute)
+        return handle_torch_function(
+            checked_refiner_block, (x,), *inputs, recompute=recompute, negative_slope=negative_slope
+        )
     _check_tensor("refiner_block", "x", x)
     x, weight1, bias1, weight2, bias2 = autocast(x, weight1, bias1, weight2, bias2)
     _check("refiner_block", x, "weight1", weight1)
@@ -380,9 +417,11 @@ def checked_refiner_block(
     _check_like("refiner_block", x, "weight2", weight2, None)
     _check_like("refiner_block", x, "bias1", bias1, (weight1.shape[0],))
     _check_like("refiner_block", x, "bias2", bias2, (x.shape[1],))
+    check_slope("refiner_block", negative_slope, "a number of 0 or more")
+    slope = float(negative_slope)
     serving = backend.select(x)
     if serving == "reference":
-        return reference.refiner_block(x, weight1, bias1, weight2, bias2)
+        return reference.refiner_block(x, weight1, bias1, weight2, bias2, negative_slope=slope)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight1.requires_grad
@@ -390,6 +429,6 @@ def checked_refiner_block(
         or (bias1 is not None and bias1.requires_grad)
         or (bias2 is not None and bias2.requires_grad)
     ):
-        return _RefinerBlock.apply(*recordable(x, weight1, bias1, weight2, bias2), recompute, serving)
+        return _RefinerBlock.apply(*recordable(x, weight1, bias1, weight2, bias2), recompute, slope, serving)
     inputs = (x, weight1, bias1, weight2, bias2)
-    return backend.kernels(serving).refiner_block(*inputs, False, _tf32(x, serving))[0]
+    return backend.kernels(serving).refiner_block(*inputs, False, _tf32(x, serving), slope)[0]

@@ -8,13 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def _act(y: Tensor, residual: Tensor | None, negative_slope: float | None) -> Tensor:
-    if residual is not None:
-        y = y + residual
-    if negative_slope is None:
-        return y
-    return F.leaky_relu(y, negative_slope) if negative_slope else F.relu(y)
+from fastda.reference.common import act
 
 
 def batch_norm_act(
@@ -32,7 +26,7 @@ def batch_norm_act(
 ) -> Tensor:
     """act(batch_norm(x) + residual); see `fastda.batch_norm_act`."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _act(y, residual, negative_slope)
+    return act(y, residual, negative_slope)
 
 
 def instance_norm_act(
@@ -50,4 +44,4 @@ def instance_norm_act(
 ) -> Tensor:
     """act(instance_norm(x) + residual); see `fastda.instance_norm_act`."""
     y = F.instance_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    return _act(y, residual, negative_slope)
+    return act(y, residual, negative_slope)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastda.reference.common import act
+
 
 def conv2d(
     x: Tensor,
@@ -15,12 +17,11 @@ def conv2d(
     dilation: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
+    negative_slope: float | None = None,
 ) -> Tensor:
-    """relu(x * weight + bias + residual), with stride 1; see `fastda.conv2d`."""
+    """act(x * weight + bias + residual), with stride 1; see `fastda.conv2d`."""
     y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
-    if residual is not None:
-        y = y + residual
-    return F.relu(y) if relu else y
+    return act(y, residual, 0.0 if relu else negative_slope)
 
 
 def conv_same(
@@ -30,14 +31,29 @@ def conv_same(
     *,
     residual: Tensor | None = None,
     relu: bool = False,
+    negative_slope: float | None = None,
 ) -> Tensor:
-    """relu(x * weight + bias + residual), with stride 1 and zero padding k // 2; see `fastda.conv_same`."""
-    return conv2d(x, weight, bias, padding=weight.shape[-1] // 2, residual=residual, relu=relu)
+    """act(x * weight + bias + residual), with stride 1 and zero padding k // 2; see `fastda.conv_same`."""
+    return conv2d(
+        x,
+        weight,
+        bias,
+        padding=weight.shape[-1] // 2,
+        residual=residual,
+        relu=relu,
+        negative_slope=negative_slope,
+    )
 
 
 def refiner_block(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    negative_slope: float = 0.0,
 ) -> Tensor:
-    """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2); see `fastda.refiner_block`."""
-    inner = conv_same(x, weight1, bias1, relu=True)
-    return conv_same(inner, weight2, bias2, residual=x, relu=True)
+    """act(x + conv(act(conv(x, weight1) + bias1), weight2) + bias2); see `fastda.refiner_block`."""
+    inner = conv_same(x, weight1, bias1, negative_slope=negative_slope)
+    return conv_same(inner, weight2, bias2, residual=x, negative_slope=negative_slope)

@@ -46,13 +46,25 @@ def _image(x: Tensor, channels: Any, more: int = 0) -> Tensor:
 
 
 def _conv_same(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, tf32: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> Tensor:
     return _image(x, weight.shape[0])
 
 
 def _conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, padding: int, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    padding: int,
+    relu: bool,
+    negative_slope: float = 0.0,
 ) -> Tensor:
     more = 2 * padding + 1 - weight.shape[2]
     return _image(x, weight.shape[0], more)
@@ -67,6 +79,7 @@ def _conv2d_backward(
     need_x: bool,
     need_weight: bool,
     need_bias: bool,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, ...]:
     return _conv_same_backward(grad, x, weight, output, need_x, need_weight, need_bias)
 
@@ -80,6 +93,7 @@ def _conv_same_backward(
     need_weight: bool,
     need_bias: bool,
     tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, ...]:
     return (
         _image(x, x.shape[1]) if need_x else x.new_empty(0),
@@ -96,6 +110,7 @@ def _refiner_block(
     bias2: Tensor | None,
     keep_inner: bool,
     tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     inner = _image(x, weight1.shape[0])
     if x.device.type == "cpu":
@@ -117,6 +132,7 @@ def _refiner_block_backward(
     need_weight2: bool,
     need_bias2: bool,
     tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, ...]:
     return (
         _image(x, x.shape[1]) if need_x else x.new_empty(0),
@@ -144,14 +160,15 @@ def _block_shapes(options: Options, n: int, c: int, size: int, h: int, w: int) -
 
 
 def _settle_conv(a: dict[str, Any], margin: float) -> None:
-    if a.get("relu"):
+    if a.get("relu") or a.get("negative_slope") is not None:
         convolve = reference.conv2d if "padding" in a else reference.conv_same
-        a["bias"] += clear_of_zero(convolve(**{**a, "relu": False}), margin)
+        a["bias"] += clear_of_zero(convolve(**{**a, "relu": False, "negative_slope": None}), margin)
 
 
 def _settle_block(a: dict[str, Any], margin: float) -> None:
     a["bias1"] += clear_of_zero(reference.conv_same(a["x"], a["weight1"], a["bias1"]), margin)
-    hidden = reference.conv_same(a["x"], a["weight1"], a["bias1"], relu=True)
+    slope = a.get("negative_slope", 0.0)
+    hidden = reference.conv_same(a["x"], a["weight1"], a["bias1"], negative_slope=slope)
     a["bias2"] += clear_of_zero(
         reference.conv_same(hidden, a["weight2"], a["bias2"], residual=a["x"]), margin
     )
@@ -171,7 +188,11 @@ OPERATORS = (
         ),
         tolerances=TOLERANCES,
         raw={"conv_same": _conv_same, "conv_same_backward": _conv_same_backward},
-        options=[{"bias": None}, *grid(residual=(None, True), relu=(False, True))],
+        options=[
+            {"bias": None},
+            *grid(residual=(None, True), relu=(False, True)),
+            *grid(residual=(None, True), negative_slope=(0.2,)),
+        ],
         large=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
         large_options={"relu": True},
         settle=_settle_conv,
@@ -190,6 +211,7 @@ OPERATORS = (
             {"bias": None},
             *({"padding": 1, "relu": True}, {"residual": True, "padding": 0}),
             {"residual": True, "relu": True, "padding": 1},
+            {"residual": True, "negative_slope": 0.2, "padding": 1},
             {"dilation": 2, "padding": 2},
         ],
         large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),
@@ -203,6 +225,7 @@ OPERATORS = (
         sizes=((1, 1, 3, 1, 1), (2, 5, 3, 7, 9), (1, 64, 3, 19, 21), (2, 16, 7, 13, 17)),
         tolerances=TOLERANCES,
         raw={"refiner_block": _refiner_block, "refiner_block_backward": _refiner_block_backward},
+        options=({}, {"negative_slope": 0.2}),
         large=((8, 64, 3, 35, 55), (2, 64, 7, 56, 56)),
         settle=_settle_block,
         magnitudes=_unit_terms,

@@ -7,11 +7,13 @@ gradient is the same product with the taps in reverse order. The weight gradient
 number of pieces that depends on the shapes alone; a second kernel adds the pieces in order.
 
 A gate keeps a value where its own is positive or NaN, else gives 0: ReLU's backward, read off ReLU's output.
+A SLOPE above 0 makes every ReLU leaky: a value is kept where its own is positive, and multiplied by SLOPE
+where it is not, NaN included.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +22,13 @@ from torch import Tensor
 
 from fastda import _torch
 from fastda.triton.common import INTERPRETED, launch, operator, platform, wide_dtype, wide_tl
+
+
+@triton.jit
+def gated(value, output, SLOPE: tl.constexpr, WIDE: tl.constexpr):
+    if SLOPE == 0:
+        return tl.where(output <= 0, 0.0, value)
+    return tl.where(output > 0, value.to(WIDE), value.to(WIDE) * SLOPE)
 
 
 @triton.jit(do_not_specialize=["plane"])
@@ -47,6 +56,7 @@ def conv_kernel(
     KERNEL: tl.constexpr,
     FLIP: tl.constexpr,
     RELU: tl.constexpr,
+    SLOPE: tl.constexpr,
     ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -100,7 +110,7 @@ def conv_kernel(
         a = tl.load(x + at, mask=mask, other=0.0)
         if x_gate is not None:
             gate = tl.load(x_gate + at, mask=mask, other=0.0)
-            a = tl.where(gate <= 0, 0.0, a).to(x.dtype.element_ty)
+            a = gated(a, gate, SLOPE, WIDE).to(x.dtype.element_ty)
         entry = r
         if FLIP:
             entry = (KERNEL * KERNEL - 1 - tap) * in_channels + (r - tap * in_channels)
@@ -117,12 +127,12 @@ def conv_kernel(
     if residual is not None:
         side = tl.load(residual + at, mask=mask, other=0.0).to(WIDE)
         if residual_gate is not None:
-            side = tl.where(tl.load(residual_gate + at, mask=mask, other=0.0) <= 0, 0.0, side)
+            side = gated(side, tl.load(residual_gate + at, mask=mask, other=0.0), SLOPE, WIDE)
         acc += side
     if RELU:
-        acc = tl.where(acc <= 0, 0.0, acc)
+        acc = gated(acc, acc, SLOPE, WIDE)
     if out_gate is not None:
-        acc = tl.where(tl.load(out_gate + at, mask=mask, other=0.0) <= 0, 0.0, acc)
+        acc = gated(acc, tl.load(out_gate + at, mask=mask, other=0.0), SLOPE, WIDE)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=mask)
 
 
@@ -147,6 +157,7 @@ def weight_grad_kernel(
     grad_pixel,
     piece,  # pixels of one piece, a multiple of BLOCK_P
     KERNEL: tl.constexpr,
+    SLOPE: tl.constexpr,
     ONE_TAP: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -186,7 +197,8 @@ def weight_grad_kernel(
         mask = inside[None, :] & known[:, None]
         a = tl.load(grad + at, mask=mask, other=0.0)
         if gate is not None:
-            a = tl.where(tl.load(gate + at, mask=mask, other=0.0) <= 0, 0.0, a).to(grad.dtype.element_ty)
+            held = tl.load(gate + at, mask=mask, other=0.0)
+            a = gated(a, held, SLOPE, WIDE).to(grad.dtype.element_ty)
         if bias_sums is not None:
             bias_acc += tl.sum(a.to(WIDE), 1)
         if ONE_TAP:
@@ -307,6 +319,14 @@ def _strides(x: Tensor, memory_format: torch.memory_format) -> tuple[int, int, i
     return (c * h * w, 1, c) if memory_format == torch.channels_last else (c * h * w, h * w, 1)
 
 
+class How(NamedTuple):
+    """Of all products of a call: the layout, whether float32 may be TF32, the slope of its ReLUs."""
+
+    memory_format: torch.memory_format
+    tf32: bool
+    slope: float
+
+
 def _conv(
     x: Tensor,
     weight: Tensor,
@@ -318,13 +338,13 @@ def _conv(
     residual_gate: Tensor | None = None,
     relu: bool = False,
     out_gate: Tensor | None = None,
-    memory_format: torch.memory_format,
-    tf32: bool,
+    how: How,
 ) -> Tensor:
-    """gate(out_gate, relu(conv(gate(x_gate, x)) + bias + gate(residual_gate, residual))), in `memory_format`.
+    """gate(out_gate, relu(conv(gate(x_gate, x)) + bias + gate(residual_gate, residual))).
 
     `weight` is (K, C, k, k). Rotated: the transposed convolution, from K channels to C.
     """
+    memory_format, tf32, slope = how
     kernel = weight.shape[2]
     # [taps, channels of x, channels of out]
     filter = (weight.permute(2, 3, 0, 1) if rotated else weight.permute(2, 3, 1, 0)).contiguous()
@@ -351,6 +371,7 @@ def _conv(
         KERNEL=kernel,
         FLIP=rotated,
         RELU=relu,
+        SLOPE=slope,
         ONE_TAP=c % block_r == 0,
         **_flags(x, tf32),
         BLOCK_M=block_m,
@@ -369,14 +390,15 @@ def _filter_grads(
     weight: Tensor,
     need_weight: bool,
     need_bias: bool,
-    memory_format: torch.memory_format,
-    tf32: bool,
+    how: How,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `weight` and bias, empty if not needed; `grad`, gated, is that of what `x` led to."""
+    memory_format, tf32, slope = how
     if not need_weight:
         if not need_bias:
             return x.new_empty(0), x.new_empty(0)
-        grad = grad if gate is None else torch.where(gate <= 0, 0, grad)
+        if gate is not None:
+            grad = torch.where(gate > 0, grad, grad * slope) if slope else torch.where(gate <= 0, 0, grad)
         return x.new_empty(0), grad.sum((0, 2, 3), dtype=wide_dtype(x)).to(x.dtype)
     n, c, h, w = x.shape
     out_channels, kernel = weight.shape[0], weight.shape[2]
@@ -405,6 +427,7 @@ def _filter_grads(
         *_strides(grad, memory_format),
         piece,
         KERNEL=kernel,
+        SLOPE=slope,
         ONE_TAP=c % block_n == 0,
         **_flags(x, tf32),
         BLOCK_K=block_k,
@@ -427,11 +450,17 @@ def _filter_grads(
 
 @operator
 def conv_same(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, relu: bool, tf32: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> Tensor:
     """relu?(conv(x, weight) + bias + residual) in the memory format of x."""
-    memory_format = _torch.memory_format(x)
-    return _conv(x, weight, bias=bias, residual=residual, relu=relu, memory_format=memory_format, tf32=tf32)
+    how = How(_torch.memory_format(x), tf32, negative_slope)
+    return _conv(x, weight, bias=bias, residual=residual, relu=relu, how=how)
 
 
 @operator
@@ -444,13 +473,14 @@ def conv_same_backward(
     need_weight: bool,
     need_bias: bool,
     tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, empty where not needed; `output` is that of a forward with relu."""
-    memory_format = _torch.memory_format(x)
+    how = How(_torch.memory_format(x), tf32, negative_slope)
     d_x = x.new_empty(0)
     if need_x:
-        d_x = _conv(grad, weight, rotated=True, x_gate=output, memory_format=memory_format, tf32=tf32)
-    return d_x, *_filter_grads(x, grad, output, weight, need_weight, need_bias, memory_format, tf32)
+        d_x = _conv(grad, weight, rotated=True, x_gate=output, how=how)
+    return d_x, *_filter_grads(x, grad, output, weight, need_weight, need_bias, how)
 
 
 @operator
@@ -462,11 +492,12 @@ def refiner_block(
     bias2: Tensor | None,
     keep_inner: bool,
     tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """relu(x + conv(relu(conv(x, weight1) + bias1), weight2) + bias2), and the inner activation or none."""
-    memory_format = _torch.memory_format(x)
-    inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format, tf32=tf32)
-    out = _conv(inner, weight2, bias=bias2, residual=x, relu=True, memory_format=memory_format, tf32=tf32)
+    how = How(_torch.memory_format(x), tf32, negative_slope)
+    inner = _conv(x, weight1, bias=bias1, relu=True, how=how)
+    out = _conv(inner, weight2, bias=bias2, residual=x, relu=True, how=how)
     return out, inner if keep_inner else x.new_empty(0)
 
 
@@ -485,37 +516,25 @@ def refiner_block_backward(
     need_weight2: bool,
     need_bias2: bool,
     tf32: bool = False,
+    negative_slope: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight1, bias1, weight2, bias2, empty if not needed. No `inner`: recomputed."""
     memory_format = _torch.memory_format(x)
+    how = How(memory_format, tf32, negative_slope)
     # Gates and both uses of grad want one format; convert once.
     grad, output = (
         grad.contiguous(memory_format=memory_format),
         output.contiguous(memory_format=memory_format),
     )
     if inner is None:
-        inner = _conv(x, weight1, bias=bias1, relu=True, memory_format=memory_format, tf32=tf32)
-    d_weight2, d_bias2 = _filter_grads(
-        inner, grad, output, weight2, need_weight2, need_bias2, memory_format, tf32
-    )
+        inner = _conv(x, weight1, bias=bias1, relu=True, how=how)
+    d_weight2, d_bias2 = _filter_grads(inner, grad, output, weight2, need_weight2, need_bias2, how)
     d_x = d_weight1 = d_bias1 = None
     if need_x or need_weight1 or need_bias1:
-        d_inner = _conv(
-            grad, weight2, rotated=True, x_gate=output, out_gate=inner, memory_format=memory_format, tf32=tf32
-        )
-        d_weight1, d_bias1 = _filter_grads(
-            x, d_inner, None, weight1, need_weight1, need_bias1, memory_format, tf32
-        )
+        d_inner = _conv(grad, weight2, rotated=True, x_gate=output, out_gate=inner, how=how)
+        d_weight1, d_bias1 = _filter_grads(x, d_inner, None, weight1, need_weight1, need_bias1, how)
         if need_x:
-            d_x = _conv(
-                d_inner,
-                weight1,
-                rotated=True,
-                residual=grad,
-                residual_gate=output,
-                memory_format=memory_format,
-                tf32=tf32,
-            )
+            d_x = _conv(d_inner, weight1, rotated=True, residual=grad, residual_gate=output, how=how)
 
     def some(t: Tensor | None) -> Tensor:
         return x.new_empty(0) if t is None else t

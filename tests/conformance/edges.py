@@ -269,24 +269,29 @@ def backward_matches(ops, n, c, k, kernel, h, w):
             assert testing.error(got, of, terms).within(testing.tolerance("conv_same", name, torch.float32))
 
 
-def gate_of(output):
-    """ReLU's backward keeps a gradient where its output is positive or NaN."""
-    return (~(output <= 0)).double()
+def gate_of(output, slope):
+    """ReLU keeps a gradient where its output is positive or NaN; a leaky one multiplies at NaN."""
+    return torch.where(output > 0, 1.0, slope) if slope else (~(output <= 0)).double()
 
 
 @everywhere
 def gradients_pass_where_the_output_is_nan(ops):
+    for slope in (0.0, 0.25):
+        check_gates(ops, slope)
+
+
+def check_gates(ops, slope):
     for c, k, kernel, h, w in ((3, 5, 3, 6, 7), (17, 16, 3, 9, 8), (16, 16, 7, 8, 9)):
         x, grad, output = torch.randn(1, c, h, w), torch.randn(1, k, h, w), torch.randn(1, k, h, w)
         output[0, 1, 2], output[0, 2, :, 3] = torch.nan, -0.0
         weight = torch.randn(k, c, kernel, kernel) / (c * kernel**2) ** 0.5
         exact = [t.double().requires_grad_() for t in (x, weight)]
-        masked = grad.double() * gate_of(output)
+        masked = grad.double() * gate_of(output, slope)
         right = torch.autograd.grad(reference.conv_same(*exact), exact, masked)
         for layout in (torch.contiguous_format, LAST):
             given = [t.contiguous(memory_format=layout) for t in (grad, x)]
             gate = output.contiguous(memory_format=layout)
-            out = ops.conv_same_backward(*given, weight, gate, True, True, True)
+            out = ops.conv_same_backward(*given, weight, gate, True, True, True, False, slope)
             close("conv_same", "grad", out[0], right[0])
             close("conv_same", "weight", out[1], right[1])
             assert (out[2] - masked.sum((0, 2, 3))).abs().max() < 1e-5
@@ -295,11 +300,12 @@ def gradients_pass_where_the_output_is_nan(ops):
         inner[0, 1, 2], output[0, 2, 5] = torch.nan, torch.nan
         weights = [torch.randn(*shape, 3, 3) / (9 * c) ** 0.5 for shape in ((m, c), (c, m))]
         exact = [w.double() for w in weights]
-        masked = grad.double() * gate_of(output)
-        by_inner = torch.nn.functional.conv_transpose2d(masked, exact[1], padding=1) * gate_of(inner)
+        masked = grad.double() * gate_of(output, slope)
+        by_inner = torch.nn.functional.conv_transpose2d(masked, exact[1], padding=1) * gate_of(inner, slope)
         by_x = masked + torch.nn.functional.conv_transpose2d(by_inner, exact[0], padding=1)
         out = ops.refiner_block_backward(
-            grad, x, inner, output, weights[0], None, weights[1], True, True, True, False, True
+            *(grad, x, inner, output, weights[0], None, weights[1], True, True, True, False, True),
+            *(False, slope),
         )
         close("refiner_block", "grad", out[0], by_x)
         # A sum of gradients that are rounded themselves: by the size of what is summed, not of what is left.
@@ -307,6 +313,27 @@ def gradients_pass_where_the_output_is_nan(ops):
         bound = testing.tolerance("refiner_block", "bias1", torch.float32).max_over_rms
         assert (out[2] - by_inner.sum((0, 2, 3))).abs().max() <= bound * size
         assert (out[4] - masked.sum((0, 2, 3))).abs().max() < 1e-5
+
+
+@everywhere
+def a_leaky_relu_is_that_of_pytorch(ops):
+    """By the convolutions' last stage, and by what reads its mask: zeros of both signs, infinities, NaN."""
+    values = torch.tensor([1.0, -3.0, 0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -1e-40, 3e38])
+    for dtype, slope, channels in itertools.product((torch.float32, torch.bfloat16), (0.3, 2.0), (3, 16)):
+        image = values.repeat(7 * channels)[: 64 * channels].view(1, channels, 8, 8).to(dtype)
+        exact = image.clone().requires_grad_()
+        right = torch.nn.functional.leaky_relu(exact, slope)
+        (by_image,) = torch.autograd.grad(right, exact, torch.ones_like(right))
+        weight = torch.eye(channels, dtype=dtype).view(channels, channels, 1, 1)
+        for layout in (torch.contiguous_format, LAST):
+            residual = image.contiguous(memory_format=layout)
+            for size in (1, 3):
+                zeros = torch.zeros(channels, channels, size, size, dtype=dtype)
+                y = ops.conv_same(torch.zeros_like(residual), zeros, None, residual, True, False, slope)
+                torch.testing.assert_close(y, right, rtol=0, atol=0, equal_nan=True)
+            ones = torch.ones_like(residual)
+            got = ops.conv_same_backward(ones, ones, weight, y, True, False, False, False, slope)[0]
+            torch.testing.assert_close(got, by_image, rtol=0, atol=0)
 
 
 @everywhere

@@ -10,8 +10,9 @@ namespace fastda::harness {
 
 using namespace cpu;
 
+constexpr double slope = 0.25;  // of every ReLU
 inline double masked(double value, const Image* mask, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return mask == nullptr || mask->at(n, c, h, w) > 0 ? value : 0;
+  return mask == nullptr || mask->at(n, c, h, w) > 0 ? value : slope * value;
 }
 
 // sum over c and taps of filter(k, c, i, j) x(n, c, h + i - p, w + j - p)
@@ -104,6 +105,7 @@ inline void check_convolution(const ConvProblem& p, bool x_channels_last, bool o
     args.residual = residual.view();
     args.residual_mask = residual_mask.view();
     args.relu = true;
+    args.negative_slope = slope;
     args.out_mask = out_mask.view();
   }
   std::vector<double> expected;
@@ -122,7 +124,7 @@ inline void check_convolution(const ConvProblem& p, bool x_channels_last, bool o
               n, k, h, w);
           if (fused) {
             y += bias.entry(k) + masked(residual.at(n, k, h, w), &residual_mask, n, k, h, w);
-            y = masked(y > 0 ? y : 0, &out_mask, n, k, h, w);
+            y = masked(y > 0 ? y : slope * y, &out_mask, n, k, h, w);
           }
           expected.push_back(y);
         }
@@ -163,6 +165,7 @@ inline void check_filter_gradient(const ConvProblem& p, bool x_channels_last,
   args.x = x.view();
   args.grad = grad.view();
   if (with_mask) args.grad_mask = mask.view();
+  args.negative_slope = slope;
   args.d_filter = d_filter.view();
 
   std::vector<double> filter(size_t(d_filter.size())), bias(size_t(p.out_channels));

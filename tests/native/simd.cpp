@@ -65,6 +65,8 @@ void check_generic() {
                      [&](int i) { return at(i) < low ? low : at(i); });
     check_lanes<S>("relu_mask", relu_mask(x, y),
                    [&](int i) { return other(i) <= 0 ? S(0) : at(i); });
+    check_lanes<S>("leaky_relu_mask", leaky_relu_mask(x, y, broadcast(S(0.25))),
+                   [&](int i) { return other(i) > 0 ? at(i) : at(i) * S(0.25); });
   }
   Vec<S> rows[lanes<S>];
   for (int i = 0; i < lanes<S>; ++i) {

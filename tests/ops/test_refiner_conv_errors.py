@@ -41,6 +41,19 @@ CONV_ERRORS = [
         ValueError,
         "weight must be on the device of x, cpu, got meta",
     ),
+    *(
+        (
+            {"negative_slope": slope},
+            ValueError,
+            f"negative_slope must be None or a number of 0 or more, got {slope}",
+        )
+        for slope in (-0.1, float("nan"), True, B)
+    ),
+    (
+        {"relu": True, "negative_slope": 0.1},
+        ValueError,
+        "relu and negative_slope=0.1 both name the activation; give one",
+    ),
 ]
 
 BLOCK_ERRORS = [
@@ -54,6 +67,10 @@ BLOCK_ERRORS = [
         {"weight2": W2.double()},
         TypeError,
         "weight2 must have the dtype of x, torch.float32, got torch.float64",
+    ),
+    *(
+        ({"negative_slope": slope}, ValueError, f"negative_slope must be a number of 0 or more, got {slope}")
+        for slope in (-0.1, None)
     ),
 ]
 
@@ -80,8 +97,10 @@ def test_raw_operators_refuse_what_does_not_fit():
         lambda: ops.conv_same(X, W[:, :2], None, None, False),
         lambda: ops.conv_same(X, W, B[:3], None, False),
         lambda: ops.conv_same(X, W, None, X, False),
+        lambda: ops.conv_same(X, W, None, None, True, False, -0.1),
         lambda: ops.conv_same_backward(X, X, W, None, True, True, True),
         lambda: ops.refiner_block(X, W1, None, W2[:2], None, False),
+        lambda: ops.refiner_block(X, W1, None, W2, None, False, False, float("nan")),
         lambda: ops.refiner_block_backward(X, X, X, X, W1, None, W2, *[True] * 5),
     ]
     for call in calls:

@@ -18,17 +18,23 @@ from tests.ops.refiner_conv import CHANNELS_LAST, F32, LAYOUTS, block, conv, ima
 
 @pytest.mark.isa_independent
 @pytest.mark.parametrize(
-    "options", [{"relu": True, "residual": True}, {"bias": None, "relu": False}], ids=str
+    "options",
+    [
+        {"relu": True, "residual": True},
+        {"bias": None, "relu": False},
+        {"relu": False, "negative_slope": 0.3, "residual": True},
+    ],
+    ids=str,
 )
 def test_conv_same_derivatives(options):
     check_gradients("conv_same", conv((2, 3, 2, 3, 4, 5), torch.float64, **options))
 
 
 @pytest.mark.isa_independent
-@pytest.mark.parametrize("recompute", [False, True])
-def test_refiner_block_derivatives(recompute):
+@pytest.mark.parametrize("recompute, slope", [(False, 0.0), (True, 0.0), (True, 0.3)])
+def test_refiner_block_derivatives(recompute, slope):
     def function(**arguments):
-        return checked_refiner_block(**arguments, recompute=recompute)
+        return checked_refiner_block(**arguments, recompute=recompute, negative_slope=slope)
 
     check_gradients("refiner_block", block((2, 2, 3, 4, 3), torch.float64), function)
 
@@ -44,8 +50,10 @@ def test_opcheck(c, dtype, memory_format):
     b1, b2 = (torch.randn(c).to(dtype) for _ in range(2))
     check_opcheck("conv_same", image(), w1, b1, image(), True)
     check_opcheck("conv_same", image(), w1, None, None, False)
+    check_opcheck("conv_same", image(), w1, b1, image(), True, False, 0.1)
     check_opcheck("conv_same_backward", image(), image(), w1, image(), True, True, True)
     check_opcheck("conv_same_backward", image(), image(), w1, None, False, True, False)
+    check_opcheck("conv_same_backward", image(), image(), w1, image(), True, True, True, False, 0.1)
     check_opcheck("refiner_block", image(), w1, b1, w2, b2, True)
     check_opcheck("refiner_block", image(), w1, None, w2, None, False)
     check_opcheck("refiner_block_backward", image(), image(), image(), image(), w1, b1, w2, *[True] * 5)
@@ -58,6 +66,8 @@ def test_opcheck(c, dtype, memory_format):
 def test_compile():
     # The graph is the same whatever generates the code around the operators; the whole refiner has inductor.
     check_compiled("conv_same", conv((2, 20, 24, 3, 9, 11), residual=True), backend="aot_eager")
+    leaky = conv((2, 20, 24, 3, 9, 11), residual=True, relu=False, negative_slope=0.1)
+    check_compiled("conv_same", leaky, backend="aot_eager")
     check_compiled("refiner_block", block((2, 20, 3, 9, 11)), backend="aot_eager")
     channels_last = images_as(block((2, 20, 3, 9, 11)), LAYOUTS["channels_last"])
     check_compiled("refiner_block", channels_last, backend="aot_eager")
@@ -86,6 +96,7 @@ def test_dynamic_shapes_compile():
 def test_transforms():
     check_transforms("conv_same", conv((1, 2, 3, 3, 3, 4), torch.float64, residual=True))
     check_transforms("refiner_block", block((1, 2, 3, 3, 3), torch.float64))
+    check_transforms("refiner_block", {**block((1, 2, 3, 3, 3), torch.float64), "negative_slope": 0.3})
 
 
 @pytest.mark.isa_independent

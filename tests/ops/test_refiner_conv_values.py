@@ -116,7 +116,8 @@ def random_convolutions(draw_):
     return {
         "sizes": (n, c, k, kernel, h, w),
         "layouts": [draw_(views((n, channels, h, w))) for channels in (c, k, k)],
-        "options": {name: draw_(st.booleans()) for name in ("bias", "residual", "relu")},
+        "options": {name: draw_(st.booleans()) for name in ("bias", "residual")},
+        "slope": draw_(st.sampled_from([None, 0.0, 0.3])),
         "needs": draw_(st.sampled_from(["all", "x", "weight", "none"])),
         "seed": draw_(st.integers(0, 2**31)),
     }
@@ -131,7 +132,7 @@ def random_convolutions(draw_):
 @given(random_convolutions())
 def test_random_convolutions(case):
     """Against float64, each error relative to the size of what is summed: cancellation is no failure."""
-    (n, c, k, kernel, h, w), options = case["sizes"], case["options"]
+    (n, c, k, kernel, h, w), options, slope = case["sizes"], case["options"], case["slope"]
     torch.manual_seed(case["seed"])
     lay_x, lay_residual, lay_grad = case["layouts"]
     x, residual, grad = torch.randn(n, c, h, w), torch.randn(n, k, h, w), torch.randn(n, k, h, w)
@@ -143,14 +144,14 @@ def test_random_convolutions(case):
     exact = {n_: None if v is None else v.detach().double() for n_, v in given_.items()}
     exact_leaves = {name: exact[name].requires_grad_() for name in leaves}
 
-    y = fastda.conv_same(**given_, relu=options["relu"])
+    y = fastda.conv_same(**given_, negative_slope=slope)
     before = reference.conv_same(**exact)
-    right = before.relu() if options["relu"] else before
+    right = before if slope is None else torch.where(before > 0, before, slope * before)
     assert (y - right).abs().max() <= 3e-5
     if not leaves:
         return
     got = torch.autograd.grad(y, list(leaves.values()), lay_grad(grad))
-    gate = (y.detach() > 0).double() if options["relu"] else 1.0
+    gate = 1.0 if slope is None else torch.where(y.detach() > 0, 1.0, slope).double()
     expected = torch.autograd.grad(before, list(exact_leaves.values()), grad.double() * gate)
     # The rms of each gradient, were no two of its terms to cancel more than random ones do.
     terms = {"x": (k / c) ** 0.5, "weight": (n * h * w) ** 0.5, "bias": (n * h * w) ** 0.5, "residual": 1.0}

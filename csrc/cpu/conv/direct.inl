@@ -72,8 +72,7 @@ void conv_direct(const ConvArgs& a, int64_t task, void* memory) {
   const int64_t p = a.padding, halo = a.kernel - 1, columns = block.columns + halo;
   for (int64_t t = 0; t < sizes.taps; ++t)
     offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
-  pack<T, S>(a.x, a.x_mask, a.x_channels_last, a.in_channels, a.height, a.width,
-             {block.n, block.h - p, block.w - p, block.rows + halo, columns}, packed,
+  pack<T, S>(source_of(a), {block.n, block.h - p, block.w - p, block.rows + halo, columns}, packed,
              a.in_channels);
   const int64_t tail = (block.rows + halo) * columns * a.in_channels;
   for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
@@ -151,8 +150,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
     const int64_t pixels = block.rows * columns;
     for (int64_t r = 0; r < block.rows; ++r) {
       S* row = grads + r * columns * sizes.padded_k;
-      pack<T, S>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.out_height(),
-                 a.out_width(), {block.n, block.h + r, block.w, 1, block.columns}, row,
+      pack<T, S>(grad_source_of(a), {block.n, block.h + r, block.w, 1, block.columns}, row,
                  sizes.padded_k);
       for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i)
         row[i] = S(0);
@@ -161,9 +159,8 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
     if (a.x.data == nullptr) continue;
     for (int64_t t = 0; t < sizes.taps; ++t)
       offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
-    pack<T, S>(a.x, View{}, a.x_channels_last, a.in_channels, a.height, a.width,
-               {block.n, block.h - p, block.w - p, block.rows + halo, columns}, packed,
-               a.in_channels);
+    pack<T, S>(source_of(a), {block.n, block.h - p, block.w - p, block.rows + halo, columns},
+               packed, a.in_channels);
     const int64_t tail = (block.rows + halo) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
     multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads,

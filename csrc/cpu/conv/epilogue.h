@@ -2,6 +2,8 @@
 // common/dtype.h.
 //
 //   sum + bias -> + residual, masked by ReLU -> ReLU -> masked by the ReLU of out -> T
+//
+// where ReLU may be leaky.
 #pragma once
 
 #include "cpu/conv/transform.h"
@@ -14,10 +16,14 @@ template <typename T, typename S>
 struct Epilogue {
   const T *residual, *residual_mask, *out_mask;
   T* out;
+  double negative_slope;
   Vec<S> low;  // of ReLU, or -infinity
+  bool leaky;
 
   Epilogue(const ConvArgs& a, int64_t n, int64_t c, int64_t h, int64_t w)
-      : low(broadcast(a.relu ? S(0) : -S(__builtin_inf()))) {
+      : negative_slope(a.negative_slope),
+        low(broadcast(a.relu ? S(0) : -S(__builtin_inf()))),
+        leaky(a.relu && a.negative_slope != 0) {
     const auto operand = [&](const View& v) {
       return v.data ? const_cast<T*>(at<T>(v, n, c, h, w)) : nullptr;
     };
@@ -32,13 +38,22 @@ struct Epilogue {
   [[gnu::always_inline]] inline Vec<S> apply(Vec<S> x, int64_t at_residual,
                                              int64_t at_residual_mask, int64_t at_out_mask,
                                              F&& load_operand) const {
+    const auto mask = [&](Vec<S>& v, const T* by) __attribute__((always_inline)) {
+      const Vec<S> g = load_operand(by);
+      with_relu_mask<S>(negative_slope,
+                        [&](auto masked) __attribute__((always_inline)) { v = masked(v, g); });
+    };
     if (residual) {
       Vec<S> r = load_operand(residual + at_residual);
-      if (residual_mask) r = relu_mask(r, load_operand(residual_mask + at_residual_mask));
+      if (residual_mask) mask(r, residual_mask + at_residual_mask);
       x = x + r;
     }
-    x = clamp_min(x, low);
-    if (out_mask) x = relu_mask(x, load_operand(out_mask + at_out_mask));
+    if (leaky) {
+      x = leaky_relu_mask(x, x, broadcast(S(negative_slope)));
+    } else {
+      x = clamp_min(x, low);
+    }
+    if (out_mask) mask(x, out_mask + at_out_mask);
     return x;
   }
 };

@@ -8,12 +8,48 @@
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
 
+// An image that is read, and the output of the activation whose backward masks it, if any.
+struct Source {
+  View x, mask;
+  double negative_slope;
+  bool channels_last;
+  int64_t channels, height, width;
+};
+inline Source source_of(const ConvArgs& a) {
+  return {.x = a.x,
+          .mask = a.x_mask,
+          .negative_slope = a.negative_slope,
+          .channels_last = a.x_channels_last,
+          .channels = a.in_channels,
+          .height = a.height,
+          .width = a.width};
+}
+inline Source source_of(const FilterGradArgs& a) {
+  return {.x = a.x,
+          .mask = {},
+          .negative_slope = 0,
+          .channels_last = a.x_channels_last,
+          .channels = a.in_channels,
+          .height = a.height,
+          .width = a.width};
+}
+inline Source grad_source_of(const FilterGradArgs& a) {
+  return {.x = a.grad,
+          .mask = a.grad_mask,
+          .negative_slope = a.negative_slope,
+          .channels_last = a.grad_channels_last,
+          .channels = a.out_channels,
+          .height = a.out_height(),
+          .width = a.out_width()};
+}
+
 // out[(r * columns + q)][0, stride) = mask(g, x)[block.n, :, block.h + r, block.w + q], zero
 // outside the image and in channels past the last.
-template <typename T, typename S>
-void pack(const View& x, const View& mask, bool channels_last, int64_t channels, int64_t height,
-          int64_t width, const Block& block, S* out, int64_t stride) {
+template <typename T, typename S, typename M>
+void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride) {
   constexpr int L = lanes<S>;
+  const View &x = s.x, &mask = s.mask;
+  const int64_t channels = s.channels, height = s.height, width = s.width;
   const int64_t begin = min(block.columns, max(0, -block.w)),
                 end = max(begin, min(block.columns, width - block.w));
   for (int64_t r = 0; r < block.rows; ++r, out += block.columns * stride) {
@@ -24,7 +60,7 @@ void pack(const View& x, const View& mask, bool channels_last, int64_t channels,
     }
     for (int64_t i = 0; i < begin * stride; ++i) out[i] = S(0);
     for (int64_t i = end * stride; i < block.columns * stride; ++i) out[i] = S(0);
-    if (channels_last) {
+    if (s.channels_last) {
       for (int64_t q = begin; q < end; ++q) {
         const T* from = at<T>(x, block.n, 0, h, block.w + q);
         const T* g = mask.data ? at<T>(mask, block.n, 0, h, block.w + q) : nullptr;
@@ -32,7 +68,7 @@ void pack(const View& x, const View& mask, bool channels_last, int64_t channels,
         for (int64_t c = 0; c < stride; c += L) {
           const int valid = int(min(L, channels - c));
           Vec<S> v = valid > 0 ? load_first<S>(from + c, valid) : Vec<S>{};
-          if (g && valid > 0) v = relu_mask(v, load_first<S>(g + c, valid));
+          if (g && valid > 0) v = masked(v, load_first<S>(g + c, valid));
           if (stride - c >= L) {
             store_vec(to + c, v);
           } else {
@@ -49,7 +85,7 @@ void pack(const View& x, const View& mask, bool channels_last, int64_t channels,
         if (into == 1) {  // one channel: nothing to turn
           Vec<S> v = load_first<S>(at<T>(x, block.n, c0, h, block.w + q), valid);
           if (mask.data)
-            v = relu_mask(v, load_first<S>(at<T>(mask, block.n, c0, h, block.w + q), valid));
+            v = masked(v, load_first<S>(at<T>(mask, block.n, c0, h, block.w + q), valid));
           for (int i = 0; i < valid; ++i) out[(q + i) * stride + c0] = v[i];
           continue;
         }
@@ -59,8 +95,8 @@ void pack(const View& x, const View& mask, bool channels_last, int64_t channels,
           if (c >= from_channels) continue;
           tile[c] = load_first<S>(at<T>(x, block.n, c0 + c, h, block.w + q), valid);
           if (mask.data)
-            tile[c] = relu_mask(tile[c],
-                                load_first<S>(at<T>(mask, block.n, c0 + c, h, block.w + q), valid));
+            tile[c] =
+                masked(tile[c], load_first<S>(at<T>(mask, block.n, c0 + c, h, block.w + q), valid));
         }
         transpose<S>(tile);
         for (int i = 0; i < valid; ++i) {
@@ -75,28 +111,26 @@ void pack(const View& x, const View& mask, bool channels_last, int64_t channels,
   }
 }
 
-#if FASTDA_SIMD
+template <typename T, typename S>
+void pack(const Source& s, const Block& block, S* out, int64_t stride) {
+  with_relu_mask<S>(s.negative_slope, [&](auto mask) { pack<T, S>(s, mask, block, out, stride); });
+}
 
-// An image that tiles are read from.
-struct Source {
-  View x, mask;
-  bool channels_last;
-  int64_t channels;
-};
+#if FASTDA_SIMD
 
 // Loads `R` rows from y0 and `columns` columns from x0 of channels [c, c + VL) and hands each
 // column's R vectors to `f`. Outside of the image, and past the last channel, zeros. strip:
 // [R][VL][VL] floats.
 template <typename T, int R, typename F>
-FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image, int64_t c,
-                               int64_t y0, int64_t x0, int64_t columns, float* strip, F&& f) {
+FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_t y0, int64_t x0,
+                               int64_t columns, float* strip, F&& f) {
   const bool masked = s.mask.data != nullptr;
   const T* x = static_cast<const T*>(s.x.data) + image * s.x.n + c * s.x.c;
   const T* g = static_cast<const T*>(s.mask.data) + (masked ? image * s.mask.n + c * s.mask.c : 0);
   const int64_t sx = s.x.w, sg = s.mask.w;
-  const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, grid.height - y0);
+  const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, s.height - y0);
   if (s.channels_last) {
-    const int64_t first = max(x0, 0), last = min(x0 + columns, grid.width);
+    const int64_t first = max(x0, 0), last = min(x0 + columns, s.width);
     F32 d[R];
     for (int r = 0; r < R; ++r) d[r] = broadcast(0.0f);
     for (int64_t i = x0; i < first; ++i) f(i - x0, d);
@@ -109,13 +143,15 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
           f(i - x0, d);
         }
       } else {
-        for (int64_t i = first; i < last; ++i) {
+        with_relu_mask<float>(s.negative_slope, [&](auto mask) __attribute__((always_inline)) {
+          for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
-          for (int r = 0; r < R; ++r)
-            d[r] = relu_mask(load_vec(x + (y0 + r) * s.x.h + i * sx),
-                             load_vec(g + (y0 + r) * s.mask.h + i * sg));
-          f(i - x0, d);
-        }
+            for (int r = 0; r < R; ++r)
+              d[r] = mask(load_vec(x + (y0 + r) * s.x.h + i * sx),
+                          load_vec(g + (y0 + r) * s.mask.h + i * sg));
+            f(i - x0, d);
+          }
+        });
       }
     } else {
       const Mask m = mask_of(0, s.channels - c);
@@ -125,7 +161,10 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
           d[r] = broadcast(0.0f);
           if (r < r0 || r >= r1) continue;
           d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx, m);
-          if (masked) d[r] = relu_mask(d[r], load_vec(g + (y0 + r) * s.mask.h + i * sg, m));
+          if (masked)
+            with_relu_mask<float>(s.negative_slope, [&](auto mask) {
+              d[r] = mask(d[r], load_vec(g + (y0 + r) * s.mask.h + i * sg, m));
+            });
         }
         f(i - x0, d);
       }
@@ -135,7 +174,7 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
   const int64_t channels = min(VL, s.channels - c);
   for (int64_t i = 0; i < columns; i += VL) {
     const int64_t width = min(VL, columns - i);
-    const int64_t first = max(0, -(x0 + i)), last = min(width, grid.width - (x0 + i));
+    const int64_t first = max(0, -(x0 + i)), last = min(width, s.width - (x0 + i));
     const Mask m = mask_of(first, last);
     for (int r = 0; r < R; ++r) {
       float* line = strip + r * VL * VL;
@@ -151,11 +190,13 @@ FASTDA_INLINE void each_column(const Source& s, const Grid& grid, int64_t image,
         for (int k = 0; k < VL; ++k)
           v[k] = k < channels ? load_vec(row + k * s.x.c, m) : broadcast(0.0f);
       } else {
+        with_relu_mask<float>(s.negative_slope, [&](auto mask) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-        for (int k = 0; k < VL; ++k)
-          v[k] = k < channels
-                     ? relu_mask(load_vec(row + k * s.x.c, m), load_vec(mask_row + k * s.mask.c, m))
-                     : broadcast(0.0f);
+          for (int k = 0; k < VL; ++k)
+            v[k] = k < channels
+                       ? mask(load_vec(row + k * s.x.c, m), load_vec(mask_row + k * s.mask.c, m))
+                       : broadcast(0.0f);
+        });
       }
       transpose<float>(v);
 #pragma GCC unroll 16

@@ -107,7 +107,7 @@ struct Scratch {
 template <typename T>
 void transform_input_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
                          const Workspace& v, int64_t first_slot, Scratch& scratch) {
-  each_column<T, 6>(s, grid, run.image, c, run.row * 4 - 1, run.column * 4 - 1, run.count * 4 + 2,
+  each_column<T, 6>(s, run.image, c, run.row * 4 - 1, run.column * 4 - 1, run.count * 4 + 2,
                     scratch.strip, [&](int64_t i, const F32* d) __attribute__((always_inline)) {
                       F32 t[6];
                       Winograd43::input(d, t);
@@ -134,8 +134,8 @@ template <typename T>
 void transform_gradient_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
                             const Workspace& v, double* sums, Scratch& scratch) {
   F32 sum = broadcast(0.0f);
-  each_column<T, 4>(s, grid, run.image, c, run.row * 4, run.column * 4, run.count * 4,
-                    scratch.strip, [&](int64_t i, const F32* d) __attribute__((always_inline)) {
+  each_column<T, 4>(s, run.image, c, run.row * 4, run.column * 4, run.count * 4, scratch.strip,
+                    [&](int64_t i, const F32* d) __attribute__((always_inline)) {
                       F32 t[6];
                       sum += (d[0] + d[1]) + (d[2] + d[3]);
                       Winograd43::gradient(d, t);

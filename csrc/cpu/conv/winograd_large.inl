@@ -94,11 +94,11 @@ struct Pieces {
 
   // V[point][tile of the grid][c], `step` floats from point to point.
   template <typename T, typename Args>
-  static void transform_input(const Args& a, const View& mask, const Layout<Args>& layout,
-                              const Tiles& t, float* packed, float* v, int64_t step) {
+  static void transform_input(const Args& a, const Layout<Args>& layout, const Tiles& t,
+                              float* packed, float* v, int64_t step) {
     const int64_t p = a.padding, c = layout.c;
     const int64_t rows = TILE * t.rows + TAPS - 1, columns = TILE * t.columns + TAPS - 1;
-    pack<T, float>(a.x, mask, a.x_channels_last, a.in_channels, a.height, a.width,
+    pack<T, float>(source_of(a),
                    {t.block.n, TILE * t.block.h - p, TILE * t.block.w - p, rows, columns}, packed,
                    c);
     for (int64_t q = 0; q < t.rows * t.columns; ++q) {
@@ -233,7 +233,7 @@ struct Pieces {
     int64_t rows = 0;
     const int64_t pixels = layout.each(task, [&](const Tiles& t, int64_t at) {
       layout.offsets(t, offset);
-      transform_input<T>(a, a.x_mask, layout, t, packed, v + at * layout.c, v_step);
+      transform_input<T>(a, layout, t, packed, v + at * layout.c, v_step);
       rows = at + t.rows * t.columns;
     });
     // The products run on into rows that nobody asked for. What lay there may be subnormal: very slow
@@ -282,9 +282,8 @@ struct Pieces {
   static void transform_gradient(const FilterGradArgs& a, const Tiles& t, int64_t k, float* packed,
                                  float* z, int64_t step, double* bias) {
     const int64_t rows = TILE * t.block.rows, columns = TILE * t.block.columns;
-    pack<T, float>(a.grad, a.grad_mask, a.grad_channels_last, a.out_channels, a.out_height(),
-                   a.out_width(), {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns},
-                   packed, k);
+    pack<T, float>(grad_source_of(a),
+                   {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns}, packed, k);
     add_rows<float>(packed, rows * columns, k, bias);
     for (int64_t q = 0; q < t.pixels; ++q) {
       const int64_t row = q / t.columns, column = q % t.columns;
@@ -331,7 +330,7 @@ struct Pieces {
     for (int64_t task = tasks * chunk / count; task < tasks * (chunk + 1) / count; ++task) {
       const int64_t pixels = layout.each(task, [&](const Tiles& t, int64_t at) {
         layout.offsets(t, offset);
-        transform_input<T>(a, View{}, layout, t, packed, v + at * layout.c, v_step);
+        transform_input<T>(a, layout, t, packed, v + at * layout.c, v_step);
         transform_gradient<T>(a, t, layout.k, packed, z + at * layout.k, z_step, bias);
       });
       for (int p = 0; p < POINTS * POINTS; ++p)

@@ -64,7 +64,7 @@ int64_t prepared_bytes(const ConvArgs& p) {
 void prepare(const ConvArgs& p, void* prepared) {
   const Grid grid(p.batch, p.height, p.width);
   const Parts v{static_cast<float*>(prepared), grid.groups, DEPTH};
-  const Source source{p.x, p.x_mask, p.x_channels_last, p.in_channels};
+  const Source source = source_of(p);
   Scratch scratch;
   each_part(p.in_channels, DEPTH, [&](int64_t i, int64_t, int64_t) {
     with_float_type(p.dtype, [&]<typename T>() {
@@ -164,8 +164,8 @@ void prepare_grad(const FilterGradArgs& p, void* prepared) {
   char* shared = static_cast<char*>(prepared);
   double* sums = static_cast<double*>(prepared);
   for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
-  const Source input{p.x, {}, p.x_channels_last, p.in_channels};
-  const Source grad{p.grad, p.grad_mask, p.grad_channels_last, p.out_channels};
+  const Source input = source_of(p);
+  const Source grad = grad_source_of(p);
   const Parts v = layout.inputs(shared), z = layout.grads(shared);
   Scratch scratch;
   with_float_type(p.dtype, [&]<typename T>() {

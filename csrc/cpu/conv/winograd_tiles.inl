@@ -221,7 +221,7 @@ bool conv_tiles(const ConvArgs& p, int64_t begin, int64_t end, int64_t next, voi
   Workspace v(data, max(padded(p.in_channels), padded(p.out_channels)), 37), m = v;
   v.channels = padded(p.in_channels);
   m.channels = padded(p.out_channels);
-  const Source source{p.x, p.x_mask, p.x_channels_last, p.in_channels};
+  const Source source = source_of(p);
   transform_input_tiles<T>(source, grid, begin, end, v, 1, scratch);
   clear_rest(v, end - begin, 1);
   Prefetch prefetch;
@@ -306,8 +306,8 @@ void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t nex
   double* sums = bias_sums(p, partial);
   if (first)
     for (int64_t k = 0; k < padded(p.out_channels); ++k) sums[k] = 0;
-  const Source input{p.x, {}, p.x_channels_last, p.in_channels};
-  const Source grad{p.grad, p.grad_mask, p.grad_channels_last, p.out_channels};
+  const Source input = source_of(p);
+  const Source grad = grad_source_of(p);
   transform_input_tiles<T>(input, grid, begin, end, v, 0, scratch);
   transform_gradient_tiles<T>(grad, grid, begin, end, z, sums, scratch);
   clear_rest(v, end - begin, 0);

@@ -66,7 +66,7 @@ inline double sum_lanes(Vec<S> v) {
 template <Activation A, typename S>
 FASTDA_INLINE Vec<S> activate(Vec<S> v, S slope) {
   if constexpr (A == Activation::relu) return relu_mask(v, v);
-  if constexpr (A == Activation::leaky_relu) return v > Vec<S>{} ? v : v * slope;
+  if constexpr (A == Activation::leaky_relu) return leaky_relu_mask(v, v, broadcast(slope));
   return v;
 }
 // The gradient of what goes into the activation, read off its result (or off what goes in, which has
@@ -74,7 +74,7 @@ FASTDA_INLINE Vec<S> activate(Vec<S> v, S slope) {
 template <Activation A, typename S>
 FASTDA_INLINE Vec<S> activate_back(Vec<S> grad, Vec<S> output, S slope) {
   if constexpr (A == Activation::relu) return relu_mask(grad, output);
-  if constexpr (A == Activation::leaky_relu) return output > Vec<S>{} ? grad : grad * slope;
+  if constexpr (A == Activation::leaky_relu) return leaky_relu_mask(grad, output, broadcast(slope));
   return grad;
 }
 

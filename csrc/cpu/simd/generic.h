@@ -109,6 +109,23 @@ template <typename V>
 inline V relu_mask(V x, V g) {
   return g <= V{} ? V{} : x;
 }
+// Leaky ReLU's backward, PyTorch's: x where g > 0, else slope x, NaN included; with x for g the
+// activation itself.
+template <typename V>
+inline V leaky_relu_mask(V x, V g, V slope) {
+  return g > V{} ? x : x * slope;
+}
+// Calls f(mask), mask(x, g) being one of these: that of a negative slope of 0 is ReLU's.
+template <typename S, typename F>
+FASTDA_INLINE void with_relu_mask(double negative_slope, F&& f) {
+  using V = Vec<S>;
+  if (negative_slope == 0) {
+    f([](V x, V g) __attribute__((always_inline)) { return relu_mask(x, g); });
+  } else {
+    const V slope = broadcast(S(negative_slope));
+    f([slope](V x, V g) __attribute__((always_inline)) { return leaky_relu_mask(x, g, slope); });
+  }
+}
 
 FASTDA_INLINE void prefetch_first_level(const void* p) { __builtin_prefetch(p, 0, 3); }
 FASTDA_INLINE void prefetch_second_level(const void* p) { __builtin_prefetch(p, 0, 2); }

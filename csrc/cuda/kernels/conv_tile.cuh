@@ -23,9 +23,17 @@ constexpr int filter_bytes = filter_columns * row_bytes;  // of one tap
 template <typename T>
 constexpr int row_channels = row_bytes / int(sizeof(T));
 
+// v through the backward of ReLU, or of leaky ReLU, whose output is `mask`: see common/conv.h. With
+// v for `mask` the activation itself.
+template <typename S>
+FASTDA_DEVICE S masked_wide(S mask, S v, S slope) {
+  if (slope == 0) return mask <= 0 ? S(0) : v;  // NaN keeps
+  return mask > 0 ? v : v * slope;
+}
 template <typename T>
-FASTDA_DEVICE T masked(T mask, T v) {
-  return widen(mask) <= 0 ? T{} : v;  // NaN keeps
+FASTDA_DEVICE T masked(T mask, T v, typename Wide<T>::type slope) {
+  if (slope == 0) return widen(mask) <= 0 ? T{} : v;  // without rounding
+  return narrowed<T>(masked_wide(widen(mask), widen(v), slope));
 }
 
 // Pixels of one image, some of them outside: rows from y, columns from x.
@@ -42,8 +50,9 @@ struct WindowShape {
 // + …) of a view; zeros outside the image and beyond its channels. `packs`: 16 bytes along the
 // channels can be read at once, which is done by asynchronous copies where there is no mask.
 template <typename T, int threads, int pieces, int key_shift>
-FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View& mask, bool packs,
-                               int channel, int channels, Window at, const WindowShape& shape) {
+FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View& mask, float slope,
+                               bool packs, int channel, int channels, Window at,
+                               const WindowShape& shape) {
   constexpr int E = 16 / int(sizeof(T));
   const T* from = static_cast<const T*>(view.data) + at.image * view.n;
   const T* from_mask = static_cast<const T*>(mask.data) + at.image * mask.n;
@@ -95,7 +104,7 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
         auto v = __builtin_bit_cast(Pieces, pack[u]);
         const auto g = __builtin_bit_cast(Pieces, its_mask[u]);
         FASTDA_UNROLL
-        for (int e = 0; e < E; ++e) v.at[e] = masked(g.at[e], v.at[e]);
+        for (int e = 0; e < E; ++e) v.at[e] = masked(g.at[e], v.at[e], slope);
         if (start + u * threads < total) store_pack(reinterpret_cast<T*>(to[u]), v);
       }
     }
@@ -110,7 +119,8 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
         if (c >= channels) break;
         pack.at[e] = from[p.y * view.h + p.x * view.w + c * view.c];
         if (mask.data)
-          pack.at[e] = masked(from_mask[p.y * mask.h + p.x * mask.w + c * mask.c], pack.at[e]);
+          pack.at[e] =
+              masked(from_mask[p.y * mask.h + p.x * mask.w + c * mask.c], pack.at[e], slope);
       }
       store_pack(reinterpret_cast<T*>(p.to), pack);
     }

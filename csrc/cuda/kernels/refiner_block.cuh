@@ -129,7 +129,7 @@ refiner_block_kernel(BlockKernel p) {
   const auto fetch = [&](int tile, unsigned char* to) {
     if (tile < p.tiles_total) {
       const Window at = window_at(tile);
-      load_window<T, block_threads, 8, 0>(to, p.x, View{}, p.x_packs, 0, p.channels,
+      load_window<T, block_threads, 8, 0>(to, p.x, View{}, 0, p.x_packs, 0, p.channels,
                                           {at.image, at.y - halo1 - halo2, at.x - halo1 - halo2},
                                           p.x_window);
     }

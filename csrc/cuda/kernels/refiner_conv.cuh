@@ -35,6 +35,7 @@ struct ConvKernel {
   Divisor tile_width, tiles, tiles_across;  // tiles: of one image
   WindowShape window;
   bool relu, x_packs, out_packs;
+  float slope;
 };
 
 // Adds everything but the product, and stores.
@@ -50,9 +51,9 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
   const auto finished = [&](float v, int c, T residual, T residual_mask, T out_mask) {
     if (bias) v += widen(bias[c]);
     if (p.residual.data)
-      v += widen(p.residual_mask.data ? masked(residual_mask, residual) : residual);
-    if (p.relu) v = v <= 0 ? 0.0f : v;
-    if (p.out_mask.data) v = widen(out_mask) <= 0 ? 0.0f : v;
+      v += widen(p.residual_mask.data ? masked(residual_mask, residual, p.slope) : residual);
+    if (p.relu) v = masked_wide(v, v, p.slope);
+    if (p.out_mask.data) v = masked_wide(widen(out_mask), v, p.slope);
     return narrowed<T>(v);
   };
   if (p.out_packs) {
@@ -166,8 +167,9 @@ conv_kernel(ConvKernel p) {
   for (int chunk = 0; chunk < chunks; ++chunk) {
     if (chunk > 0) __syncthreads();  // no warp reads the last rows any more
     const int halo = p.kernel / 2;
-    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_mask, p.x_packs, chunk * row_channels<T>,
-                                       p.in_channels, {image, y0 - halo, x0 - halo}, p.window);
+    load_window<T, conv_threads, 8, 0>(rows, p.x, p.x_mask, p.slope, p.x_packs,
+                                       chunk * row_channels<T>, p.in_channels,
+                                       {image, y0 - halo, x0 - halo}, p.window);
     commit_copies();
     int dx = 0;
     FASTDA_NO_UNROLL
@@ -242,6 +244,7 @@ struct DirectConv {
   int in_channels, out_channels, height, width, kernel;
   int64_t total;
   bool relu, channels_last;
+  double slope;
 };
 
 constexpr int direct_threads = 256;
@@ -263,6 +266,7 @@ direct_conv_kernel(DirectConv p) {
     return static_cast<T*>(v.data) + (image * v.n + c * v.c + y * v.h + x * v.w);
   };
   const int half = p.kernel / 2;
+  const auto slope = S(p.slope);
   S sum = 0;
   for (int dy = -half; dy <= half; ++dy) {
     if (y + dy < 0 || y + dy >= p.height) continue;
@@ -274,17 +278,17 @@ direct_conv_kernel(DirectConv p) {
                    (dy + half) * p.filter.h + (dx + half) * p.filter.w;
       for (int c = 0; c < p.in_channels; ++c) {
         T v = in[c * p.x.c];
-        if (mask) v = masked(mask[c * p.x_mask.c], v);
+        if (mask) v = masked(mask[c * p.x_mask.c], v, slope);
         sum += S(widen(v)) * S(widen(w[c * p.filter.c]));
       }
     }
   }
   if (p.bias) sum += widen(static_cast<const T*>(p.bias)[k]);
   if (p.residual.data)
-    sum += widen(p.residual_mask.data ? masked(*at(p.residual_mask, k), *at(p.residual, k))
+    sum += widen(p.residual_mask.data ? masked(*at(p.residual_mask, k), *at(p.residual, k), slope)
                                       : *at(p.residual, k));
-  if (p.relu) sum = sum <= 0 ? S(0) : sum;
-  if (p.out_mask.data) sum = widen(*at(p.out_mask, k)) <= 0 ? S(0) : sum;
+  if (p.relu) sum = masked_wide(sum, sum, slope);
+  if (p.out_mask.data) sum = masked_wide(S(widen(*at(p.out_mask, k))), sum, slope);
   *at(p.out, k) = narrowed<T>(sum);
 }
 

@@ -15,14 +15,15 @@ struct Arithmetic {
 };
 
 // out = mask(out_mask, relu?(filter * mask(x_mask, x) + bias + mask(residual_mask, residual))),
-// zero padding k / 2. A mask keeps a value where its own is positive or NaN, and gives 0 elsewhere:
-// ReLU's backward read off ReLU's output. Views without data are absent.
+// zero padding k / 2. ReLU, the masks and negative_slope are those of common/conv.h. Views without
+// data are absent.
 struct Conv {
   Arithmetic arithmetic;
   int batch, in_channels, out_channels, height, width, kernel;
   View x, x_mask, filter, residual, residual_mask, out_mask, out;
   const void* bias = nullptr;
   bool relu = false;
+  double negative_slope = 0;
   void* prepared = nullptr;  // prepared_bytes(), 16-byte aligned
 };
 int64_t prepared_bytes(const Conv& p);
@@ -47,6 +48,7 @@ struct FilterGrad {
   Arithmetic arithmetic;
   int batch, in_channels, out_channels, height, width, kernel;
   View x, grad, mask;
+  double negative_slope = 0;
   void* d_weight = nullptr;  // [K, C, k, k] or null
   void* d_bias = nullptr;    // [K] or null
   void* sums = nullptr;      // sum_bytes(), of any content

@@ -37,6 +37,7 @@ struct FilterGradKernel {
   Divisor tile_width, tiles, tiles_across;
   WindowShape window, core;  // with halo, without
   bool x_packs, grad_packs, weight;
+  float slope;
 };
 
 template <typename T, bool exact>
@@ -90,10 +91,12 @@ filter_grad_kernel(FilterGradKernel p) {
     const int x0 = int(within - down * p.tiles_across.value) * int(p.tile_width.value);
     const int half = p.kernel / 2;
     if (p.weight)
-      load_window<T, grad_threads, pieces, shift>(stage, p.x, View{}, p.x_packs, c0, p.in_channels,
-                                                  {image, y0 - half, x0 - half}, p.window);
-    load_window<T, grad_threads, pieces, shift>(stage + grad_start, p.grad, p.mask, p.grad_packs,
-                                                k0, p.out_channels, {image, y0, x0}, p.core);
+      load_window<T, grad_threads, pieces, shift>(stage, p.x, View{}, 0, p.x_packs, c0,
+                                                  p.in_channels, {image, y0 - half, x0 - half},
+                                                  p.window);
+    load_window<T, grad_threads, pieces, shift>(stage + grad_start, p.grad, p.mask, p.slope,
+                                                p.grad_packs, k0, p.out_channels, {image, y0, x0},
+                                                p.core);
     for (int m = thread; m < pixels; m += grad_threads) {
       const uint32_t r = p.tile_width.quotient(uint32_t(m)),
                      c = uint32_t(m) - r * p.tile_width.value;
@@ -273,6 +276,7 @@ struct DirectFilterGrad {
   void *sums, *bias_sums;  // as above, in the wide type; either may be null
   int in_channels, out_channels, height, width, kernel;
   int64_t pixels, piece;  // of all images, of one piece
+  double slope;
 };
 
 constexpr int direct_grad_threads = 128;
@@ -304,7 +308,8 @@ direct_filter_grad_kernel(DirectFilterGrad p) {
   for (int64_t m = begin; m < end; ++m) {
     T g = grad[image * p.grad.n + k * p.grad.c + row * p.grad.h + column * p.grad.w];
     if (mask)
-      g = masked(mask[image * p.mask.n + k * p.mask.c + row * p.mask.h + column * p.mask.w], g);
+      g = masked(mask[image * p.mask.n + k * p.mask.c + row * p.mask.h + column * p.mask.w], g,
+                 S(p.slope));
     if (is_bias) {
       sum += widen(g);
     } else if (row + dy >= 0 && row + dy < p.height && column + dx >= 0 && column + dx < p.width) {

@@ -15,7 +15,8 @@ FAULTS = (
     ),
     fault(
         "norm: leaky ReLU's mask passes zero", CPU,
-        "return output > Vec<S>{} ? grad : grad * slope;", "return output >= Vec<S>{} ? grad : grad * slope;",
+        "return leaky_relu_mask(grad, output, broadcast(slope));",
+        "return output >= Vec<S>{} ? grad : grad * slope;",
         "test_the_mask_where_a_result_is_zero_or_nan",
     ),
     fault(

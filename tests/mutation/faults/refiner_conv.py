@@ -9,6 +9,16 @@ FAULTS = (
         "test_edge[gradients_pass_where_the_output_is_nan]",
     ),
     fault(
+        "a leaky ReLU's mask of NaN keeps", CPU,
+        "return g > V{} ? x : x * slope;", "return g <= V{} ? x * slope : x;",
+        "test_edge[gradients_pass_where_the_output_is_nan]",
+    ),
+    fault(
+        "a leaky ReLU's mask of zero keeps", CPU,
+        "return g > V{} ? x : x * slope;", "return g >= V{} ? x : x * slope;",
+        "test_edge[a_leaky_relu_is_that_of_pytorch]",
+    ),
+    fault(
         "ReLU of NaN is 0 (base)", CPU,
         "x < low ? low : x", "x > low ? x : low",
         "test_nan_and_inf_go_where_the_definition_takes_them", **BASE,
@@ -189,13 +199,24 @@ FAULTS = (
     ),
     fault(
         "CUDA: a mask of NaN gives 0", CUDA,
-        "widen(mask) <= 0 ? T{} : v", "widen(mask) > 0 ? v : T{}",
+        "widen(mask) <= 0 ? T{} : v;", "widen(mask) > 0 ? v : T{};",
         "test_conv_nan_passes_the_gates",
     ),
     fault(
         "CUDA: ReLU of NaN is 0", CUDA,
-        "if (p.relu) v = v <= 0 ? 0.0f : v;", "if (p.relu) v = v > 0 ? v : 0.0f;",
+        "return mask <= 0 ? S(0) : v;", "return mask > 0 ? v : S(0);",
         "test_conv_nan_passes_the_gates",
+    ),
+    fault(
+        "CUDA: a leaky ReLU's mask of NaN keeps", CUDA,
+        "return mask > 0 ? v : v * slope;", "return mask <= 0 ? v * slope : v;",
+        "test_edge[gradients_pass_where_the_output_is_nan]",
+    ),
+    fault(
+        "Triton: a leaky ReLU's mask of NaN keeps", TRITON,
+        "tl.where(output > 0, value.to(WIDE), value.to(WIDE) * SLOPE)",
+        "tl.where(output <= 0, value.to(WIDE) * SLOPE, value.to(WIDE))",
+        "test_edge[gradients_pass_where_the_output_is_nan]",
     ),
     fault(
         "CUDA: filter gradients without the pieces from the fifth on", CUDA,
@@ -270,13 +291,8 @@ FAULTS = (
     ),
     fault(
         "Triton: a gate of NaN closes", TRITON,
-        "a = tl.where(gate <= 0, 0.0, a)", "a = tl.where(gate > 0, a, 0.0)",
+        "tl.where(output <= 0, 0.0, value)", "tl.where(output > 0, value, 0.0)",
         "test_edge[gradients_pass_where_the_output_is_nan]",
-    ),
-    fault(
-        "Triton: ReLU of NaN is 0", TRITON,
-        "acc = tl.where(acc <= 0, 0.0, acc)", "acc = tl.where(acc > 0, acc, 0.0)",
-        "test_conv_nan_passes_the_gates",
     ),
     fault(
         "Triton: the transposed convolution's taps in the other order", TRITON,
@@ -290,12 +306,12 @@ FAULTS = (
     ),
     fault(
         "convolution: second derivatives without ReLU's mask", "fastda/ops",
-        "grad = relu_gradient(grad, y) if ctx.relu else grad", "grad = grad",
+        "grad = grad if y is None else activation_gradient(grad, y, ctx.slope)", "grad = grad",
         "test_a_gradient_is_the_same_with_and_without_a_graph_of_it[conv_same]",
     ),
     fault(
         "convolution: the residual's gradient is not masked", "fastda/ops",
-        "if needs[3] and ctx.relu:", "if False:",
+        "if needs[3] and y is not None:", "if False:",
         "test_only_needed_gradients_are_computed",
     ),
 )  # fmt: skip
