@@ -91,7 +91,11 @@ def _load_autograd() -> tuple[Any, str | None]:
 native, native_error = _load_native()
 autograd_module, autograd_error = _load_autograd()
 # The backends that have kernels of an operator, where not all have; what they lack the reference serves.
-_ONLY = {"batch_norm_act": ("cpp",), "conv2d": ("cpp",), "instance_norm_act": ("cpp",)}
+_ONLY = {
+    "batch_norm_act": ("cpp", "triton"),
+    "conv2d": ("cpp",),
+    "instance_norm_act": ("cpp", "triton"),
+}
 _forced: str | None = None
 _defaults: dict[str, str] = {}
 

@@ -175,6 +175,16 @@ def jobs(everything: bool) -> list[Job]:
                 y, places = t.relu_max_pool(x, (3, 3), (2, 2), (1, 1), False, True, True)
                 t.relu_max_pool_backward(y, places, (h, w), last, (3, 3), (2, 2), (1, 1))
                 t.relu_max_pool(x, (2, 2), (2, 2), (0, 0), False, False, False)
+                y, *statistics = t.norm_act(x, bias, bias, None, None, x, False, 1e-5, 0.01)
+                t.norm_act_backward(*(x, x, bias, bias, *statistics, y, False, True, 1e-5, 0.01, *[True] * 4))
+                y, *statistics = t.norm_act(x, None, None, None, None, None, True, 1e-5, 0.0)
+                t.norm_act_backward(
+                    *(x, x, None, None, *statistics, None, True, True, 1e-5, 0.0, True, *[False] * 3)
+                )
+                _, *statistics = t.norm_act(x, bias, bias, bias, bias, None, False, 1e-5, None)
+                t.norm_act_backward(
+                    *(x, x, bias, bias, *statistics, None, False, False, 1e-5, None, True, *[False] * 3)
+                )
                 y, inner = t.refiner_block(x, filters, bias, filters, bias, True)
                 t.refiner_block_backward(x, x, inner, y, filters, bias, filters, *[True] * 5)
 

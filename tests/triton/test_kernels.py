@@ -72,6 +72,50 @@ def test_conv_same_with_the_blocks_of_a_gpu(ops, sizes, name, monkeypatch):
             matches("conv_same", what, o, e, torch.float32)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["batch_norm_act", "instance_norm_act"])
+@pytest.mark.parametrize("mean", [0.0, 1e3, 1e6])
+def test_norm_with_the_blocks_of_a_gpu(ops, name, layout, mean, monkeypatch):
+    """Several pieces of several blocks, and a mean far above the deviation."""
+    norm = module("norm")
+    monkeypatch.setattr(norm, "BLOCK", 512)
+    monkeypatch.setattr(norm, "CHANNELS", 8)
+    monkeypatch.setattr(norm, "BLOCK_P", 2)
+    monkeypatch.setattr(norm, "pieces", lambda total, block, limit: module("common").pieces(total, block, 3))
+    x = (torch.randn(3, 11, 17, 19) + mean).contiguous(memory_format=layout)
+    grad = torch.randn_like(x)
+    weight, bias = (torch.randn(11, requires_grad=True) for _ in range(2))
+    leaves = x.requires_grad_(), weight, bias
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    actual, expected = getattr(fastda, name)(*leaves), getattr(reference, name)(*exact)
+    got = torch.autograd.grad(actual, leaves, grad)
+    wanted = torch.autograd.grad(expected, exact, grad.double())
+    for a, e in zip((actual, *got), (expected, *wanted), strict=True):
+        assert (a.double() - e).norm() < 4e-7 * e.norm()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "values", [(1e30, 3e30), (torch.inf,), (torch.inf, torch.inf), (torch.nan,)], ids=str
+)
+def test_moments_that_float32_cannot_hold(ops, values, layout, monkeypatch):
+    """As PyTorch stores them, in the pieces before and after, and none of other channels."""
+    norm = module("norm")
+    monkeypatch.setattr(norm, "BLOCK", 128)
+    x = torch.randn(2, 3, 8, 9)
+    for i, value in enumerate(values):
+        x[i, 1, 4, 5 + i] = value
+    _, mean, variance = ops.norm_act(
+        x.contiguous(memory_format=layout), None, None, None, None, None, False, 1e-5, None
+    )
+    wide = x.double()
+    torch.testing.assert_close(mean, wide.mean((0, 2, 3)), rtol=1e-6, atol=1e-6, equal_nan=True)
+    if x.isfinite().all():
+        torch.testing.assert_close(variance, wide.var((0, 2, 3), correction=0), rtol=1e-6, atol=1e-6)
+    else:
+        assert variance.isnan().tolist() == [False, True, False]
+
+
 def test_operators_are_torch_operators(ops):
     x, weight, _, _, grad = conv_case(2, 3, 3, 3, 5, 7, torch.float32)
     logits = torch.randn(2, 2, 3, 4)
@@ -82,6 +126,11 @@ def test_operators_are_torch_operators(ops):
         ("patch_loss_scale_", (x.clone(), logits.clone(), torch.tensor(2.0))),
         ("relu_max_pool", (x, (3, 3), (2, 2), (1, 1), False, True, True)),
         ("relu_max_pool_backward", (x, torch.zeros_like(x).byte(), (10, 14), False, (2, 2), (2, 2), (0, 0))),
+        ("norm_act", (x, x[0, :, 0, 0], None, None, None, x, True, 1e-5, 0.1)),
+        (
+            "norm_act_backward",
+            (x, x, None, None, *torch.rand(2, 3).double(), x, False, True, 1e-5, 0.1, *[True] * 4),
+        ),
         ("conv_same_backward", (grad, x, weight, None, True, True, False)),
     ):
         torch.library.opcheck(getattr(ops, name).op, arguments, test_utils=("test_schema", "test_faketensor"))

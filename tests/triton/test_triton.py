@@ -59,6 +59,10 @@ with FakeTensorMode():
         "patch_loss_scale_": (x, logits, bias.new_empty(())),
         "relu_max_pool": (x, (2, 2), (2, 2), (0, 0), False, True, True),
         "relu_max_pool_backward": (x, torch.zeros_like(x).byte(), (18, 28), False, (2, 2), (2, 2), (0, 0)),
+        "norm_act": (x, bias, bias, None, None, x, False, 1e-5, 0.1),
+        "norm_act_backward": (
+            *(x, x, bias, bias, bias.double(), bias.double(), x, False, True, 1e-5, 0.1, *[True] * 4),
+        ),
         "conv_same": (x, weight, bias, x, True),
         "conv_same_backward": (x, x, weight, x, True, True, True),
         "refiner_block": (x, weight, bias, weight, bias, True),

@@ -1,6 +1,6 @@
 """Faults of normalisation."""
 
-from tests.mutation.fault import CPU, NOTHING, fault
+from tests.mutation.fault import CPU, NOTHING, TRITON, fault
 
 FAULTS = (
     fault(
@@ -33,5 +33,20 @@ FAULTS = (
         "norm: the result is not saved for its mask", "fastda/ops",
         "output = y if residual is not None and negative_slope is not None else None", "output = None",
         "test_values_and_gradients[norm_act]",
+    ),
+    fault(
+        "norm: Triton loses what rounding the mean leaves", TRITON,
+        "tl.where(rest == 0, b, b - rest * scale)", "b",
+        "test_norm_with_the_blocks_of_a_gpu",
+    ),
+    fault(
+        "norm: Triton keeps squares that overflow", TRITON,
+        "exact = square - square != 0", "exact = square != square",
+        "test_moments_that_float32_cannot_hold",
+    ),
+    fault(
+        "norm: Triton's blocks count alike, whatever they have", TRITON,
+        "share = n / (before + n)", "share = n / n / 2",
+        "test_norm_with_the_blocks_of_a_gpu",
     ),
 )  # fmt: skip
