@@ -77,7 +77,8 @@ def results_in(out: Path, resume: bool = False, overwrite: bool = False) -> Iter
                 f"--resume goes on from them, --overwrite removes them"
             )
         if overwrite and not resume:
-            for path in (*earlier, *out.glob("report.html"), *out.glob("*/grid*.png")):
+            for path in (*earlier, *out.glob("report.html"), *out.glob("*/grid*.png"),
+                         *out.glob("*/measures.json")):  # fmt: skip
                 path.unlink()
             shutil.rmtree(out / "tensorboard", ignore_errors=True)
         yield

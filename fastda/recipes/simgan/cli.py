@@ -24,6 +24,7 @@ from fastda.recipes.simgan.train import (
     Settings,
     Trainer,
     load_refiner,
+    matcher,
     refine,
     train,
 )
@@ -48,6 +49,7 @@ PAPER = Settings(
     steps=10_000, batch=512, optimiser="sgd", lr=0.001, discriminator_lr=0.001, reduction="batchmean",
     reg_scale=0.0001, history=5120,
 )  # fmt: skip
+MEASURES = "measures.json"  # of a seed, as they come
 DEMO: dict[str, Any] = {"steps": 150}
 
 
@@ -292,16 +294,23 @@ def run_one(options: argparse.Namespace, settings: Settings, index: int) -> dict
         return result
     report.write_grid(folder / "grid.png", domains, trainer.refine)
     result["grid"] = f"{name}/grid.png"
-    result["measures"] = _measures(domains, trainer.refine, settings.seed, options.eval_steps, index)
+    result["measures"] = _measures(
+        domains, trainer.refine, trainer.match, settings.seed, options.eval_steps, index, folder / MEASURES
+    )
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
 
-def _measures(domains: data.Domains, refined: Any, seed: int, steps: int, index: int = 0) -> dict[str, Any]:
+def _measures(
+    domains: data.Domains, refined: Any, match: Any, seed: int, steps: int, index: int = 0,
+    memory: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
     sizes = {"steps": steps, "judge_steps": max(1, steps // 4), "judges": 2}
-    total = evaluate.training_steps(domains, **sizes)
+    total = evaluate.training_steps(domains, **sizes, matched=match is not None)
     with command.bar(total=total, unit="step", position=index, desc=f"seed {seed}, measures") as bar:
-        return evaluate.evaluate(domains, refined, seed=seed, progress=bar, **sizes)
+        return evaluate.evaluate(
+            domains, refined, match=match, seed=seed, progress=bar, memory=memory, **sizes
+        )
 
 
 def run_all(options: argparse.Namespace, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -405,7 +414,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
         )
     results = []
     for seed in options.seeds:
-        measures = _measures(domains, lambda x: refine(net, x, domains.task), seed, options.eval_steps)
+        measures = _measures(
+            domains, lambda x: refine(net, x, domains.task), matcher(net, domains.task), seed,
+            options.eval_steps,
+        )  # fmt: skip
         results.append({"seed": seed, "backend": None, "measures": measures})
     print_tables(domains, results)
     if hasattr(options, "json"):

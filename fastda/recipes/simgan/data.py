@@ -75,7 +75,7 @@ class Images:
 class Domains:
     """What a training sees (`synthetic`, `real`) and what measures it (`…_test`).
 
-    The labels of `real` are used by nothing; those of `real_test`, if any, by the measures alone.
+    The labels of real images, if any, are used by the measures alone.
     task: what the labels are: "class", "gaze", or "" for none.
     """
 
@@ -100,11 +100,16 @@ class Domains:
 
     def digest(self) -> str:
         """Of the images that a training sees."""
-        sha = hashlib.sha256()
-        for images in (self.synthetic, self.real):
-            sha.update(str(tuple(images.x.shape)).encode())
-            sha.update(images.x.numpy().tobytes())
-        return sha.hexdigest()
+        return digest(self.synthetic, self.real)
+
+
+def digest(*parts: Images) -> str:
+    """Of images without their labels."""
+    sha = hashlib.sha256()
+    for images in parts:
+        sha.update(str(tuple(images.x.shape)).encode())
+        sha.update(images.x.numpy().tobytes())
+    return sha.hexdigest()
 
 
 def _size(x: Tensor) -> str:
@@ -141,9 +146,11 @@ def eyes_to_real(real: Path, synthetic: Path | None = None, count: int = 4000) -
     """Rendered eyes, or those of a SynthEyes or UnityEyes folder → MPIIGaze files, or a folder of eye crops.
 
     All are equalised, as MPIIGaze's are. Every fourth real image is held out; of MPIIGaze, every fourth
-    person or, in one person's folder, day.
+    person or, in one person's folder, day, if there are several.
     """
     real_images, groups = eyes.read_real(real)
+    if int(groups.max()) == 0:
+        groups = torch.arange(len(groups))
     if synthetic is None:
         generator = torch.Generator().manual_seed(1612)
         drawn = Images(*eyes.render(count + 500, generator))
@@ -166,10 +173,14 @@ def eyes_to_real(real: Path, synthetic: Path | None = None, count: int = 4000) -
         "gaze",
         drawn[order[:cut]],
         drawn[order[cut:]],
-        # Left eyes are mirrored right ones.
-        Images(torch.cat([train.x, train.x.flip(-1)])),
+        _with_mirrored(train),  # left eyes are mirrored right ones
         found[held_out],
     )
+
+
+def _with_mirrored(eyes: Images) -> Images:
+    x = torch.cat([eyes.x, eyes.x.flip(-1)])
+    return Images(x, None if eyes.y is None else torch.cat([eyes.y, eyes.y * torch.tensor([-1.0, 1.0, 1.0])]))
 
 
 # -------------------------------------------------------------------------------------------------- folders

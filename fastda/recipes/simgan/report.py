@@ -121,16 +121,17 @@ def tables(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for key, title in (
         ("accuracy", "Accuracy on held-out real images of a classifier trained on …, %"),
         ("error", "Error on held-out real images of a gaze regressor trained on …, degrees"),
+        ("centred", "The same, the mean differences of pitch and of yaw taken out, degrees"),
         ("two_sample", "A fresh classifier tells held-out real images from …, % right (50 is chance)"),
     ):
         found = [r["measures"].get(key) for r in results]
         if not found or not all(found):
             continue
-        scale = 1 if key == "error" else 100
+        scale, digits = (1, 2) if key in ("error", "centred") else (100, 1)
         rows = []
         for name in found[0]:
             values = [scale * f[name] for f in found]
-            rows.append((name, [f"{v:.1f}" for v in values], f"{median(values):.1f}"))
+            rows.append((name, [f"{v:.{digits}f}" for v in values], f"{median(values):.{digits}f}"))
         made.append({"title": title, "rows": rows})
     if all("gaze_kept" in r["measures"] for r in results):
         rows = []

@@ -6,6 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,11 @@ class Trainer:
             if kept:
                 self.refiner.load_state_dict(kept)
 
+    @property
+    def match(self) -> Callable[[Tensor], Tensor] | None:
+        """uint8 (N, C, H, W) → uint8: what R gets to see; None where that is the synthetic images."""
+        return matcher(nn.Sequential(self.matching, self.refiner), self.domains.task)
+
     # -- checkpoints
 
     def save(self, path: Path) -> None:
@@ -314,6 +320,12 @@ def refine(net: nn.Module, images: Tensor, task: str = "") -> Tensor:
              for part in images.split(100)]  # fmt: skip
     refined = torch.cat(parts).contiguous() if parts else images.clone()
     return eyes.equalise(refined) if task == "gaze" else refined
+
+
+def matcher(net: nn.Module, task: str = "") -> Callable[[Tensor], Tensor] | None:
+    """The first half of what `load_refiner` gives, as `refine` is the whole; None where it does nothing."""
+    matching = net.get_submodule("0")
+    return None if isinstance(matching, nn.Identity) else partial(refine, matching, task=task)
 
 
 def load_refiner(path: Path) -> tuple[nn.Module, dict[str, Any]]:
