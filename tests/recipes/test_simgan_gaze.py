@@ -37,7 +37,7 @@ def numbers(path):
 def test_the_table_of_labelled_eyes(days, tmp_path, capsys, monkeypatch):
     command = ["train", "--data", "eyes", "--real", str(days), "--count", "20", "--jobs", "1", "--steps", "2",
                "--pretrain-discriminator", "1", "--batch", "4", "--match", "5", "--eval-steps", "2",
-               "--out", str(tmp_path / "out")]  # fmt: skip
+               "--regressor", "small", "--out", str(tmp_path / "out")]  # fmt: skip
     assert main(command) == 0
     assert "The same, the mean differences" in capsys.readouterr().out
     found = numbers(tmp_path / "out" / "results.json")[0]
@@ -47,7 +47,8 @@ def test_the_table_of_labelled_eyes(days, tmp_path, capsys, monkeypatch):
 
     # The same rows of a checkpoint, and of other days, be it one.
     checkpoint = str(tmp_path / "out" / "seed-0" / "checkpoint.safetensors")
-    again = ["evaluate", checkpoint, "--data", "eyes", "--count", "20", "--eval-steps", "2"]
+    again = ["evaluate", checkpoint, "--data", "eyes", "--count", "20", "--eval-steps", "2",
+             "--regressor", "small"]  # fmt: skip
     assert main([*again, "--real", str(days), "--json", str(tmp_path / "again.json")]) == 0
     assert numbers(tmp_path / "again.json")[0] == found
     (tmp_path / "one" / "p07").mkdir(parents=True)

@@ -79,7 +79,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="scalars under OUT/tensorboard (needs the package tensorboard)",
     )
     add("--compare-reference", action="store_true", help="train the first seed again with the reference ops")
-    add("--eval-steps", type=int, default=400, help="training steps of each network that measures success")
+    _add_measures(sub)
     group = sub.add_argument_group("settings of Algorithm 1 (default: the preset's)")
     helps = {
         "net": "R and D", "steps": "T", "batch": "images in a minibatch", "refiner_steps": "K_g",
@@ -111,9 +111,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     sub.add_argument("checkpoint", type=Path, help="checkpoint.safetensors of a training")
     _add_data(sub)
     sub.add_argument("--seeds", nargs="+", type=int, metavar="N", default=[0], help="of what measures")
-    sub.add_argument(
-        "--eval-steps", type=int, default=400, help="training steps of each network that measures"
-    )
+    _add_measures(sub)
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
 
     sub = commands.add_parser(
@@ -198,6 +196,17 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         help="colours or grey for --data folders (default: as both folders are)")  # fmt: skip
     add("--span", type=_span, metavar="LOW:HIGH",
         help="16-bit greys of --data folders that are black and white (default: 0:65535)")  # fmt: skip
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eval-steps", type=int, default=400,
+        help="training steps of each network that measures success; gaze regressors take half as many again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--regressor", choices=tuple(models.REGRESSORS), default="paper",
+        help="what reads gazes with --data eyes: the paper's network, or one of a tenth of its work",
+    )  # fmt: skip
 
 
 def _check_data(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -295,22 +304,24 @@ def run_one(options: argparse.Namespace, settings: Settings, index: int) -> dict
     report.write_grid(folder / "grid.png", domains, trainer.refine)
     result["grid"] = f"{name}/grid.png"
     result["measures"] = _measures(
-        domains, trainer.refine, trainer.match, settings.seed, options.eval_steps, index, folder / MEASURES
+        domains, trainer.refine, trainer.match, settings.seed, options, index, folder / MEASURES
     )
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
 
 def _measures(
-    domains: data.Domains, refined: Any, match: Any, seed: int, steps: int, index: int = 0,
+    domains: data.Domains, refined: Any, match: Any, seed: int, options: argparse.Namespace, index: int = 0,
     memory: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
+    steps = options.eval_steps
     sizes = {"steps": steps, "judge_steps": max(1, steps // 4), "judges": 2}
     total = evaluate.training_steps(domains, **sizes, matched=match is not None)
     with command.bar(total=total, unit="step", position=index, desc=f"seed {seed}, measures") as bar:
         return evaluate.evaluate(
-            domains, refined, match=match, seed=seed, progress=bar, memory=memory, **sizes
-        )
+            domains, refined, match=match, seed=seed, progress=bar, memory=memory,
+            regressor=options.regressor, **sizes,
+        )  # fmt: skip
 
 
 def run_all(options: argparse.Namespace, settings: Settings) -> Iterator[dict[str, Any]]:
@@ -415,9 +426,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     results = []
     for seed in options.seeds:
         measures = _measures(
-            domains, lambda x: refine(net, x, domains.task), matcher(net, domains.task), seed,
-            options.eval_steps,
-        )  # fmt: skip
+            domains, lambda x: refine(net, x, domains.task), matcher(net, domains.task), seed, options
+        )
         results.append({"seed": seed, "backend": None, "measures": measures})
     print_tables(domains, results)
     if hasattr(options, "json"):
