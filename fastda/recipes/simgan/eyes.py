@@ -97,7 +97,10 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
         coarse = torch.randn(n, 1, rows, columns, generator=generator)
         return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=True)[:, 0]
 
-    pitch, yaw = normal(-0.06, 0.13).clamp(-0.6, 0.4), normal(0.0, 0.18).clamp(-0.7, 0.7)
+    # Where on a screen below its camera someone looks, and, whatever that is, how the head is held.
+    pitch, yaw = normal(-0.14, 0.11).clamp(-0.6, 0.4), normal(0.0, 0.18).clamp(-0.7, 0.7)
+    head_pitch, head_yaw = normal(-0.14, 0.13).clamp(-0.5, 0.2), normal(0.0, 0.16)
+    turn = pitch - head_pitch  # of the eye in the head, upwards
     gaze = gaze_vector(pitch.view(n), yaw.view(n))
     gx, gy, gz = gaze.view(n, 3, 1, 1).unbind(1)
     nasal = 1 - 2 * sometimes(0.5)  # the side of the nose
@@ -105,26 +108,34 @@ def _render(n: int, generator: torch.Generator, scale: int) -> tuple[Tensor, Ten
 
     x = ((torch.arange(WIDTH * scale) + 0.5) / scale).view(1, 1, -1)
     y = ((torch.arange(HEIGHT * scale) + 0.5) / scale).view(1, -1, 1)
-    radius = uniform(15.0, 19.5)  # of the eyeball, pixels
-    centre_x, centre_y = normal(27.5, 1.8), normal(15.4, 1.3) + sometimes(0.08) * normal(0.0, 5.0)
+    radius = uniform(14.5, 18.5)  # of the eyeball, pixels
+    # The picture's middle is that of the corners. These lie lower than the centre of the eyeball and in front
+    # of it, so that the head's turns move them.
+    sunk, ahead = normal(3.7, 0.8) - 0.4 * radius * head_pitch, -0.4 * radius * head_yaw
+    corners_y = normal(18.8, 1.2) + sometimes(0.08) * normal(0.0, 5.0)
+    centre_x, centre_y = normal(27.5, 1.5) - ahead, corners_y - sunk
     dx, dy = x - centre_x, y - centre_y
     # The lids are turned a little in the image; the gaze is not, as it is measured in camera coordinates.
     tilt = normal(0.05, 0.09) * nasal
-    along, across = dx * tilt.cos() + dy * tilt.sin(), dy * tilt.cos() - dx * tilt.sin()
+    beyond, below = dx - ahead, dy - sunk
+    along, across = (
+        beyond * tilt.cos() + below * tilt.sin(),
+        below * tilt.cos() - beyond * tilt.sin(),
+    )
 
-    # Lids: arcs from corner to corner. The upper one follows the gaze up and down. The corners lie lower than
-    # the pupil of an eye that looks ahead.
-    across = across - normal(2.6, 0.6)
-    half = radius * uniform(1.1, 1.4)
+    # Lids: arcs from corner to corner on the eyeball. They turn with the head; the upper one goes nearly all
+    # of the way with the eye, the lower one less than half.
+    half = radius * uniform(1.25, 1.65)
     u = (along / half).clamp(-1.6, 1.6)
     skew = normal(0.12, 0.12) * nasal
-    opening = (uniform(0.26, 0.5) * radius + radius * 0.35 * pitch).clamp(min=1.2)
+    opening = (radius * (uniform(0.34, 0.52) + 0.8 * turn + head_pitch).sin() + sunk).clamp(min=1.2)
     arc = 1 - u.abs().clamp(max=1) ** uniform(1.9, 3.2)
     corner = normal(0.0, 0.06) * radius * u * nasal
     across = across + uniform(0.0, 1.2) * patches(3, 6, HEIGHT * scale, WIDTH * scale)  # no arc is perfect
     upper = corner - opening * arc * (1 + skew * u)
     flat = 1 - u.abs().clamp(max=1) ** uniform(2.0, 3.5)
-    lower = corner + (uniform(0.26, 0.44) * radius - radius * 0.12 * pitch) * flat * (1 - skew * u)
+    depth_below = radius * (uniform(0.46, 0.66) - 0.4 * turn - head_pitch).sin() - sunk
+    lower = corner + depth_below.clamp(min=1.0) * flat * (1 - skew * u)
     above, below = upper - across, across - lower  # pixels from the lids' edges, positive on the skin
     beside = along.abs() - half
     open_eye = torch.maximum(torch.maximum(above, below), beside)
