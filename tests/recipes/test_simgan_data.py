@@ -44,8 +44,8 @@ def test_drawn_eyes_look_where_their_gaze_says():
     change = (right - left)[16:22]
     assert change[:, 32:38].mean() < -20 and change[:, 17:23].mean() > 20
     down, up = (x[side, 0].float().mean(0) for side in (gaze[:, 1] > 0.25, gaze[:, 1] < 0.0))
-    assert (down - up)[12:16, 25:32].mean() > 8  # lid instead of iris
-    assert (down - up)[20:25, 24:31].mean() < -20  # iris instead of white
+    assert (down - up)[5:10, 25:32].mean() > 20  # lid instead of iris
+    assert (down - up)[19:24, 24:31].mean() < -40  # iris instead of white
 
 
 def test_eyes_taken_again_are_the_same_eyes():
