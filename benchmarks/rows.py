@@ -13,6 +13,7 @@ ENGINES = ("ONNX Runtime", "OpenVINO", "ncnn")
 TITLES = {
     "step": "Training steps",
     "refiner": "Refiner convolutions",
+    "convolution": "Other convolutions",
     "patch_loss": "Patch losses",
     "grad_reverse": "Gradient reversal",
 }

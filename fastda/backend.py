@@ -248,6 +248,7 @@ def info() -> dict[str, Any]:
         "autograd_extension": autograd_error or "loaded",
         "threads": torch.get_num_threads(),
         "forced_backend": _forced,
+        "only": {op: list(backends) for op, backends in _ONLY.items()},
         "damage": damage(),
         "devices": {
             d: {

@@ -85,12 +85,13 @@ class _Conv2d(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         padding: int,
+        dilation: int,
         slope: float | None,
         serving: str,
     ) -> Tensor:
-        y = _forward(serving, x, weight, bias, residual, padding, slope)
+        y = _forward(serving, x, weight, bias, residual, padding, dilation, slope)
         ctx.serving = serving
-        ctx.padding = padding
+        ctx.padding, ctx.dilation = padding, dilation
         ctx.slope = slope
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
         # has.
@@ -103,32 +104,33 @@ class _Conv2d(torch.autograd.Function):
         needs = ctx.needs_input_grad
         if torch.is_grad_enabled():
             grad = grad if y is None else activation_gradient(grad, y, ctx.slope)
-            convolve = functools.partial(reference.conv2d, padding=ctx.padding)
+            convolve = functools.partial(reference.conv2d, padding=ctx.padding, dilation=ctx.dilation)
             grads = composite_backward(convolve, (x, weight), needs[:2], grad)
             d_bias = grad.sum((0, 2, 3)) if needs[2] else None
-            return (*grads, d_bias, grad if needs[3] else None, None, None, None)
+            return (*grads, d_bias, grad if needs[3] else None, *[None] * 4)
         if needs[3] and y is not None:
             grad, y = activation_gradient(grad, y, ctx.slope), None
-        raw, slope = backend.kernels(ctx.serving), ctx.slope or 0.0
+        raw, slope, step = backend.kernels(ctx.serving), ctx.slope or 0.0, ctx.dilation
+        g, image, out = (t if t is None or step == 1 else _every(t, step) for t in (grad, x, y))
         d_x, d_weight, d_bias = (
-            raw.conv_same_backward(grad, x, weight, y, *needs[:3], _tf32(x, ctx.serving), slope)
-            if _is_same(weight, ctx.padding)
+            raw.conv_same_backward(g, image, weight, out, *needs[:3], _tf32(x, ctx.serving), slope)
+            if _is_same(weight, ctx.padding, step)
             else raw.conv2d_backward(grad, x, weight, y, ctx.padding, *needs[:3], slope)
         )
+        if needs[0] and step > 1:
+            d_x = _together(d_x, x, step)
         return (
             d_x if needs[0] else None,
             laid_out_as(weight, d_weight) if needs[1] else None,
             d_bias if needs[2] else None,
             grad if needs[3] else None,
-            None,
-            None,
-            None,
+            *[None] * 4,
         )
 
 
-def _is_same(weight: Tensor, padding: int) -> bool:
+def _is_same(weight: Tensor, padding: int, dilation: int = 1) -> bool:
     """Whether the result has the height and width of x: every backend has kernels for that."""
-    return weight.shape[2] == 2 * padding + 1
+    return dilation * (weight.shape[2] - 1) == 2 * padding
 
 
 def _forward(
@@ -138,9 +140,14 @@ def _forward(
     bias: Tensor | None,
     residual: Tensor | None,
     padding: int,
+    dilation: int,
     slope: float | None,
 ) -> Tensor:
     raw, act = backend.kernels(serving), slope is not None
+    if dilation > 1:
+        parts = [None if image is None else _every(image, dilation) for image in (x, residual)]
+        y = raw.conv_same(parts[0], weight, bias, parts[1], act, _tf32(x, serving), slope or 0.0)
+        return _together(y, x, dilation)
     if _is_same(weight, padding):
         return raw.conv_same(x, weight, bias, residual, act, _tf32(x, serving), slope or 0.0)
     return raw.conv2d(x, weight, bias, residual, padding, act, slope or 0.0)
@@ -296,50 +303,26 @@ def _convolve(
     _check_like(op, x, "bias", bias, (out_channels,))
     _check_like(op, x, "residual", residual, (x.shape[0], out_channels, x.shape[2] + more, x.shape[3] + more))
     serving = backend.select(x, "conv_same" if more == 0 and dilation == 1 else "conv2d")
-    if serving != "reference" and dilation > 1 and more == 0:
-        return _dilated(x, weight, bias, residual, dilation, slope, serving)
-    if serving == "reference" or dilation > 1:
+    if serving == "reference" or (dilation > 1 and more):
         return reference.conv2d(
             x, weight, bias, padding=padding, dilation=dilation, residual=residual, negative_slope=slope
         )
-    return _serve(x, weight, bias, residual, padding, slope, serving)
-
-
-def _serve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    padding: int,
-    slope: float | None,
-    serving: str,
-) -> Tensor:
     if torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, slope, serving)
-    return _forward(serving, x, weight, bias, residual, padding, slope)
+        return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, dilation, slope, serving)
+    return _forward(serving, x, weight, bias, residual, padding, dilation, slope)
 
 
-def _dilated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    dilation: int,
-    slope: float | None,
-    serving: str,
-) -> Tensor:
-    """d * d convolutions without dilation, each of the pixels that one tap apart see each other."""
+def _together(parts: Tensor, x: Tensor, step: int) -> Tensor:
+    """What `_every` took apart, in the size and the memory format of x, whatever the number of channels."""
     n, _, h, w = x.shape
-    parts = [None if image is None else _every(image, dilation) for image in (x, residual)]
-    y = _serve(parts[0], weight, bias, parts[1], weight.shape[2] // 2, slope, serving)  # type: ignore[arg-type]
-    _, k, rows, columns = y.shape
-    y = y.permute(0, 2, 3, 1).unflatten(0, (n, dilation, dilation)).permute(0, 3, 1, 4, 2, 5)
-    y = y.reshape(n, rows * dilation, columns * dilation, k).permute(0, 3, 1, 2)[..., :h, :w]
+    _, k, rows, columns = parts.shape
+    y = parts.permute(0, 2, 3, 1).unflatten(0, (n, step, step)).permute(0, 3, 1, 4, 2, 5)
+    y = y.reshape(n, rows * step, columns * step, k).permute(0, 3, 1, 2)[..., :h, :w]
     return y.contiguous(memory_format=_torch.memory_format(x))
 
 

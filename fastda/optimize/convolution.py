@@ -19,7 +19,7 @@ _CONV_FORWARD, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
 
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
 FAST_KERNELS = (3, 5, 7)
-LEAST_CHANNELS = 16
+LEAST_CHANNELS, LEAST_CHANNELS_DILATED = 16, 64
 LEAST_SIZE = 4
 # They go by tiles of 4×4 pixels, of which one pixel in so many must be wanted. And they have a fixed cost:
 # a call must be of so many products of a tap.
@@ -71,19 +71,22 @@ def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
         return f"kernel ({k}, {width}) is not square and odd"
     if not _is_pair_of(conv.stride, 1):
         return f"stride {conv.stride}"
-    if not _is_pair_of(conv.dilation, 1):
+    if not _is_pair_of(conv.dilation) or conv.dilation[0] == 0:
         return f"dilation {conv.dilation}"
     if type(conv.groups) is not int or conv.groups != 1:
         return f"groups {conv.groups}"
-    padding = _padding(conv, k)
-    if padding is None or padding > k // 2:
+    dilation, padding = conv.dilation[0], _padding(conv, k)
+    if dilation > 1 and (k != 3 or padding != dilation or conv.padding_mode != "zeros"):
+        return f"dilation {conv.dilation} of another kernel than 3×3, or without zeros up to the same size"
+    if padding is None or padding > dilation * (k // 2):
         return (
             f"padding {conv.padding} is more than half of the {k}×{k} kernel, or not the same on every side"
         )
     if k not in FAST_KERNELS:
         return f"no faster with {k}×{k} kernels"
-    if min(out_channels, in_channels) < LEAST_CHANNELS:
-        return f"no faster with less than {LEAST_CHANNELS} channels"
+    least = LEAST_CHANNELS_DILATED if dilation > 1 else LEAST_CHANNELS
+    if min(out_channels, in_channels) < least:
+        return f"no faster with less than {least} channels" + ", dilated" * (dilation > 1)
     return None
 
 
@@ -94,7 +97,7 @@ def _padding(conv: nn.Conv2d, k: int) -> int | None:
         padding, *others = conv._reversed_padding_repeated_twice
         return padding if type(padding) is int and others == [padding] * 3 else None
     if type(padding) is str:
-        return {"same": k // 2, "valid": 0}.get(padding)
+        return {"same": conv.dilation[0] * (k // 2), "valid": 0}.get(padding)
     return padding[0] if _is_pair_of(padding) else None
 
 
@@ -171,15 +174,22 @@ class Convolution(StandIn):
             and (conv.padding_mode != "zeros" or _torch.memory_format(x) is not torch.channels_last)
         ):
             return None
-        return padding if _pays(x.shape, shape, shape[2] // 2 - padding, dtype) else None
+        dilation = conv.dilation[0]
+        border = dilation * (shape[2] // 2) - padding
+        return padding if _pays(x.shape, shape, border, dtype, dilation) else None
 
 
-def _pays(x: tuple[int, ...], weight: tuple[int, ...], border: int, dtype: torch.dtype) -> bool:
+def _pays(
+    x: tuple[int, ...], weight: tuple[int, ...], border: int, dtype: torch.dtype, dilation: int = 1
+) -> bool:
     """Whether a convolution of x is faster than PyTorch's, where the result is smaller by a border."""
     n, _, height, width = x
+    pixels = n * (height - 2 * border) * (width - 2 * border)
+    if dilation > 1:  # images of every second pixel, every third, …, with zeros where that does not come out
+        n, height, width = n * dilation * dilation, -(-height // dilation), -(-width // dilation)
     out_channels, in_channels, k, _ = weight
     h, w = height - 2 * border, width - 2 * border
-    pixels, filters = n * h * w, out_channels * in_channels
+    filters = out_channels * in_channels
     small: tuple[Any, ...] = (h < LEAST_SIZE, w < LEAST_SIZE, pixels * filters < LEAST_PRODUCTS)
     if k == 3:
         small += (WANTED_OF * pixels < 16 * n * (-(-height // 4)) * (-(-width // 4)),)
@@ -205,8 +215,8 @@ def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
         padding = 0
-    if weight.shape[2] != 3:
-        return conv2d(x, weight, bias, padding=padding)
+    if weight.shape[2] != 3 or conv.dilation[0] > 1:
+        return conv2d(x, weight, bias, padding=padding, dilation=conv.dilation[0])
     y = conv_same(x, weight, bias)
     border = 1 - padding
     return torch.constant_pad_nd(y, (-border,) * 4) if border else y

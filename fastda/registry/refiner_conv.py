@@ -247,6 +247,23 @@ def convolution_flops(n: int, c: int, k: int, size: int, h: int, w: int) -> floa
     return 2.0 * n * c * k * size * size * h * w
 
 
+def _conv2d_workload(variant: str, sizes: tuple[Sizes, ...], what: str, **options: int) -> Workload:
+    return Workload(
+        "convolution",
+        "conv2d",
+        sizes,
+        f"{what}: images × channels × height × width → channels, filters' height × width",
+        options=options,
+        variant=variant,
+        formulas={"eager": F.conv2d},
+        modes=("forward", "backward"),
+        flops=lambda n, c, k, size, h, w: convolution_flops(
+            n, c, k, size, *(s + 2 * options["padding"] - options["dilation"] * (size - 1) for s in (h, w))
+        ),
+        shown="{0}×{1}×{4}×{5} → {2}, {3}×{3}",
+    )
+
+
 BLOCKS = ((3, 64, 3, 37, 53), (32, 64, 3, 35, 55), (2, 64, 3, 224, 224), (1, 64, 3, 35, 55))
 WORKLOADS = (
     Workload(
@@ -259,5 +276,22 @@ WORKLOADS = (
         two_threads=BLOCKS[1:2],
         flops=lambda n, c, size, h, w: 2 * convolution_flops(n, c, c, size, h, w),
         shown="{0}×{1}×{3}×{4}, {2}×{2}",
+    ),
+    _conv2d_workload(
+        "valid",
+        (
+            *((128, 32, 48, 5, 14, 14), (128, 96, 144, 5, 18, 18), (1, 64, 64, 5, 256, 256)),
+            *((1, 256, 256, 3, 66, 66), (2, 64, 64, 7, 118, 118)),
+        ),
+        "convolution without padding",
+        padding=0,
+        dilation=1,
+    ),
+    _conv2d_workload(
+        "dilated",
+        ((1, 256, 256, 3, 45, 80), (1, 64, 64, 3, 128, 128)),
+        "convolution of every other pixel",
+        padding=2,
+        dilation=2,
     ),
 )

@@ -92,10 +92,11 @@ class Workload:
     shown: str = ""
     # For a whole training step, in place of formulas: what makes each contender's step from the sizes.
     steps: Mapping[str, Callable[[Sizes], Call]] = field(default_factory=dict)
+    variant: str = ""  # tells workloads of one operator apart, where the kind of a loss does not
 
     @property
     def name(self) -> str:
-        kind = self.options.get("kind")
+        kind = self.options.get("kind", self.variant)
         return f"{self.op}.{kind}" if kind else self.op
 
     def show(self, sizes: Sizes) -> str:

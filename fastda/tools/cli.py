@@ -145,6 +145,9 @@ def _info(args: argparse.Namespace) -> int:
             print(f"{device}: served by {state['serving']}")
         for name, reason in state["backends"].items():
             print(f"  {name:<10} {reason}")
+    for backends in dict.fromkeys(tuple(b) for b in info["only"].values()):
+        ops = ", ".join(op for op, only in info["only"].items() if tuple(only) == backends)
+        print(f"kernels of {' and '.join(backends)} alone, elsewhere the reference serves: {ops}")
     if info["damage"]:
         print(f"damaged: {info['damage']}")
     return 0

@@ -115,3 +115,15 @@ def test_autocast_casts_as_conv2d_does():
         assert fastda.refiner_block(x, weight, None, weight, None).dtype == torch.bfloat16
     y.float().sum().backward()
     assert weight.grad.dtype == torch.float32
+
+
+def test_second_gradients_of_a_dilated_convolution_are_laid_out_as_torchs():
+    """PyTorch's second gradients of instance norm are wrong for others."""
+    x, weight = torch.randn(1, 3, 7, 5, dtype=torch.float64), torch.randn(3, 3, 3, 3, dtype=torch.float64)
+    found = []
+    for convolve in (fastda.conv2d, F.conv2d):
+        leaf = x.clone().requires_grad_()
+        y = torch.tanh(F.instance_norm(convolve(leaf, weight, padding=2, dilation=2)))
+        (grad,) = torch.autograd.grad(y.pow(3).sum(), leaf, create_graph=True)
+        found += torch.autograd.grad(grad.square().sum(), leaf)
+    torch.testing.assert_close(*found)

@@ -19,6 +19,7 @@ def even_where_nothing_is_gained(monkeypatch, request):
     if not request.node.get_closest_marker("gain"):
         monkeypatch.setattr(convolution, "FAST_KERNELS", (1, 3, 5, 7))
         monkeypatch.setattr(convolution, "LEAST_CHANNELS", 1)
+        monkeypatch.setattr(convolution, "LEAST_CHANNELS_DILATED", 1)
         monkeypatch.setattr(convolution, "LEAST_SIZE", 1)
         monkeypatch.setattr(convolution, "WANTED_OF", 1 << 20)
         monkeypatch.setattr(convolution, "LEAST_PRODUCTS", 0)

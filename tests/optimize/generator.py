@@ -229,7 +229,8 @@ class Sample:
         elif option == "mode":
             settings["padding_mode"] = rng.choice(["reflect", "replicate", "circular"])
         elif option == "dilation" and k == 3:
-            settings |= {"dilation": 2, "padding": 2}
+            dilation = rng.choice([2, 3])
+            settings |= {"dilation": dilation, "padding": rng.choice([dilation, "same"])}
         elif option == "groups" and out is None:
             settings["groups"] = c
         self._note(f"convolution: {option}")

@@ -86,8 +86,9 @@ OPTIONS = [
     _option("SameReflected", padding="same", padding_mode="reflect"),
     _option("ValidCircular", padding="valid", padding_mode="circular"),
     _option("Strided", served=False, stride=2),
-    _option("Dilated", served=False, dilation=2, padding=2),
-    _option("SameDilated", served=False, dilation=2, padding="same"),
+    _option("Dilated", dilation=2, padding=2),
+    _option("SameDilated", dilation=3, padding="same"),
+    _option("DilatedReflected", served=False, dilation=2, padding=2, padding_mode="reflect"),
     _option("Grouped", served=False, groups=2),
     _option("Depthwise", served=False, groups=4),
     _option("PaddedByTwo", served=False, padding=2),
@@ -111,7 +112,7 @@ class ADilatedKernel(_Layer):
     why = r"^dilation"
 
     def build(self):
-        return nn.Conv2d(4, 4, 3, padding=2, dilation=2)
+        return nn.Conv2d(4, 4, 5, padding=4, dilation=2)
 
 
 # -- weights that are no usual parameters --------------------------------------------------------------------

@@ -27,6 +27,8 @@ SETTINGS = {
     "replicated": {"padding": "same", "padding_mode": "replicate"},
     "circular": {"padding": 1, "padding_mode": "circular"},
     "5×5 padded by 1": {"kernel_size": 5, "padding": 1},
+    "every other pixel": {"padding": 2, "dilation": 2},
+    "every third pixel, same": {"padding": "same", "dilation": 3},
     "7×7 mirrored by 2": {"kernel_size": 7, "padding": 2, "padding_mode": "reflect"},
 }
 
@@ -53,7 +55,18 @@ REFUSED = {
     "kernel (3, 5) is not square and odd": {"kernel_size": (3, 5)},
     "kernel (4, 4) is not square and odd": {"kernel_size": 4},
     "stride (2, 2)": {"stride": 2},
-    "dilation (2, 2)": {"dilation": 2, "padding": 2},
+    "dilation (2, 1)": {"dilation": (2, 1), "padding": (2, 1)},
+    "dilation (2, 2) of another kernel than 3×3, or without zeros up to the same size": {"dilation": 2},
+    "dilation (3, 3) of another kernel than 3×3, or without zeros up to the same size": {
+        "dilation": 3,
+        "padding": 3,
+        "padding_mode": "reflect",
+    },
+    "dilation (4, 4) of another kernel than 3×3, or without zeros up to the same size": {
+        "dilation": 4,
+        "padding": 8,
+        "kernel_size": 5,
+    },
     "groups 2": {"groups": 2},
     "padding (2, 2) is more than half of the 3×3 kernel, or not the same on every side": {"padding": 2},
     "padding (1, 0) is more than half of the 3×3 kernel, or not the same on every side": {"padding": (1, 0)},
@@ -128,6 +141,8 @@ CHANGES = {
     "stride": lambda conv: setattr(conv, "stride", (2, 2)),
     "float stride": lambda conv: setattr(conv, "stride", (1.0, 1.0)),
     "dilation": lambda conv: setattr(conv, "dilation", (2, 2)),
+    "dilation of the same size": lambda conv: conv.__dict__.update(dilation=(2, 2), padding=(2, 2)),
+    "no dilation": lambda conv: setattr(conv, "dilation", (0, 0)),
     "groups": lambda conv: setattr(conv, "groups", 2),
     "bool groups": lambda conv: setattr(conv, "groups", True),
     "padding": lambda conv: setattr(conv, "padding", (0, 0)),
@@ -310,6 +325,27 @@ def test_a_convolution_of_little_work_takes_pytorchs(channels, k, dtype, shape, 
         report = fastda.optimize(model)
         model(torch.zeros(shape[0], channels, *shape[1:], dtype=dtype))
     assert report.calls() == {"": (int(is_served), 1)}
+
+
+@pytest.mark.gain
+@pytest.mark.parametrize(
+    ("channels", "dilation", "shape", "is_served"),
+    [
+        (63, 2, (1, 24, 24), False),
+        (64, 2, (1, 24, 24), True),
+        (64, 8, (1, 64, 64), True),
+        (64, 8, (1, 65, 65), False),  # nine tiles in each of 64 images, for 66 pixels
+        (64, 8, (4, 24, 24), False),  # images of 3×3
+    ],
+)
+def test_a_dilated_convolution_that_does_not_fill_its_tiles_takes_pytorchs(
+    channels, dilation, shape, is_served
+):
+    model = nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation)
+    report = fastda.optimize(model)
+    assert bool(report.replaced) == (channels >= 64)
+    model(torch.zeros(shape[0], channels, *shape[1:]))
+    assert report.calls() == ({"": (int(is_served), 1)} if report.replaced else {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
