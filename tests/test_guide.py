@@ -31,6 +31,7 @@ WITHOUT = {
 USERS = {
     "fastda/backend.py": "asks for one operator to learn what was compiled",
     "fastda/compatibility.py": "other libraries' layers, on particular operators",
+    "fastda/nn/refiner_conv.py": "a network, with normalisation",
     "fastda/optimize/*": "what it finds in models, and the operators that serve it",
     "fastda/recipes/*": "trainings",
     "fastda/tools/*": "networks, training steps, a warm-up",

@@ -113,6 +113,11 @@ MODULES = {
     "RefinerLoss, tensor": (lambda: RefinerLoss(torch.tensor(0.3)), refining),
     "RefinerBlock": (lambda: RefinerBlock(4), image(4)),
     "RefinerBlock, recomputing": (lambda: RefinerBlock(4, recompute_inner=True), image(4)),
+    # In training the norm takes away most of what a filter's gradient is a sum of: too much for float32.
+    "RefinerBlock, normalised": (
+        lambda: RefinerBlock(4, norm="batch", negative_slope=0.1).eval(),
+        image(4),
+    ),
     "BatchNormAct2d": (lambda: BatchNormAct2d(4, negative_slope=0.0), image(4)),
     "BatchNormAct2d, residual": (
         lambda: BatchNormAct2d(4, negative_slope=0.1),
