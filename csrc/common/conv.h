@@ -22,6 +22,13 @@ struct ConvProblem {
   int64_t out_width() const { return width + 2 * padding - (kernel - 1); }
 };
 
+// Images of an operand with values so large that they may spoil what others come to (the CPU's
+// cpu/conv/outliers.h).
+struct Range {
+  float usual = 0, limit = 0;  // magnitude of its values; beyond which they are noted
+  uint8_t* beyond = nullptr;   // [batch]: 1 where an image has such a value
+};
+
 // out = mask(out_mask, act(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
 // act is ReLU, or leaky ReLU with a negative slope above 0. mask(g, v) is its backward, read off its
 // output g: v where g > 0, else 0 (ReLU, which keeps v where g is NaN) or negative_slope v. The data
@@ -31,6 +38,7 @@ struct ConvArgs : ConvProblem {
   bool x_channels_last, out_channels_last;  // of x and x_mask; of the other activations
   View x, x_mask, filter;
   const void* prepared;  // by the device, where it prepares anything
+  Range range;           // of x, masked
   const void* bias;      // [out_channels] or null
   View residual, residual_mask;
   bool relu;  // whether there is an activation
@@ -44,8 +52,9 @@ struct FilterGradArgs : ConvProblem {
   bool x_channels_last, grad_channels_last;
   View x, grad, grad_mask;
   double negative_slope;
-  const void* prepared;  // as above
-  View d_filter;         // no data: not wanted
+  const void* prepared;     // as above
+  Range range, grad_range;  // likewise
+  View d_filter;            // no data: not wanted
 };
 
 }  // namespace fastda

@@ -1,8 +1,10 @@
 #include "host/refiner_conv.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "cpu/conv/problem.h"
 #include "cpu/device.h"
@@ -53,6 +55,43 @@ Tensor prepare(const ConvKernels& kernels, ConvArgs& args, const Tensor& like) {
   return prepared;
 }
 
+// f(task, scratch) for every task, on all threads. False where one of them is.
+template <typename F>
+bool each_task(int64_t tasks, int64_t scratch_bytes, F&& f) {
+  std::atomic<bool> right = true;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    char* scratch = workspace.reserve(scratch_bytes);
+    for (int64_t task = begin; task < end; ++task)
+      if (!f(task, scratch)) right = false;
+  });
+  return right.load();
+}
+
+// The images with values beyond the limit of their range.
+struct Beyond {
+  std::vector<uint8_t> images;
+  explicit Beyond(int64_t batch) : images(size_t(batch)) {}
+  bool any() const { return std::find(images.begin(), images.end(), 1) != images.end(); }
+  static int64_t rows_of(const ConvProblem& p, Tile tile) {
+    return (p.out_height() + tile.size - 1) / tile.size;
+  }
+  int64_t rows(const ConvProblem& p, Tile tile) const {
+    return std::count(images.begin(), images.end(), 1) * rows_of(p, tile);
+  }
+  // f(number, image, row of tiles, scratch) for all of these images' rows.
+  template <typename F>
+  void each_row(const ConvProblem& p, Tile tile, int64_t scratch_bytes, F&& f) const {
+    std::vector<int64_t> which;
+    for (size_t i = 0; i < images.size(); ++i)
+      if (images[i]) which.push_back(int64_t(i));
+    const int64_t rows = rows_of(p, tile);
+    each_task(int64_t(which.size()) * rows, scratch_bytes, [&](int64_t i, char* scratch) {
+      f(i, which[size_t(i / rows)], i % rows, scratch);
+      return true;
+    });
+  }
+};
+
 // f(chunk, where it sums, scratch) for every chunk; then they are combined. False where that is not
 // finite.
 template <typename F>
@@ -79,16 +118,32 @@ struct RefinerConv : Device {
   void convolve(ConvArgs args, const Tensor& like) const {
     const auto run = [&](const ConvKernels& kernels) {
       const Tensor prepared = prepare(kernels, args, like);
-      const int64_t bytes = kernels.conv_scratch_bytes(args);
-      std::atomic<bool> right = true;
-      torch::stable::parallel_for(0, kernels.conv_tasks(args), 1, [&](int64_t begin, int64_t end) {
-        char* scratch = workspace.reserve(bytes);
-        for (int64_t task = begin; task < end; ++task)
-          if (!kernels.conv(args, task, scratch)) right = false;
-      });
-      return right.load();
+      return each_task(
+          kernels.conv_tasks(args), kernels.conv_scratch_bytes(args),
+          [&](int64_t task, char* scratch) { return kernels.conv(args, task, scratch); });
     };
-    if (!run(kernels_for(args))) run(direct_kernels());
+    const ConvKernels& kernels = kernels_for(args);
+    if (kernels.tile == nullptr) {
+      run(kernels);
+      return;
+    }
+    Beyond beyond(args.batch);
+    args.range.beyond = beyond.images.data();
+    outliers_kernels().set_range(args);
+    if (!run(kernels)) {
+      run(direct_kernels());
+    } else if (beyond.any()) {
+      mend(args, kernels.tile(args), beyond, like);
+    }
+  }
+
+  void mend(ConvArgs args, Tile tile, const Beyond& beyond, const Tensor& like) const {
+    const OutlierKernels& outliers = outliers_kernels();
+    const Tensor prepared = prepare(direct_kernels(), args, like);
+    beyond.each_row(args, tile, outliers.mend_scratch_bytes(args, tile),
+                    [&](int64_t, int64_t image, int64_t row, char* scratch) {
+                      outliers.mend(args, tile, image, row, scratch);
+                    });
   }
 
   void filter_gradient(FilterGradArgs args, const Tensor& d_bias, const Tensor& like) const {
@@ -102,7 +157,32 @@ struct RefinerConv : Device {
                           kernels.filter_grad(args, chunk, sum, scratch);
                         });
     };
-    if (!run(kernels_for(args))) run(direct_kernels());
+    const ConvKernels& kernels = kernels_for(args);
+    if (kernels.tile == nullptr) {
+      run(kernels);
+      return;
+    }
+    Beyond beyond(args.batch);
+    args.range.beyond = args.grad_range.beyond = beyond.images.data();
+    outliers_kernels().set_ranges(args, kernels.tile(args));
+    const bool right = run(kernels);
+    if (!right || (beyond.any() && !keeps_promise(args, kernels.tile(args), beyond)))
+      run(direct_kernels());
+  }
+
+  bool keeps_promise(const FilterGradArgs& args, Tile tile, const Beyond& beyond) const {
+    const OutlierKernels& outliers = outliers_kernels();
+    const int64_t taps = args.kernel * args.kernel, row_sums = 1 + taps;
+    std::vector<double> sums(size_t(beyond.rows(args, tile) * row_sums));
+    beyond.each_row(args, tile, outliers.weigh_scratch_bytes(args, tile),
+                    [&](int64_t i, int64_t image, int64_t row, char* scratch) {
+                      double* to = sums.data() + i * row_sums;
+                      outliers.weigh(args, tile, image, row, to, to + 1, scratch);
+                    });
+    for (size_t i = size_t(row_sums); i < sums.size(); ++i) sums[i % size_t(row_sums)] += sums[i];
+    for (int64_t t = 1; t <= taps; ++t)
+      if (!(sums[0] <= outliers.most * sums[size_t(t)])) return false;
+    return true;
   }
 
   static constexpr bool in_one_launch(const ConvArgs&, const ConvArgs&) { return false; }
@@ -110,8 +190,8 @@ struct RefinerConv : Device {
 
   // The gradients of a block's first convolution and of its input, by way of that of its inner
   // activation, of which there are never more than some rows. False where that cannot be done, or
-  // came out not finite.
-  bool backward_in_window(ConvArgs inner, ConvArgs input, const FilterGradArgs& filter,
+  // came out not finite, or where some value is so large that the gradients must be looked at.
+  bool backward_in_window(ConvArgs inner, ConvArgs input, FilterGradArgs filter,
                           const Tensor& d_bias, const Tensor& like) const {
     const ConvKernels& kernels = kernels_for(inner);
     if (&kernels != &kernels_for(input) || &kernels != &kernels_for(filter) ||
@@ -121,13 +201,18 @@ struct RefinerConv : Device {
     const int64_t bytes = kernels.band_scratch_bytes(inner, input, filter);
     if (bytes == 0) return false;
     const Tensor prepared[] = {prepare(kernels, inner, like), prepare(kernels, input, like)};
+    Beyond beyond(inner.batch);
+    inner.range.beyond = input.range.beyond = filter.range.beyond = filter.grad_range.beyond =
+        beyond.images.data();
+    outliers_kernels().set_range(inner);
+    outliers_kernels().set_ranges(filter, kernels.tile(filter));
     std::atomic<bool> right = true;
     const bool finite = sum_chunks(kernels, filter, bytes, d_bias, like,
                                    [&](int64_t chunk, void* sum, void* scratch) {
                                      if (!kernels.band(inner, input, filter, chunk, sum, scratch))
                                        right = false;
                                    });
-    return finite && right;
+    return finite && right && !beyond.any();
   }
 };
 

@@ -32,14 +32,14 @@ Blocking direct_blocking(const ConvArgs& a) {
 }
 template <typename S>
 struct DirectSizes {
-  Blocking blocking;
-  int64_t columns, packed, sums, taps;
-  explicit DirectSizes(const ConvArgs& a) : blocking(direct_blocking<S>(a)) {
-    columns = blocking.columns + a.kernel - 1;
-    packed = ((blocking.rows + a.kernel - 1) * columns + max_rows + a.kernel) * a.in_channels;
-    sums = (blocking.rows * columns + max_rows) * padded<S>(a.out_channels);
+  int64_t packed, sums, taps;
+  DirectSizes(const ConvArgs& a, int64_t rows, int64_t columns) {
+    const int64_t halo = a.kernel - 1;
+    packed = ((rows + halo) * (columns + halo) + max_rows + a.kernel) * a.in_channels;
+    sums = (rows * (columns + halo) + max_rows) * padded<S>(a.out_channels);
     taps = a.kernel * a.kernel;
   }
+  DirectSizes(const ConvArgs& a, const Blocking& b) : DirectSizes(a, b.rows, b.columns) {}
   int64_t bytes() const {
     return Arena::bytes<S>(packed) + Arena::bytes<S>(sums) + Arena::bytes<int64_t>(taps);
   }
@@ -61,11 +61,9 @@ void prepare_direct(const ConvArgs& a, S* out) {
   }
 }
 
+// `sizes`: of a block as large as this one or larger.
 template <typename T, typename S>
-void conv_direct(const ConvArgs& a, int64_t task, void* memory) {
-  const DirectSizes<S> sizes(a);
-  const Block block = sizes.blocking.block(task, a.out_height(), a.out_width());
-  Arena scratch(memory);
+void conv_block(const ConvArgs& a, const Block& block, const DirectSizes<S>& sizes, Arena scratch) {
   S* packed = scratch.take<S>(sizes.packed);
   S* sums = scratch.take<S>(sizes.sums);
   int64_t* offset = scratch.take<int64_t>(sizes.taps);
@@ -89,7 +87,9 @@ int64_t prepared_bytes(const ConvArgs& a) {
   });
 }
 int64_t conv_scratch_bytes(const ConvArgs& a) {
-  return with_types(a.dtype, [&]<typename T, typename S>() { return DirectSizes<S>(a).bytes(); });
+  return with_types(a.dtype, [&]<typename T, typename S>() {
+    return DirectSizes<S>(a, direct_blocking<S>(a)).bytes();
+  });
 }
 void prepare(const ConvArgs& a, void* prepared) {
   with_types(a.dtype,
@@ -99,7 +99,11 @@ int64_t conv_tasks(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return direct_blocking<S>(a).tasks; });
 }
 bool conv(const ConvArgs& a, int64_t task, void* scratch) {
-  with_types(a.dtype, [&]<typename T, typename S>() { conv_direct<T, S>(a, task, scratch); });
+  with_types(a.dtype, [&]<typename T, typename S>() {
+    const Blocking blocking = direct_blocking<S>(a);
+    conv_block<T, S>(a, blocking.block(task, a.out_height(), a.out_width()),
+                     DirectSizes<S>(a, blocking), Arena(scratch));
+  });
   return true;
 }
 
@@ -215,8 +219,88 @@ bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
 
 bool serves(const ConvProblem&) { return true; }
 
+// Outliers.
+
+void set_range(ConvArgs& a) {
+  with_float_type(a.dtype,
+                  [&]<typename T>() { a.range.usual = usual_magnitude<T>(source_of(a), a.batch); });
+  a.range.limit = most * a.range.usual;
+}
+// A value of each, at its limit and beside usual ones, costs a tile as much as the promise allows.
+void set_ranges(FilterGradArgs& a, Tile tile) {
+  with_float_type(a.dtype, [&]<typename T>() {
+    a.range.usual = usual_magnitude<T>(source_of(a), a.batch);
+    if (a.grad.data) a.grad_range.usual = usual_magnitude<T>(grad_source_of(a), a.batch);
+  });
+  const float at = std::sqrt(most) * float(tile.size);
+  a.range.limit = at * a.range.usual;
+  a.grad_range.limit = at * a.grad_range.usual;
+}
+
+int64_t row_columns(const ConvProblem& p, Tile tile) {
+  return ceil_div(p.out_width(), tile.size) * tile.size + tile.reach - tile.size;
+}
+
+int64_t mend_scratch_bytes(const ConvArgs& a, Tile tile) {
+  return Magnitudes::bytes(tile.reach, row_columns(a, tile), a.in_channels) +
+         DirectSizes<float>(a, tile.size, tile.size).bytes();
+}
+void mend(const ConvArgs& a, Tile tile, int64_t image, int64_t tile_row, void* memory) {
+  const int64_t columns = row_columns(a, tile), h = tile_row * tile.size;
+  const int64_t rows = min(tile.size, a.out_height() - h);
+  Arena scratch(memory);
+  Magnitudes x(scratch, tile.reach, columns, a.in_channels);
+  const DirectSizes<float> sizes(a, tile.size, tile.size);
+  with_float_type(a.dtype, [&]<typename T>() {
+    x.read<T>(source_of(a), {image, h - a.padding, -a.padding, tile.reach, columns});
+    for (int64_t w = 0; w < a.out_width(); w += tile.size) {
+      const int64_t width = min(tile.size, a.out_width() - w);
+      if (!keeps_promise(x, w, tile, a.kernel, rows, width, a.range.usual))
+        conv_block<T, float>(a, {image, h, w, rows, width}, sizes, scratch);
+    }
+  });
+}
+
+int64_t weigh_scratch_bytes(const FilterGradArgs& a, Tile tile) {
+  const int64_t columns = row_columns(a, tile);
+  return Magnitudes::bytes(tile.reach, columns, a.in_channels) +
+         Magnitudes::bytes(tile.size, columns, a.out_channels);
+}
+void weigh(const FilterGradArgs& a, Tile tile, int64_t image, int64_t tile_row, double* products,
+           double* taps, void* memory) {
+  const int64_t columns = row_columns(a, tile), h = tile_row * tile.size;
+  const int64_t rows = min(tile.size, a.out_height() - h);
+  Arena scratch(memory);
+  Magnitudes x(scratch, tile.reach, columns, a.in_channels);
+  Magnitudes grad(scratch, tile.size, columns, a.out_channels);
+  with_float_type(a.dtype, [&]<typename T>() {
+    x.read<T>(source_of(a), {image, h - a.padding, -a.padding, tile.reach, columns});
+    grad.read<T>(grad_source_of(a), {image, h, 0, rows, a.out_width()});
+  });
+  for (int64_t w = 0; w < a.out_width(); w += tile.size) {
+    const int64_t width = min(tile.size, a.out_width() - w);
+    *products += double(x.largest(0, w, tile.reach, tile.reach)) * grad.largest(0, w, rows, width);
+    for (int64_t t = 0; t < a.kernel * a.kernel; ++t)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t q = w; q < w + width; ++q)
+          taps[t] += double(std::max(a.range.usual,
+                                     x.at[(r + t / a.kernel) * columns + q + t % a.kernel])) *
+                     std::max(a.grad_range.usual, grad.at[r * columns + q]);
+  }
+}
+
 }  // namespace
 
+extern const OutlierKernels outliers;
+const OutlierKernels outliers = {
+    .set_range = set_range,
+    .set_ranges = set_ranges,
+    .mend_scratch_bytes = mend_scratch_bytes,
+    .mend = mend,
+    .weigh_scratch_bytes = weigh_scratch_bytes,
+    .weigh = weigh,
+    .most = most,
+};
 extern const ConvKernels direct;
 const ConvKernels direct = {
     .serves = serves,

@@ -14,6 +14,7 @@ struct Source {
   double negative_slope;
   bool channels_last;
   int64_t channels, height, width;
+  Range range;
 };
 inline Source source_of(const ConvArgs& a) {
   return {.x = a.x,
@@ -22,7 +23,8 @@ inline Source source_of(const ConvArgs& a) {
           .channels_last = a.x_channels_last,
           .channels = a.in_channels,
           .height = a.height,
-          .width = a.width};
+          .width = a.width,
+          .range = a.range};
 }
 inline Source source_of(const FilterGradArgs& a) {
   return {.x = a.x,
@@ -31,7 +33,8 @@ inline Source source_of(const FilterGradArgs& a) {
           .channels_last = a.x_channels_last,
           .channels = a.in_channels,
           .height = a.height,
-          .width = a.width};
+          .width = a.width,
+          .range = a.range};
 }
 inline Source grad_source_of(const FilterGradArgs& a) {
   return {.x = a.grad,
@@ -40,7 +43,8 @@ inline Source grad_source_of(const FilterGradArgs& a) {
           .channels_last = a.grad_channels_last,
           .channels = a.out_channels,
           .height = a.out_height(),
-          .width = a.out_width()};
+          .width = a.out_width(),
+          .range = a.grad_range};
 }
 
 // out[(r * columns + q)][0, stride) = mask(g, x)[block.n, :, block.h + r, block.w + q], zero

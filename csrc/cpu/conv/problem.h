@@ -12,10 +12,17 @@
 
 namespace fastda::cpu {
 
+// Outputs that are made together, size x size, from reach x reach pixels of the input.
+struct Tile {
+  int64_t size, reach;
+};
+
 // Activations have a unit stride along c (channels_last) or w.
 struct ConvKernels {
   // Null where the instruction set has no such kernels.
   bool (*serves)(const ConvProblem&) = nullptr;
+  // Null: every output is made by itself. Else the ranges of the operands are noted (outliers.h).
+  Tile (*tile)(const ConvProblem&) = nullptr;
 
   // What all tasks share is made first: the filter, or the input, as the kernels want it.
   int64_t (*prepared_bytes)(const ConvArgs&);
@@ -47,6 +54,27 @@ struct ConvKernels {
   bool (*band)(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter,
                int64_t chunk, void* sums, void* scratch) = nullptr;
 };
+
+// What keeps large values to the outputs that they belong to: outliers.h.
+struct OutlierKernels {
+  // The usual magnitude of what a convolution or a gradient reads, and the limit to note.
+  void (*set_range)(ConvArgs&);
+  void (*set_ranges)(FilterGradArgs&, Tile);
+
+  // Makes again, directly, what other kernels made worse than promised of a row of tiles of an image;
+  // `prepared` as for `direct`.
+  int64_t (*mend_scratch_bytes)(const ConvArgs&, Tile);
+  void (*mend)(const ConvArgs&, Tile, int64_t image, int64_t tile_row, void* scratch);
+
+  // Of a row of tiles of an image: how large the rounded products may be, and, for every tap, how large
+  // they would be in a sum of its own. The filter's gradient keeps the promise where the former's sum is
+  // at most `most` times the latter's.
+  int64_t (*weigh_scratch_bytes)(const FilterGradArgs&, Tile);
+  void (*weigh)(const FilterGradArgs&, Tile, int64_t image, int64_t tile_row, double* products,
+                double* taps, void* scratch);
+  double most;
+};
+FASTDA_DECLARE_KERNELS(OutlierKernels, outliers)
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_tiles)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)

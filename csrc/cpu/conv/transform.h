@@ -8,7 +8,7 @@
 // one matrix to vectors: lanes are channels. Internal linkage throughout: see common/dtype.h.
 #pragma once
 
-#include "cpu/conv/pack.h"
+#include "cpu/conv/outliers.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -107,14 +107,18 @@ struct Scratch {
 template <typename T>
 void transform_input_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
                          const Workspace& v, int64_t first_slot, Scratch& scratch) {
+  Peak peak;
   each_column<T, 6>(s, run.image, c, run.row * 4 - 1, run.column * 4 - 1, run.count * 4 + 2,
                     scratch.strip, [&](int64_t i, const F32* d) __attribute__((always_inline)) {
                       F32 t[6];
                       Winograd43::input(d, t);
 #pragma GCC unroll 6
-                      for (int r = 0; r < 6; ++r)
+                      for (int r = 0; r < 6; ++r) {
+                        peak.add(d[r]);
                         store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                      }
                     });
+  peak.note(s.range, run.image);
   for (int64_t q = 0; q < run.count; ++q) {
     float* out = v.at(run.position + q, first_slot, c);
     const float* in = scratch.columns + q * 4 * 6 * VL;
@@ -134,15 +138,19 @@ template <typename T>
 void transform_gradient_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
                             const Workspace& v, double* sums, Scratch& scratch) {
   F32 sum = broadcast(0.0f);
+  Peak peak;
   each_column<T, 4>(s, run.image, c, run.row * 4, run.column * 4, run.count * 4, scratch.strip,
                     [&](int64_t i, const F32* d) __attribute__((always_inline)) {
                       F32 t[6];
                       sum += (d[0] + d[1]) + (d[2] + d[3]);
+#pragma GCC unroll 4
+                      for (int r = 0; r < 4; ++r) peak.add(d[r]);
                       Winograd43::gradient(d, t);
 #pragma GCC unroll 6
                       for (int r = 0; r < 6; ++r)
                         store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
                     });
+  peak.note(s.range, run.image);
   alignas(64) float total[VL];
   store_vec(total, sum);
   for (int k = 0; k < VL; ++k) sums[c + k] += double(total[k]);

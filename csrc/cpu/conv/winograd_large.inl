@@ -98,9 +98,10 @@ struct Pieces {
                               float* packed, float* v, int64_t step) {
     const int64_t p = a.padding, c = layout.c;
     const int64_t rows = TILE * t.rows + TAPS - 1, columns = TILE * t.columns + TAPS - 1;
-    pack<T, float>(source_of(a),
-                   {t.block.n, TILE * t.block.h - p, TILE * t.block.w - p, rows, columns}, packed,
-                   c);
+    const Source source = source_of(a);
+    pack<T, float>(source, {t.block.n, TILE * t.block.h - p, TILE * t.block.w - p, rows, columns},
+                   packed, c);
+    note(source.range, packed, rows * columns * c, t.block.n);
     for (int64_t q = 0; q < t.rows * t.columns; ++q) {
       const float* from = packed + (q / t.columns * TILE * columns + q % t.columns * TILE) * c;
       for (int64_t i = 0; i < c; i += lanes<float>) {
@@ -167,6 +168,10 @@ struct Pieces {
     return fused_multiply_add && full && p.dtype != DType::f64 &&
            min(p.in_channels, p.out_channels) >= 16 &&
            min(p.out_height(), p.out_width()) >= 2 * TILE;
+  }
+
+  static Tile tile(const ConvProblem& p) {
+    return {TILE, TILE * ceil_div(p.kernel, TAPS) + TAPS - 1};
   }
 
   static int64_t prepared_bytes(const ConvArgs& a) {
@@ -282,8 +287,10 @@ struct Pieces {
   static void transform_gradient(const FilterGradArgs& a, const Tiles& t, int64_t k, float* packed,
                                  float* z, int64_t step, double* bias) {
     const int64_t rows = TILE * t.block.rows, columns = TILE * t.block.columns;
-    pack<T, float>(grad_source_of(a),
-                   {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns}, packed, k);
+    const Source source = grad_source_of(a);
+    pack<T, float>(source, {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns}, packed,
+                   k);
+    note(source.range, packed, rows * columns * k, t.block.n);
     add_rows<float>(packed, rows * columns, k, bias);
     for (int64_t q = 0; q < t.pixels; ++q) {
       const int64_t row = q / t.columns, column = q % t.columns;
@@ -397,6 +404,7 @@ struct Pieces {
 
   static constexpr ConvKernels kernels = {
       .serves = serves,
+      .tile = tile,
       .prepared_bytes = prepared_bytes,
       .prepare = prepare,
       .conv_scratch_bytes = conv_scratch_bytes,

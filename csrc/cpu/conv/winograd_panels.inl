@@ -238,6 +238,7 @@ bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
 extern const ConvKernels winograd_panels;
 const ConvKernels winograd_panels = {
     .serves = serves,
+    .tile = [](const ConvProblem&) { return Tile{tile_size, tile_size + 2}; },
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
     .conv_scratch_bytes = conv_scratch_bytes,

@@ -457,12 +457,25 @@ bool band_chunk(ConvArgs between, ConvArgs to_input, FilterGradArgs to_filter, i
       made = end;
     }
   };
+  // What lies between is not there to draw from: its first tiles stand for the chunk.
+  const auto set_range = [&](int64_t row, int64_t rows) {
+    Source source = source_of(to_input);
+    source.height = rows;
+    source.x.data = window + (row - base) * band.row;
+    const float usual = usual_magnitude<T>(source, 1);
+    to_input.range.limit = most * usual;
+    to_filter.grad_range.limit = std::sqrt(most) * tile_size * usual;
+  };
   open_at(band.row_of(made));
   while (summed < tiles.end || passed < tiles.end) {
     if (summed < tiles.end) {
       const int64_t end = min(summed + tiles.block, tiles.end),
                     next = min(end + tiles.block, tiles.end);
       make(end);
+      if (summed == tiles.begin) {
+        const int64_t row = band.row_of(summed);
+        set_range(row, band.row_of(end - 1, 4) - row);
+      }
       grad_tiles<T>(to_filter, summed, end, next, summed == tiles.begin, partial, workspace);
       summed = end;
     }
@@ -493,6 +506,7 @@ bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArg
 extern const ConvKernels winograd_tiles;
 const ConvKernels winograd_tiles = {
     .serves = serves,
+    .tile = [](const ConvProblem&) { return Tile{tile_size, tile_size + 2}; },
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
     .conv_scratch_bytes = conv_scratch_bytes,

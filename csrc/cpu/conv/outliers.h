@@ -1,0 +1,117 @@
+// What a large value costs the outputs beside it. Winograd's transforms take differences of all that a
+// tile reads, so that each of its outputs is rounded as the largest value there asks for, in the output's
+// own window or not. The promise: no worse than if `most` times the largest value of its own window, or
+// the usual one of the whole operand, were the largest there.
+//
+// The transforms note the images with a value beyond the limit that the usual one sets. Those are looked
+// at once more, tile by tile, and what would break the promise goes to the direct kernels. Internal
+// linkage throughout: see common/dtype.h.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/conv/pack.h"
+
+namespace fastda::cpu::FASTDA_ISA {
+namespace {
+
+// Eight of the 24 bits that a number has.
+constexpr float most = 256;
+
+// The largest magnitude of what is added; what is not finite is above all numbers.
+struct Peak {
+  IntVec<float> bits{};
+  [[gnu::always_inline]] void add(F32 x) {
+    const IntVec<float> a = IntVec<float>(x) & 0x7fffffff;
+    bits = a > bits ? a : bits;
+  }
+  void note(const Range& range, int64_t image) const {
+    int32_t limit;
+    std::memcpy(&limit, &range.limit, sizeof limit);
+    const IntVec<float> above = bits > limit;
+    int32_t any = 0;
+    for (int i = 0; i < lanes<float>; ++i) any |= above[i];
+    if (any && range.beyond) __atomic_store_n(range.beyond + image, uint8_t(1), __ATOMIC_RELAXED);
+  }
+};
+// `count`, a multiple of the lanes.
+inline void note(const Range& range, const float* x, int64_t count, int64_t image) {
+  Peak peak;
+  for (int64_t i = 0; i < count; i += VL) peak.add(load_vec(x + i));
+  peak.note(range, image);
+}
+
+// The median magnitude of what is not zero among some tens of values from all over the images, and of
+// more where few are not zero. 0: none was found.
+template <typename T>
+float usual_magnitude(const Source& s, int64_t batch) {
+  constexpr int64_t drawn = 64, enough = 16, at_most = 1 << 16;
+  float found[drawn];
+  int64_t count = 0;
+  const int64_t total = batch * s.channels * s.height * s.width;
+  double place = 0;
+  for (int64_t i = 0; i < at_most && count < drawn && (i < drawn || count < enough); ++i) {
+    const int64_t index = min(int64_t(place * double(total)), total - 1);
+    place += 0.6180339887498949;  // multiples of the golden ratio lie evenly in [0, 1)
+    if (place >= 1) place -= 1;
+    const int64_t row = index / s.width, w = index % s.width;
+    const int64_t plane = row / s.height, h = row % s.height;
+    const int64_t n = plane / s.channels, c = plane % s.channels;
+    float x = load(at<T>(s.x, n, c, h, w));
+    if (s.mask.data && load(at<T>(s.mask, n, c, h, w)) <= 0) x *= float(s.negative_slope);
+    if (x == 0) continue;
+    found[count++] = x == x ? std::fabs(x) : __builtin_inff();
+  }
+  if (count == 0) return 0;
+  std::nth_element(found, found + count / 2, found + count);
+  return found[count / 2];
+}
+
+// A block of pixels, each by its largest magnitude, and room for a packed row of them.
+struct Magnitudes {
+  int64_t columns;
+  float *at, *packed;
+  static int64_t bytes(int64_t rows, int64_t columns, int64_t channels) {
+    return Arena::bytes<float>(rows * columns) + Arena::bytes<float>(columns * padded(channels));
+  }
+  Magnitudes(Arena& scratch, int64_t rows, int64_t columns, int64_t channels)
+      : columns(columns),
+        at(scratch.take<float>(rows * columns)),
+        packed(scratch.take<float>(columns * padded(channels))) {}
+
+  template <typename T>
+  void read(const Source& s, const Block& block) {
+    const int64_t stride = padded(s.channels);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      pack<T, float>(s, {block.n, block.h + r, block.w, 1, block.columns}, packed, stride);
+      for (int64_t q = 0; q < block.columns; ++q) {
+        Peak peak;
+        for (int64_t c = 0; c < stride; c += VL) peak.add(load_vec(packed + q * stride + c));
+        int32_t largest = 0;
+        for (int i = 0; i < VL; ++i) largest = peak.bits[i] > largest ? peak.bits[i] : largest;
+        std::memcpy(at + r * columns + q, &largest, sizeof largest);
+      }
+    }
+  }
+  float largest(int64_t h, int64_t w, int64_t rows, int64_t width) const {
+    float m = 0;
+    for (int64_t r = h; r < h + rows; ++r)
+      for (int64_t q = w; q < w + width; ++q) m = std::max(m, at[r * columns + q]);
+    return m;
+  }
+};
+
+// Whether the promise holds for rows x columns outputs of a tile, whose input begins at column `from`.
+inline bool keeps_promise(const Magnitudes& x, int64_t from, const Tile& tile, int64_t kernel,
+                          int64_t rows, int64_t columns, float usual) {
+  const float m = x.largest(0, from, tile.reach, tile.reach);
+  if (m <= most * usual) return true;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t q = 0; q < columns; ++q)
+      if (m > most * std::max(usual, x.largest(r, from + q, kernel, kernel))) return false;
+  return true;
+}
+
+}  // namespace
+}  // namespace fastda::cpu::FASTDA_ISA
