@@ -219,6 +219,9 @@ def conv_same(
     argument; the last two compute in float32. Under autocast every argument is cast, as `F.conv2d` casts its
     own.
 
+    On the CPU a large value costs the results that do not see it 8 of float32's 24 bits at most, forward and
+    backward; docs/ops/refiner_conv.md has the bound.
+
     Saved for backward: x, weight and, with an activation, the result. Double backward works; torch.func
     transforms take the reference.
 
@@ -255,7 +258,8 @@ def conv2d(
 
     The kernels are the CPU's, where 5x5 filters of 16 channels and more take Winograd F(3x3, 5x5); on other
     devices PyTorch's own convolutions serve, but for what `conv_same` serves. With a dilation d and a padding
-    of d (k // 2), k odd, d * d images of every d-th pixel go through `conv_same`; all else is PyTorch's.
+    of d (k // 2), k odd, d * d images of every d-th pixel go through `conv_same`; all else is PyTorch's. Of
+    large values the kernels promise what those of `conv_same` do.
 
     Saved for backward: x, weight and, with an activation, the result. Double backward works; torch.func
     transforms take the reference.

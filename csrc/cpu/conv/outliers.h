@@ -85,12 +85,19 @@ struct Magnitudes {
     const int64_t stride = padded(s.channels);
     for (int64_t r = 0; r < block.rows; ++r) {
       pack<T, float>(s, {block.n, block.h + r, block.w, 1, block.columns}, packed, stride);
-      for (int64_t q = 0; q < block.columns; ++q) {
-        Peak peak;
-        for (int64_t c = 0; c < stride; c += VL) peak.add(load_vec(packed + q * stride + c));
-        int32_t largest = 0;
-        for (int i = 0; i < VL; ++i) largest = peak.bits[i] > largest ? peak.bits[i] : largest;
-        std::memcpy(at + r * columns + q, &largest, sizeof largest);
+      for (int64_t q = 0; q < block.columns; q += VL) {
+        const int64_t pixels = min(VL, block.columns - q);
+        F32 each[VL] = {};
+        for (int64_t i = 0; i < pixels; ++i) {
+          Peak peak;
+          for (int64_t c = 0; c < stride; c += VL)
+            peak.add(load_vec(packed + (q + i) * stride + c));
+          each[i] = F32(peak.bits);
+        }
+        transpose<float>(each);
+        Peak all;
+        for (int c = 0; c < VL; ++c) all.add(each[c]);
+        store_first<float>(at + r * columns + q, F32(all.bits), int(pixels));
       }
     }
   }
