@@ -65,11 +65,20 @@ FASTDA_DEVICE void finish_tile(const ConvKernel& p, const float* staging, int im
       const int y = y0 + row, x = x0 + m - row * int(p.tile_width.value);
       if (y >= p.window.height || x >= p.window.columns || c >= p.out_channels) continue;
       Pack<float, E> v;
-      FASTDA_UNROLL
-      for (int e = 0; e < E; e += 4) {
-        const Pack<float, 4> four = load_pack<4>(staging + m * staging_stride + n + e);
+      const float* from = staging + m * staging_stride + n;
+      if constexpr (E == 8) {
+        // A pixel's 64 sums are all banks twice: the lanes of its second half read the second 16 of their
+        // 32 bytes first, so that eight lanes together meet every bank once.
+        const bool turned = n >= filter_columns / 2;
+        const Pack<float, 4> one = load_pack<4>(from + (turned ? 4 : 0));
+        const Pack<float, 4> two = load_pack<4>(from + (turned ? 0 : 4));
         FASTDA_UNROLL
-        for (int f = 0; f < 4; ++f) v.at[e + f] = four.at[f];
+        for (int e = 0; e < 4; ++e) {
+          v.at[e] = turned ? two.at[e] : one.at[e];
+          v.at[4 + e] = turned ? one.at[e] : two.at[e];
+        }
+      } else {
+        v = load_pack<E>(from);
       }
       Pack<T, E> residual{}, residual_mask{}, out_mask{}, result;
       if (p.residual.data) residual = load_pack<E>(place(p.residual, y, x) + c);
