@@ -9,7 +9,7 @@ import torch
 
 import fastda
 from fastda.recipes.common.images import shifted
-from fastda.recipes.simgan import models
+from fastda.recipes.simgan import data, models
 from fastda.recipes.simgan.cli import TUNED
 from fastda.recipes.simgan.train import (
     Trainer,
@@ -77,6 +77,28 @@ def test_a_refiner_of_changes_begins_as_the_identity(domains, tmp_path):
     loaded, _ = load_refiner(tmp_path / "checkpoint.safetensors")
     assert not torch.equal(refined, domains.synthetic.x[:5])
     assert torch.equal(refine(loaded, domains.synthetic.x[:5]), refined)
+
+
+def test_hues_are_kept(domains, tmp_path):
+    assert TUNED["folders"].keep_hues
+    colours = torch.randint(60, 190, (40, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    images = data.Images(colours.to(torch.uint8))
+    coloured = data.Domains("colours", "", images, images, images, images)
+    for net in ("small", "change"):
+        trainer = Trainer(coloured, replace(QUICK, net=net, lr=0.01, mirror=2, keep_hues=True))
+        assert trainer.discriminator(trainer.seen(to_float(images.x[:2]))).shape[0] == 2
+        while trainer.phase != "done":
+            trainer.advance()
+        trainer.save(tmp_path / "checkpoint.safetensors")
+        loaded, _ = load_refiner(tmp_path / "checkpoint.safetensors")
+        x = to_float(images.x)
+        change = loaded(x) - x
+        assert change.abs().max() > 1e-3
+        torch.testing.assert_close(change, change[:, :1].expand_as(change), rtol=0, atol=1e-5)
+        other = x.flip(1)  # other hues as light as these
+        assert torch.allclose(trainer.seen(other), trainer.seen(x), atol=1e-6)
+    grey = models.refiner("small", 1, keeps_hues=True)
+    assert torch.equal(grey(x[:1, :1]), fastda.nn.Refiner.forward(grey, x[:1, :1]))
 
 
 def test_matching_gives_cells_the_real_images_statistics_and_leaves_detail():

@@ -39,10 +39,10 @@ TUNED = {
     "strokes": replace(QUICK, reg_scale=0.3),
     "fonts": replace(QUICK, reg_scale=0.01, discriminator_lr=0.001, steps=200),
     "eyes": replace(
-        QUICK, net="change", steps=200, pretrain_refiner=0, pretrain_discriminator=50, reg_scale=8.0,
-        batch=16, refiner_steps=1, lr=0.0001, discriminator_lr=0.001, match=1, mirror=5, shift=2,
+        QUICK, net="change", pretrain_refiner=0, pretrain_discriminator=50, reg_scale=4.0,
+        batch=16, refiner_steps=1, discriminator_lr=0.001, mirror=5, shift=2,
     ),
-    "folders": replace(QUICK, reg_scale=0.5, mirror=5, shift=2),
+    "folders": replace(QUICK, reg_scale=0.5, mirror=5, shift=2, keep_hues=True),
 }  # fmt: skip
 # The paper's networks for gaze, step sizes, minibatch and sums; it gives neither λ nor B.
 PAPER = Settings(
@@ -89,13 +89,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "reg_scale": "λ", "psi": "ψ", "history": "B, refined images that D sees again; 0 turns it off",
         "match": "pixels of a cell: means over cells get the real images' statistics first; 0: off",
         "mirror": "pixels of reflection around R's input, against frames",
+        "keep_hues": "refining makes colours lighter or darker and leaves their hues",
         "shift": "pixels by which real images are moved at random",
         "average": "decay of the moving average of R's weights; 0 turns it off", "optimiser": "of both nets",
     }  # fmt: skip
     choices = {"net": models.NETS, "psi": models.PSI, "kind": KINDS, "optimiser": OPTIMISERS,
                "reduction": REDUCTIONS}  # fmt: skip
     for field in fields(Settings):
-        if field.name in helps:
+        if isinstance(field.default, bool):
+            group.add_argument(
+                f"--{field.name.replace('_', '-')}", action=argparse.BooleanOptionalAction,
+                help=helps[field.name],
+            )  # fmt: skip
+        elif field.name in helps:
             group.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 type=type(field.default), choices=choices.get(field.name),

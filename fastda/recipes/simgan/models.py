@@ -18,10 +18,12 @@ class Refiner(fastda.nn.Refiner):
 
     Zero padding alone leaves a frame as wide as the receptive field, by which every refined image is known.
     With `adds` what the network gives is added to the image, so that nothing gets lost on the way through it.
+    With `keeps_hues` all channels change by the mean of their changes: pixels get lighter or darker, and the
+    differences between their channels, so their hues, stay.
     """
 
     mirror = 0
-    adds = False
+    adds = keeps_hues = False
 
     def forward(self, x: Tensor) -> Tensor:
         m, layout = self.mirror, torch.channels_last
@@ -30,17 +32,19 @@ class Refiner(fastda.nn.Refiner):
             made = super().forward(wide)[..., m:-m, m:-m].contiguous(memory_format=layout)
         else:
             made = super().forward(x)
+        if self.keeps_hues:
+            return x + (made if self.adds else made - x).mean(1, keepdim=True)
         return x + made if self.adds else made
 
 
-def refiner(net: str, channels: int = 1, mirror: int = 0) -> Refiner:
+def refiner(net: str, channels: int = 1, mirror: int = 0, keeps_hues: bool = False) -> Refiner:
     """The paper's refiner for gaze or hand images, or one an eighth as dear, for a processor and minutes.
 
     `change` is as small; what it gives is added to the image, at first nothing.
     """
     width, blocks, kernel_size = {"gaze": (64, 4, 3), "hand": (64, 10, 7)}.get(net, (32, 2, 3))
     made = Refiner(channels, width, blocks, kernel_size)
-    made.mirror, made.adds = mirror, net == "change"
+    made.mirror, made.adds, made.keeps_hues = mirror, net == "change", keeps_hues and channels > 1
     if made.adds:
         nn.init.zeros_(made.last.weight)
         nn.init.zeros_(made.last.get_parameter("bias"))

@@ -51,6 +51,7 @@ class Settings:
     )
     match: int = 0  # cells of so many pixels get the real images' statistics before R sees them; 0 for none
     mirror: int = 0  # pixels of reflection around R's input instead of zeros alone
+    keep_hues: bool = False  # colours get lighter or darker alone
     shift: int = 0  # pixels by which real images are moved at random, so that D cannot learn a few by heart
     average: float = 0.0  # decay of the moving average of the refiner's weights, 0 to use the last weights
     backend: str | None = None
@@ -123,11 +124,12 @@ class Trainer:
         channels = domains.synthetic.x.shape[1]
         _check_size(settings, tuple(domains.synthetic.x.shape[1:]))
         torch.manual_seed(settings.seed)
-        self.refiner = models.refiner(settings.net, channels, settings.mirror)
+        self.refiner = models.refiner(settings.net, channels, settings.mirror, settings.keep_hues)
         self.matching = models.matching(settings.match, tuple(domains.synthetic.x.shape[1:]))
         if isinstance(self.matching, models.Matching):
             self.matching.fit(to_float(domains.synthetic.x), to_float(domains.real.x))
-        self.discriminator = models.discriminator(settings.net, channels, settings.kind)
+        seen = 1 if settings.keep_hues else channels
+        self.discriminator = models.discriminator(settings.net, seen, settings.kind)
         self.discriminator.to(memory_format=torch.channels_last)
         self.buffer = fastda.nn.ImageHistoryBuffer(max(1, settings.history), seed=settings.seed)
         self.refiner_loss = fastda.nn.RefinerLoss(
@@ -184,6 +186,10 @@ class Trainer:
         matched: Tensor = self.matching(self.draw(self.domains.synthetic.x))
         return matched
 
+    def seen(self, images: Tensor) -> Tensor:
+        """What D sees of images (N, C, H, W): of hues that stay nothing, or R would hide them in black."""
+        return images.mean(1, keepdim=True) if self.settings.keep_hues else images
+
     def refiner_step(self, pretraining: bool = False) -> dict[str, Tensor]:
         s = self.settings
         synthetic = self.draw_synthetic()
@@ -194,7 +200,7 @@ class Trainer:
         else:
             # Its weights take no gradient here: that would be work for nothing.
             self.discriminator.requires_grad_(False)
-            logits = self.discriminator(refined)
+            logits = self.discriminator(self.seen(refined))
             self.discriminator.requires_grad_(True)
             if s.psi == "identity":
                 loss = self.refiner_loss(logits, refined, synthetic)
@@ -222,7 +228,7 @@ class Trainer:
             refined = self.buffer.query(refined)
         d = self.discriminator
         loss, real_accuracy, fake_accuracy = fastda.patch_head_discriminator_loss(
-            d.features(real), d.features(refined), d.head.weight, d.head.bias, s.kind,
+            d.features(self.seen(real)), d.features(self.seen(refined)), d.head.weight, d.head.bias, s.kind,
             reduction=s.reduction, label_smoothing=s.label_smoothing, return_accuracy=True,
         )  # fmt: skip
         self.discriminator_optimiser.zero_grad()
@@ -332,7 +338,8 @@ def load_refiner(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The refiner of a checkpoint, with averaged weights where it has them, and the checkpoint's state."""
     tensors, settings, state = checkpoint.load(path)
     try:
-        net = models.refiner(settings["net"], state["shape"][0], settings["mirror"])
+        hues = settings.get("keep_hues", False)  # checkpoints had none once
+        net = models.refiner(settings["net"], state["shape"][0], settings["mirror"], hues)
         net.load_state_dict(_group(tensors, "averaged.") or _group(tensors, "refiner."))
         matching = models.matching(settings["match"], tuple(state["shape"]))
         matching.load_state_dict(_group(tensors, "matching."))
