@@ -4,6 +4,7 @@ import functools
 import types
 
 import pytest
+import torch
 from torch import nn
 
 import fastda
@@ -36,6 +37,7 @@ class HelperOnTheFunction(Function):
 
 class _Reference(Case):
     why = r"gradient|reversal|scale|forward|backward|refer|name"
+    why_not = None  # it cannot be here
 
     def inputs(self):
         return [(rows(),), (rows(1),)]
@@ -79,7 +81,18 @@ class ALambda(_Held):
         return self.held(self.first(x))
 
 
+def takes_keywords():
+    """Whether a Function's apply does, as torch 2.11's does not yet."""
+    try:
+        Copying.apply(torch.ones(1), coeff=0.4)
+    except TypeError:
+        return False
+    return True
+
+
 class APartial(ALambda):
+    why_not = None if takes_keywords() else "a Function of this torch is called without keywords"
+
     def hold(self):
         return functools.partial(Copying.apply, coeff=0.4)
 
@@ -255,6 +268,8 @@ class AProperty(_Held):
     "case", [c for c in cases(globals()) if issubclass(c, _Reference)], ids=lambda c: c.__name__
 )
 def test_however_a_module_refers_to_it(case, monkeypatch):
+    if case.why_not:
+        pytest.skip(case.why_not)
     check(case(), monkeypatch)
 
 
