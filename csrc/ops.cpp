@@ -35,11 +35,13 @@ STABLE_TORCH_LIBRARY(fastda, m) {
 
   // Refiner convolutions. Gradients that are not needed come back empty. tf32: a CUDA device may
   // round the factors of float32 products to TF32. negative_slope: of every ReLU; 0 or more.
-  // relu?(conv(x, weight) + bias + residual), stride 1, zero padding k // 2
-  m.def("conv_same(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, bool tf32=False, float negative_slope=0.0) -> Tensor");
-  // output: that of a forward with relu, whose mask the gradient takes
+  // relu?(conv(x, weight) + bias + residual), stride 1, padding k // 2: zeros or, reflect, the pixels of x
+  // mirrored at its first and last ones
+  m.def("conv_same(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, bool relu, bool tf32=False, float negative_slope=0.0, bool reflect=False) -> Tensor");
+  // output: that of a forward with relu, whose mask the gradient takes; with reflect the gradient of x must
+  // not be needed
   // -> gradients of x, weight, bias
-  m.def("conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, bool need_bias, bool tf32=False, float negative_slope=0.0) -> (Tensor, Tensor, Tensor)");
+  m.def("conv_same_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, bool need_x, bool need_weight, bool need_bias, bool tf32=False, float negative_slope=0.0, bool reflect=False) -> (Tensor, Tensor, Tensor)");
   // The same with any padding from 0 to k - 1 and any k, on the CPU.
   m.def("conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int padding, bool relu, float negative_slope=0.0) -> Tensor");
   m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, int padding, bool need_x, bool need_weight, bool need_bias, float negative_slope=0.0) -> (Tensor, Tensor, Tensor)");

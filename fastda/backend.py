@@ -94,6 +94,7 @@ autograd_module, autograd_error = _load_autograd()
 _ONLY = {
     "batch_norm_act": ("cpp", "triton"),
     "conv2d": ("cpp",),
+    "conv_same with padding_mode='reflect'": ("cpp",),
     "instance_norm_act": ("cpp", "triton"),
 }
 _forced: str | None = None

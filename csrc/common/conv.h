@@ -14,10 +14,12 @@ struct View {
   int64_t n = 0, c = 0, h = 0, w = 0;
 };
 
-// height and width: of x, which lies between `padding` zeros on each side.
+// height and width: of x, which lies between `padding` zeros on each side, or, `reflect`ed, between
+// as many of its own pixels, mirrored at its first and last ones.
 struct ConvProblem {
   DType dtype;
   int64_t batch, in_channels, out_channels, height, width, kernel, padding;
+  bool reflect = false;
   int64_t out_height() const { return height + 2 * padding - (kernel - 1); }
   int64_t out_width() const { return width + 2 * padding - (kernel - 1); }
 };

@@ -112,6 +112,7 @@ struct RefinerConv : Device {
   static constexpr bool any_strides = false;
   static constexpr bool inner_channels_last = true;  // the kernels need not turn it
   static constexpr bool has_window = true;
+  static constexpr bool reflects = true;
 
   static void check(const ConvProblem&, const char*) {}
 

@@ -17,6 +17,7 @@ struct RefinerConv : Device {
   static constexpr bool any_strides = true;
   static constexpr bool inner_channels_last = false;
   static constexpr bool has_window = false;
+  static constexpr bool reflects = false;
 
   static void check(const ConvProblem& p, const char* op) {
     constexpr int64_t most = int64_t(1) << 30;

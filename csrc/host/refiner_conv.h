@@ -7,6 +7,7 @@
 //                         unit stride along c (channels_last) or w
 //   inner_channels_last   between a block's convolutions all is channels_last, whatever x is
 //   has_window            it may have backward_in_window()
+//   reflects              its kernels read mirrored pixels in place of zeros around x
 //   check(problem, op)    refuses sizes beyond its kernels
 //   convolve(args, like), filter_gradient(args, d_bias, like)
 //                         of no empty output; workspaces on the device of `like`
@@ -14,6 +15,7 @@
 //                         a block in one launch, where it can; first.out without data: not kept
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "common/conv.h"
@@ -43,7 +45,7 @@ inline int64_t same(const Tensor& weight) { return weight.size(2) / 2; }
 // padding: none for what keeps height and width.
 template <typename Kernels>
 ConvProblem check(const Tensor& x, const Tensor& weight, const char* op,
-                  std::optional<int64_t> padding = std::nullopt) {
+                  std::optional<int64_t> padding = std::nullopt, bool reflect = false) {
   FASTDA_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(1) == x.size(1) &&
                    weight.size(2) == weight.size(3) && (padding || weight.size(2) % 2 == 1) &&
                    weight.scalar_type() == x.scalar_type(),
@@ -60,7 +62,11 @@ ConvProblem check(const Tensor& x, const Tensor& weight, const char* op,
                             .height = x.size(2),
                             .width = x.size(3),
                             .kernel = weight.size(2),
-                            .padding = padding.value_or(same(weight))};
+                            .padding = padding.value_or(same(weight)),
+                            .reflect = reflect};
+  FASTDA_CHECK(
+      !reflect || (Kernels::reflects && problem.padding < std::min(problem.height, problem.width)),
+      op, ": x must be larger than a reflected padding, and on the CPU");
   Kernels::check(problem, op);
   return problem;
 }
@@ -126,7 +132,7 @@ inline Tensor empty_bias(const Tensor& x, int64_t channels, bool needed) {
 // Everything that a convolution is fused with.
 struct Fusion {
   MaybeTensor x_mask, bias, residual, residual_mask, out_mask;
-  bool relu = false;
+  bool relu = false, reflect = false;
   double negative_slope = 0;
 };
 
@@ -145,6 +151,7 @@ inline ConvArgs conv_args(const Tensor& like, const View& x, bool channels_last,
   args.width = like.size(3);
   args.kernel = weight.size(2);
   args.padding = padding.value_or(same(weight));
+  args.reflect = fusion.reflect;
   args.in_channels = weight.size(rotate ? 0 : 1);
   args.out_channels = weight.size(rotate ? 1 : 0);
   args.x = x;
@@ -165,7 +172,8 @@ inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, cons
                                        const View& mask, double negative_slope,
                                        bool grad_channels_last, int64_t out_channels,
                                        const Tensor& d_weight,
-                                       std::optional<int64_t> padding = std::nullopt) {
+                                       std::optional<int64_t> padding = std::nullopt,
+                                       bool reflect = false) {
   const bool want_weight = d_weight.dim() == 4;
   FilterGradArgs args{};
   args.dtype = dtype_of(x, "conv_same_backward");
@@ -178,6 +186,7 @@ inline FilterGradArgs filter_grad_args(const Tensor& x, bool channels_last, cons
   args.width = x.size(3);
   args.kernel = want_weight ? d_weight.size(2) : 1;
   args.padding = want_weight ? padding.value_or(same(d_weight)) : 0;
+  args.reflect = reflect;
   if (want_weight) args.x = view_of(x);
   args.grad = grad;
   args.grad_mask = mask;
@@ -200,7 +209,7 @@ template <typename Kernels>
 void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last,
                      const Tensor& grad, const MaybeTensor& mask, double negative_slope,
                      bool grad_channels_last, const Tensor& d_weight, const Tensor& d_bias,
-                     std::optional<int64_t> padding = std::nullopt) {
+                     std::optional<int64_t> padding = std::nullopt, bool reflect = false) {
   if (d_weight.dim() != 4 && d_bias.numel() == 0) return;
   if (grad.numel() == 0) {
     Tensor zeros[] = {d_weight, d_bias};
@@ -209,7 +218,7 @@ void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last
   }
   FilterGradArgs args =
       filter_grad_args(x, channels_last, view_of(grad), view_of(mask), negative_slope,
-                       grad_channels_last, grad.size(1), d_weight, padding);
+                       grad_channels_last, grad.size(1), d_weight, padding, reflect);
   if (d_weight.dim() != 4) {  // a filter of 1 x 1 stands for none, and has results of this size
     args.height = grad.size(2);
     args.width = grad.size(3);
@@ -220,10 +229,11 @@ void filter_gradient(const Kernels& kernels, const Tensor& x, bool channels_last
 template <typename Kernels>
 Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
                    const MaybeTensor& bias, const MaybeTensor& residual,
-                   std::optional<int64_t> padding, bool relu, bool tf32, double negative_slope) {
+                   std::optional<int64_t> padding, bool relu, bool tf32, double negative_slope,
+                   bool reflect) {
   check_slope(negative_slope, op);
   const Kernels kernels(op, tf32, x_any, weight, bias, residual);
-  const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
+  const ConvProblem s = check<Kernels>(x_any, weight, op, padding, reflect);
   check_image(residual, x_any, s, s.out_channels, op);
   const bool channels_last = prefers_channels_last(x_any);
   const Tensor x = laid_out<Kernels>(x_any, channels_last);
@@ -231,6 +241,7 @@ Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
   fusion.bias = check_bias(bias, x, s.out_channels, op);
   fusion.residual = laid_out<Kernels>(residual, channels_last);
   fusion.relu = relu;
+  fusion.reflect = reflect;
   fusion.negative_slope = negative_slope;
   Tensor out = empty(x, {s.batch, s.out_channels, s.out_height(), s.out_width()}, x.scalar_type(),
                      channels_last);
@@ -239,15 +250,16 @@ Tensor convolution(const char* op, const Tensor& x_any, const Tensor& weight,
 }
 template <typename Kernels>
 Tensor conv_same(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
-                 const MaybeTensor& residual, bool relu, bool tf32, double negative_slope) {
+                 const MaybeTensor& residual, bool relu, bool tf32, double negative_slope,
+                 bool reflect) {
   return convolution<Kernels>("conv_same", x, weight, bias, residual, std::nullopt, relu, tf32,
-                              negative_slope);
+                              negative_slope, reflect);
 }
 template <typename Kernels>
 Tensor conv2d(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
               const MaybeTensor& residual, int64_t padding, bool relu, double negative_slope) {
   return convolution<Kernels>("conv2d", x, weight, bias, residual, padding, relu, false,
-                              negative_slope);
+                              negative_slope, false);
 }
 
 template <typename Kernels>
@@ -256,10 +268,11 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const char* op, const Te
                                                         const MaybeTensor& output,
                                                         std::optional<int64_t> padding, bool need_x,
                                                         bool need_weight, bool need_bias, bool tf32,
-                                                        double negative_slope) {
+                                                        double negative_slope, bool reflect) {
   check_slope(negative_slope, op);
+  FASTDA_CHECK(!reflect || !need_x, op, ": with reflect the gradient of x must not be needed");
   const Kernels kernels(op, tf32, x_any, grad_any, weight, output);
-  const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
+  const ConvProblem s = check<Kernels>(x_any, weight, op, padding, reflect);
   check_image(grad_any, x_any, s, s.out_channels, op);
   check_image(output, x_any, s, s.out_channels, op);
   const bool channels_last = prefers_channels_last(x_any);
@@ -277,7 +290,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const char* op, const Te
   Tensor d_weight = empty_filter(weight, need_weight);
   Tensor d_bias = empty_bias(x, s.out_channels, need_bias);
   filter_gradient(kernels, x, channels_last, grad, fusion.x_mask, negative_slope, channels_last,
-                  d_weight, d_bias, padding);
+                  d_weight, d_bias, padding, reflect);
   return {d_x, d_weight, d_bias};
 }
 template <typename Kernels>
@@ -285,9 +298,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_same_backward(const Tensor& grad, const 
                                                       const Tensor& weight,
                                                       const MaybeTensor& output, bool need_x,
                                                       bool need_weight, bool need_bias, bool tf32,
-                                                      double negative_slope) {
+                                                      double negative_slope, bool reflect) {
   return convolution_backward<Kernels>("conv_same_backward", grad, x, weight, output, std::nullopt,
-                                       need_x, need_weight, need_bias, tf32, negative_slope);
+                                       need_x, need_weight, need_bias, tf32, negative_slope,
+                                       reflect);
 }
 template <typename Kernels>
 std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Tensor& x,
@@ -295,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Ten
                                                    int64_t padding, bool need_x, bool need_weight,
                                                    bool need_bias, double negative_slope) {
   return convolution_backward<Kernels>("conv2d_backward", grad, x, weight, output, padding, need_x,
-                                       need_weight, need_bias, false, negative_slope);
+                                       need_weight, need_bias, false, negative_slope, false);
 }
 
 template <typename Kernels>

@@ -128,6 +128,87 @@ class _Conv2d(torch.autograd.Function):
         )
 
 
+class _Reflected(torch.autograd.Function):
+    """`conv_same` with the padding that mirrors x: the kernels read it where it lies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        slope: float | None,
+        serving: str,
+    ) -> Tensor:
+        y = _forward_reflected(serving, x, weight, bias, residual, slope)
+        ctx.serving, ctx.slope = serving, slope
+        ctx.save_for_backward(x, weight, None if slope is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if y is not None:
+            grad = activation_gradient(grad, y, ctx.slope)
+        d_x = d_weight = d_bias = None
+        if torch.is_grad_enabled():
+            convolve = functools.partial(reference.conv_same, padding_mode="reflect")
+            d_x, d_weight = composite_backward(convolve, (x, weight), needs[:2], grad)
+            d_bias = grad.sum((0, 2, 3)) if needs[2] else None
+        else:
+            raw = backend.kernels(ctx.serving)
+            if needs[0]:
+                d_x = raw.conv_same_backward(grad, x, weight, None, True, False, False)[0]
+                _fold_border(raw, d_x, grad, weight)
+            if needs[1] or needs[2]:
+                wanted = (False, needs[1], needs[2], False, 0.0, True)
+                _, d_weight, d_bias = raw.conv_same_backward(grad, x, weight, None, *wanted)
+        return (
+            d_x,
+            laid_out_as(weight, d_weight) if needs[1] else None,  # type: ignore[arg-type]
+            d_bias if needs[2] else None,
+            grad if needs[3] else None,
+            None,
+            None,
+        )
+
+
+def _forward_reflected(
+    serving: str, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, slope: float | None
+) -> Tensor:
+    raw, act = backend.kernels(serving), slope is not None
+    return raw.conv_same(x, weight, bias, residual, act, False, slope or 0.0, True)
+
+
+def _fold_border(raw: Any, d_x: Tensor, grad: Tensor, weight: Tensor) -> None:
+    """Adds to `d_x`, what the pixels of x get without a border, what they get by way of its mirrored ones."""
+    _fold_rows(raw, d_x, grad, weight, corners=True)
+    _fold_rows(raw, d_x.mT, grad.mT, weight.mT, corners=False)
+
+
+def _fold_rows(raw: Any, d_x: Tensor, grad: Tensor, weight: Tensor, corners: bool) -> None:
+    """The rows above and below x: that at a distance r > 0 got the sum over t of the products of row t of the
+    filter with row p - r - t of `grad`, both counted from that edge, and goes to row r of x.
+    """
+    (n, c, _, w), k = d_x.shape, weight.shape[2]
+    p = k // 2
+    for edge in (1, -1):
+        strip, taps = (t[:, :, :p] if edge > 0 else t[:, :, -p:].flip(2) for t in (grad, weight))
+        taps = taps.permute(2, 3, 1, 0).reshape(p * k * c, -1, 1, 1)
+        products = raw.conv_same(strip, taps, None, None, False).unflatten(1, (p, k, c))
+        for distance in range(1, p + 1):
+            row = d_x.new_zeros(n, c, w + 2 * p)
+            for t in range(p - distance + 1):
+                for j in range(k):
+                    row[..., j : j + w] += products[:, t, j, :, p - distance - t]
+            if corners:
+                row[..., p + 1 : 2 * p + 1] += row[..., :p].flip(-1)
+                row[..., w - 1 : w + p - 1] += row[..., w + p :].flip(-1)
+            d_x[:, :, distance if edge > 0 else -1 - distance] += row[..., p : p + w]
+
+
 def _is_same(weight: Tensor, padding: int, dilation: int = 1) -> bool:
     """Whether the result has the height and width of x: every backend has kernels for that."""
     return dilation * (weight.shape[2] - 1) == 2 * padding
@@ -206,13 +287,16 @@ def conv_same(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    padding_mode: str = "zeros",
     residual: Tensor | None = None,
     relu: bool = False,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """Convolution with stride 1 and zero padding k // 2, then `+ bias`, `+ residual`, (leaky) ReLU.
+    """Convolution with stride 1 and padding k // 2, then `+ bias`, `+ residual`, (leaky) ReLU.
 
     All in one pass. negative_slope: of a leaky ReLU, 0 or more, in place of `relu`, which is a slope of 0.
+    padding_mode: "zeros", or "reflect" for the pixels of x mirrored at its first and last ones, as
+    `F.pad(mode="reflect")` has them; the CPU's kernels read them where they lie.
 
     Shapes: x (N, C, H, W); weight (K, C, k, k) with odd k; bias (K,); residual and the result (N, K, H, W),
     the result in the memory format of x. Dtypes: float32, float64, bfloat16, float16, the same for every
@@ -229,13 +313,16 @@ def conv_same(
     Source: the refiner of SimGAN, arXiv 1612.07828, section 2.3; Winograd convolution, arXiv 1509.09308.
     """
     if is_symbolic(x):
-        options: Any = dict(residual=residual, relu=relu, negative_slope=negative_slope)
+        options: Any = dict(
+            padding_mode=padding_mode, residual=residual, relu=relu, negative_slope=negative_slope
+        )
         return handle_torch_function(conv_same, (x,), x, weight, bias, **options)
     _check_tensor("conv_same", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv_same", x, "weight", weight)
     slope = _slope("conv_same", relu, negative_slope)
-    return _convolve("conv_same", x, weight, bias, residual, weight.shape[2] // 2, 1, slope)
+    padding = weight.shape[2] // 2
+    return _convolve("conv_same", x, weight, bias, residual, padding, padding_mode, 1, slope)
 
 
 def conv2d(
@@ -244,17 +331,18 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     padding: int = 0,
+    padding_mode: str = "zeros",
     dilation: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """Convolution with stride 1 and zero padding, then `+ bias`, `+ residual`, (leaky) ReLU, in one pass.
+    """Convolution with stride 1 and padding, then `+ bias`, `+ residual`, (leaky) ReLU, in one pass.
 
     Shapes: x (N, C, H, W); weight (K, C, k, k); bias (K,); residual and the result (N, K, H', W') with
     H' = H + 2 padding - dilation (k - 1), the result in the memory format of x. Dtypes as for `conv_same`,
-    which is this with odd k, padding k // 2 and dilation 1, as is negative_slope. padding: on each side, less
-    than the filter is wide, dilation (k - 1) + 1.
+    which is this with odd k, padding k // 2 and dilation 1; negative_slope and padding_mode too. padding: on
+    each side, less than the filter is wide, dilation (k - 1) + 1.
 
     The kernels are the CPU's, where 5x5 filters of 16 channels and more take Winograd F(3x3, 5x5); on other
     devices PyTorch's own convolutions serve, but for what `conv_same` serves. With a dilation d and a padding
@@ -269,7 +357,12 @@ def conv2d(
     """
     if is_symbolic(x):
         options: Any = dict(
-            padding=padding, dilation=dilation, residual=residual, relu=relu, negative_slope=negative_slope
+            padding=padding,
+            padding_mode=padding_mode,
+            dilation=dilation,
+            residual=residual,
+            relu=relu,
+            negative_slope=negative_slope,
         )
         return handle_torch_function(conv2d, (x,), x, weight, bias, **options)
     _check_tensor("conv2d", "x", x)
@@ -289,7 +382,7 @@ def conv2d(
             f"and {padding}, got {tuple(x.shape)}"
         )
     slope = _slope("conv2d", relu, negative_slope)
-    return _convolve("conv2d", x, weight, bias, residual, padding, dilation, slope)
+    return _convolve("conv2d", x, weight, bias, residual, padding, padding_mode, dilation, slope)
 
 
 def _convolve(
@@ -299,24 +392,40 @@ def _convolve(
     bias: Tensor | None,
     residual: Tensor | None,
     padding: int,
+    padding_mode: str,
     dilation: int,
     slope: float | None,
 ) -> Tensor:
+    if padding_mode not in ("zeros", "reflect"):
+        raise ValueError(f"{op}: padding_mode must be 'zeros' or 'reflect', got {padding_mode!r}")
+    reflect = padding_mode == "reflect" and padding > 0
+    if reflect and min(x.shape[2:]) <= padding:
+        raise ValueError(
+            f"{op}: x must be larger than its reflected padding, {padding}, got {tuple(x.shape)}"
+        )
     out_channels, more = weight.shape[0], 2 * padding - dilation * (weight.shape[2] - 1)
     _check_like(op, x, "weight", weight, None)
     _check_like(op, x, "bias", bias, (out_channels,))
     _check_like(op, x, "residual", residual, (x.shape[0], out_channels, x.shape[2] + more, x.shape[3] + more))
-    serving = backend.select(x, "conv_same" if more == 0 and dilation == 1 else "conv2d")
-    if serving == "reference" or (dilation > 1 and more):
-        return reference.conv2d(
-            x, weight, bias, padding=padding, dilation=dilation, residual=residual, negative_slope=slope
-        )
-    if torch.is_grad_enabled() and (
+    same = more == 0 and dilation == 1
+    served = "conv_same with padding_mode='reflect'" if reflect else "conv_same"
+    serving = backend.select(x, served if same else "conv2d")
+    if serving == "reference" or (dilation > 1 and (more or reflect)):
+        options: Any = dict(padding_mode=padding_mode, dilation=dilation, negative_slope=slope)
+        return reference.conv2d(x, weight, bias, padding=padding, residual=residual, **options)
+    if reflect and not same:
+        x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
+    recorded = torch.is_grad_enabled() and (
         x.requires_grad
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
-    ):
+    )
+    if reflect and same:
+        if recorded:
+            return _Reflected.apply(*recordable(x, weight, bias, residual), slope, serving)
+        return _forward_reflected(serving, x, weight, bias, residual, slope)
+    if recorded:
         return _Conv2d.apply(*recordable(x, weight, bias, residual), padding, dilation, slope, serving)
     return _forward(serving, x, weight, bias, residual, padding, dilation, slope)
 

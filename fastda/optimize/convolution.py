@@ -212,6 +212,8 @@ def _pays(
 
 def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """The layer's result. 3×3 are fast with a padding of 1: what that is more than the layer's is cut off."""
+    if padding and padding == weight.shape[2] // 2 and conv.padding_mode == "reflect":
+        return conv_same(x, weight, bias, padding_mode="reflect")
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
         padding = 0

@@ -14,12 +14,15 @@ def conv2d(
     bias: Tensor | None = None,
     *,
     padding: int = 0,
+    padding_mode: str = "zeros",
     dilation: int = 1,
     residual: Tensor | None = None,
     relu: bool = False,
     negative_slope: float | None = None,
 ) -> Tensor:
     """act(x * weight + bias + residual), with stride 1; see `fastda.conv2d`."""
+    if padding_mode == "reflect":
+        x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
     y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
     return act(y, residual, 0.0 if relu else negative_slope)
 
@@ -29,16 +32,18 @@ def conv_same(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    padding_mode: str = "zeros",
     residual: Tensor | None = None,
     relu: bool = False,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """act(x * weight + bias + residual), with stride 1 and zero padding k // 2; see `fastda.conv_same`."""
+    """act(x * weight + bias + residual), with stride 1 and padding k // 2; see `fastda.conv_same`."""
     return conv2d(
         x,
         weight,
         bias,
         padding=weight.shape[-1] // 2,
+        padding_mode=padding_mode,
         residual=residual,
         relu=relu,
         negative_slope=negative_slope,

@@ -53,6 +53,7 @@ def _conv_same(
     relu: bool,
     tf32: bool = False,
     negative_slope: float = 0.0,
+    reflect: bool = False,
 ) -> Tensor:
     return _image(x, weight.shape[0])
 
@@ -94,6 +95,7 @@ def _conv_same_backward(
     need_bias: bool,
     tf32: bool = False,
     negative_slope: float = 0.0,
+    reflect: bool = False,
 ) -> tuple[Tensor, ...]:
     return (
         _image(x, x.shape[1]) if need_x else x.new_empty(0),
@@ -144,6 +146,8 @@ def _refiner_block_backward(
 
 
 def _conv_shapes(options: Options, n: int, c: int, k: int, size: int, h: int, w: int) -> dict[str, Sizes]:
+    if options.get("padding_mode") == "reflect":  # of fewer pixels than there are
+        h, w = max(h, size // 2 + 1), max(w, size // 2 + 1)
     shapes: dict[str, Sizes] = {"x": (n, c, h, w), "weight": (k, c, size, size)}
     if options.get("bias", True):
         shapes["bias"] = (k,)
@@ -192,6 +196,8 @@ OPERATORS = (
             {"bias": None},
             *grid(residual=(None, True), relu=(False, True)),
             *grid(residual=(None, True), negative_slope=(0.2,)),
+            {"padding_mode": "reflect"},
+            {"padding_mode": "reflect", "residual": True, "relu": True},
         ],
         large=((8, 64, 64, 3, 35, 55), (2, 64, 64, 7, 56, 56)),
         large_options={"relu": True},
@@ -212,6 +218,7 @@ OPERATORS = (
             *({"padding": 1, "relu": True}, {"residual": True, "padding": 0}),
             {"residual": True, "relu": True, "padding": 1},
             {"residual": True, "negative_slope": 0.2, "padding": 1},
+            {"padding": 1, "padding_mode": "reflect"},
             {"dilation": 2, "padding": 2},
         ],
         large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),

@@ -191,6 +191,9 @@ OPERATORS = {
         lambda: (*image(4)(), *filters()[:2], *image(4)()),
     ),
     "conv_same, leaky": operator("conv_same", lambda: (*image(4)(), *filters()[:2]), negative_slope=0.1),
+    "conv_same, reflected": operator(
+        "conv_same", lambda: (*image(4)(), *filters()[:2]), padding_mode="reflect"
+    ),
     "conv2d": operator("conv2d", lambda: (*image(4)(), *filters()[:2])),
     "conv2d, padded": operator("conv2d", lambda: (*image(4)(), *filters()[:2]), padding=2, relu=True),
     "refiner_block": operator("refiner_block", lambda: (*image(4)(), *filters())),

@@ -15,7 +15,13 @@ struct Source {
   bool channels_last;
   int64_t channels, height, width;
   Range range;
+  int64_t reflected;  // pixels that mirror others, on each side; beyond them are zeros
 };
+// The row or column of `size` that stands at i; -1: zeros.
+inline int64_t standing_at(int64_t i, int64_t size, int64_t reflected) {
+  const int64_t from = i < 0 ? -i : i < size ? i : 2 * (size - 1) - i;
+  return i >= -reflected && i < size + reflected ? from : -1;
+}
 inline Source source_of(const ConvArgs& a) {
   return {.x = a.x,
           .mask = a.x_mask,
@@ -24,7 +30,8 @@ inline Source source_of(const ConvArgs& a) {
           .channels = a.in_channels,
           .height = a.height,
           .width = a.width,
-          .range = a.range};
+          .range = a.range,
+          .reflected = a.reflect ? a.padding : 0};
 }
 inline Source source_of(const FilterGradArgs& a) {
   return {.x = a.x,
@@ -34,7 +41,8 @@ inline Source source_of(const FilterGradArgs& a) {
           .channels = a.in_channels,
           .height = a.height,
           .width = a.width,
-          .range = a.range};
+          .range = a.range,
+          .reflected = a.reflect ? a.padding : 0};
 }
 inline Source grad_source_of(const FilterGradArgs& a) {
   return {.x = a.grad,
@@ -44,7 +52,8 @@ inline Source grad_source_of(const FilterGradArgs& a) {
           .channels = a.out_channels,
           .height = a.out_height(),
           .width = a.out_width(),
-          .range = a.grad_range};
+          .range = a.grad_range,
+          .reflected = 0};
 }
 
 // out[(r * columns + q)][0, stride) = mask(g, x)[block.n, :, block.h + r, block.w + q], zero
@@ -57,8 +66,8 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
   const int64_t begin = min(block.columns, max(0, -block.w)),
                 end = max(begin, min(block.columns, width - block.w));
   for (int64_t r = 0; r < block.rows; ++r, out += block.columns * stride) {
-    const int64_t h = block.h + r;
-    if (h < 0 || h >= height) {
+    const int64_t h = standing_at(block.h + r, height, s.reflected);
+    if (h < 0) {
       for (int64_t i = 0; i < block.columns * stride; ++i) out[i] = S(0);
       continue;
     }
@@ -118,13 +127,20 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
 template <typename T, typename S>
 void pack(const Source& s, const Block& block, S* out, int64_t stride) {
   with_relu_mask<S>(s.negative_slope, [&](auto mask) { pack<T, S>(s, mask, block, out, stride); });
+  for (int64_t q = 0; s.reflected > 0 && q < block.columns; ++q) {
+    const int64_t from = standing_at(block.w + q, s.width, s.reflected);
+    if (from < 0 || from == block.w + q) continue;
+    for (int64_t r = 0; r < block.rows; ++r)
+      pack<T, S>(s, {block.n, block.h + r, from, 1, 1}, out + (r * block.columns + q) * stride,
+                 stride);
+  }
 }
 
 #if FASTDA_SIMD
 
 // Loads `R` rows from y0 and `columns` columns from x0 of channels [c, c + VL) and hands each
-// column's R vectors to `f`. Outside of the image, and past the last channel, zeros. strip:
-// [R][VL][VL] floats.
+// column's R vectors to `f`. Outside of the image, and past the last channel, zeros, or what an image
+// without a mask mirrors there. strip: [R][VL][VL] floats.
 template <typename T, int R, typename F>
 FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_t y0, int64_t x0,
                                int64_t columns, float* strip, F&& f) {
@@ -132,14 +148,29 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
   const T* x = static_cast<const T*>(s.x.data) + image * s.x.n + c * s.x.c;
   const T* g = static_cast<const T*>(s.mask.data) + (masked ? image * s.mask.n + c * s.mask.c : 0);
   const int64_t sx = s.x.w, sg = s.mask.w;
-  const int64_t r0 = y0 < 0 ? -y0 : 0, r1 = min(R, s.height - y0);
+  int64_t rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = standing_at(y0 + r, s.height, s.reflected);
   if (s.channels_last) {
     const int64_t first = max(x0, 0), last = min(x0 + columns, s.width);
+    const Mask m = mask_of(0, s.channels - c);
     F32 d[R];
-    for (int r = 0; r < R; ++r) d[r] = broadcast(0.0f);
-    for (int64_t i = x0; i < first; ++i) f(i - x0, d);
-    for (int64_t i = last; i < x0 + columns; ++i) f(i - x0, d);
-    if (r0 == 0 && r1 == R && c + VL <= s.channels) {
+    // Column i, where column `from` stands.
+    const auto column = [&](int64_t i, int64_t from) {
+#pragma GCC unroll 6
+      for (int r = 0; r < R; ++r) {
+        d[r] = broadcast(0.0f);
+        if (from < 0 || rows[r] < 0) continue;
+        d[r] = load_vec(x + rows[r] * s.x.h + from * sx, m);
+        if (masked)
+          with_relu_mask<float>(s.negative_slope, [&](auto mask) {
+            d[r] = mask(d[r], load_vec(g + rows[r] * s.mask.h + from * sg, m));
+          });
+      }
+      f(i - x0, d);
+    };
+    for (int64_t i = x0; i < first; ++i) column(i, standing_at(i, s.width, s.reflected));
+    for (int64_t i = last; i < x0 + columns; ++i) column(i, standing_at(i, s.width, s.reflected));
+    if (y0 >= 0 && y0 + R <= s.height && c + VL <= s.channels) {
       if (!masked) {
         for (int64_t i = first; i < last; ++i) {
 #pragma GCC unroll 6
@@ -158,20 +189,7 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
         });
       }
     } else {
-      const Mask m = mask_of(0, s.channels - c);
-      for (int64_t i = first; i < last; ++i) {
-#pragma GCC unroll 6
-        for (int r = 0; r < R; ++r) {
-          d[r] = broadcast(0.0f);
-          if (r < r0 || r >= r1) continue;
-          d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx, m);
-          if (masked)
-            with_relu_mask<float>(s.negative_slope, [&](auto mask) {
-              d[r] = mask(d[r], load_vec(g + (y0 + r) * s.mask.h + i * sg, m));
-            });
-        }
-        f(i - x0, d);
-      }
+      for (int64_t i = first; i < last; ++i) column(i, i);
     }
     return;
   }
@@ -182,12 +200,12 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
     const Mask m = mask_of(first, last);
     for (int r = 0; r < R; ++r) {
       float* line = strip + r * VL * VL;
-      if (r < r0 || r >= r1) {
+      if (rows[r] < 0) {
         for (int k = 0; k < VL; ++k) store_vec(line + k * VL, broadcast(0.0f));
         continue;
       }
-      const T* row = x + (y0 + r) * s.x.h + x0 + i;
-      const T* mask_row = masked ? g + (y0 + r) * s.mask.h + x0 + i : nullptr;
+      const T* row = x + rows[r] * s.x.h + x0 + i;
+      const T* mask_row = masked ? g + rows[r] * s.mask.h + x0 + i : nullptr;
       F32 v[VL];
       if (!masked) {
 #pragma GCC unroll 16
@@ -205,6 +223,13 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
       transpose<float>(v);
 #pragma GCC unroll 16
       for (int k = 0; k < VL; ++k) store_vec(line + k * VL, v[k]);
+      if (s.reflected == 0 || (first == 0 && last == width)) continue;
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t from = standing_at(x0 + i + j, s.width, s.reflected);
+        if (from < 0 || (first <= j && j < last)) continue;
+        for (int64_t k = 0; k < channels; ++k)
+          line[j * VL + k] = load(x + rows[r] * s.x.h + k * s.x.c + from);
+      }
     }
     for (int64_t j = 0; j < width; ++j) {
       F32 d[R];

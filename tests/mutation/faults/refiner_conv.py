@@ -19,6 +19,21 @@ FAULTS = (
         "test_edge[a_leaky_relu_is_that_of_pytorch]",
     ),
     fault(
+        "a border mirrors the first pixel itself", CPU,
+        "i < 0 ? -i : i < size", "i < 0 ? -i - 1 : i < size",
+        "test_reflected_conv_same_matches_reference",
+    ),
+    fault(
+        "contiguous tiles: zeros for the columns that mirror others", CPU,
+        "if (s.reflected == 0 || (first == 0 && last == width)) continue;", "continue;",
+        "test_reflected_conv_same_matches_reference",
+    ),
+    fault(
+        "convolution: corners of a mirrored border are lost", "fastda/ops",
+        "            if corners:", "            if False:",
+        "test_reflected_conv_same_matches_reference",
+    ),
+    fault(
         "ReLU of NaN is 0 (base)", CPU,
         "x < low ? low : x", "x > low ? x : low",
         "test_nan_and_inf_go_where_the_definition_takes_them", **BASE,
