@@ -92,6 +92,7 @@ def test_train_writes_pictures_results_and_a_report(two_folders, tmp_path, capsy
     out = tmp_path / "out"
     assert {p.name for p in (out / "seed-0").iterdir()} == {
         "checkpoint.safetensors", "grid.png", "grid-000010.png", "grid-000020.png", "grid-000023.png",
+        "measures.json",
     }  # fmt: skip
     results = json.loads((out / "results.json").read_text())
     assert results["trainings"][0]["measures"]["two_sample"].keys() == {"raw", "refined"}
