@@ -92,6 +92,11 @@ def conv_cases() -> Iterator[Case]:
             if fused:
                 arguments |= {"bias": draw(k), "residual": draw(n, k, h, w), "relu": True}
             yield f"{sizes} {draw.name} {fused}", fastda.conv_same, arguments
+        draw = Draw(F32, layout)
+        arguments = {"x": draw.image(n, c, h, w), "weight": draw.filter(k, c, size, size)}
+        yield f"{sizes} {draw.name} leaky", fastda.conv_same, {**arguments, "negative_slope": 0.2}
+        if min(h, w) > size // 2:
+            yield f"{sizes} {draw.name} mirrored", fastda.conv_same, {**arguments, "padding_mode": "reflect"}
 
 
 def block_cases() -> Iterator[Case]:
