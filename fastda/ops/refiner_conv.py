@@ -92,6 +92,8 @@ class _Conv2d(torch.autograd.Function):
         y = _forward(serving, x, weight, bias, residual, padding, dilation, slope)
         ctx.serving = serving
         ctx.padding, ctx.dilation = padding, dilation
+        # A compiler that traces backward lets nobody ask there.
+        ctx.last = dilation > 1 and _torch.memory_format(x) is torch.channels_last
         ctx.slope = slope
         # For second derivatives alone bias and residual matter: through the sign of what ReLU sees, which y
         # has.
@@ -111,14 +113,14 @@ class _Conv2d(torch.autograd.Function):
         if needs[3] and y is not None:
             grad, y = activation_gradient(grad, y, ctx.slope), None
         raw, slope, step = backend.kernels(ctx.serving), ctx.slope or 0.0, ctx.dilation
-        g, image, out = (t if t is None or step == 1 else _every(t, step) for t in (grad, x, y))
+        g, image, out = (t if t is None or step == 1 else _every(t, step, ctx.last) for t in (grad, x, y))
         d_x, d_weight, d_bias = (
             raw.conv_same_backward(g, image, weight, out, *needs[:3], _tf32(x, ctx.serving), slope)
             if _is_same(weight, ctx.padding, step)
             else raw.conv2d_backward(grad, x, weight, y, ctx.padding, *needs[:3], slope)
         )
         if needs[0] and step > 1:
-            d_x = _together(d_x, x, step)
+            d_x = _together(d_x, x.shape, step, ctx.last)
         return (
             d_x if needs[0] else None,
             laid_out_as(weight, d_weight) if needs[1] else None,
@@ -226,9 +228,10 @@ def _forward(
 ) -> Tensor:
     raw, act = backend.kernels(serving), slope is not None
     if dilation > 1:
-        parts = [None if image is None else _every(image, dilation) for image in (x, residual)]
+        last = _torch.memory_format(x) is torch.channels_last
+        parts = [None if image is None else _every(image, dilation, last) for image in (x, residual)]
         y = raw.conv_same(parts[0], weight, bias, parts[1], act, _tf32(x, serving), slope or 0.0)
-        return _together(y, x, dilation)
+        return _together(y, x.shape, dilation, last)
     if _is_same(weight, padding):
         return raw.conv_same(x, weight, bias, residual, act, _tf32(x, serving), slope or 0.0)
     return raw.conv2d(x, weight, bias, residual, padding, act, slope or 0.0)
@@ -430,24 +433,33 @@ def _convolve(
     return _forward(serving, x, weight, bias, residual, padding, dilation, slope)
 
 
-def _together(parts: Tensor, x: Tensor, step: int) -> Tensor:
-    """What `_every` took apart, in the size and the memory format of x, whatever the number of channels."""
-    n, _, h, w = x.shape
-    _, k, rows, columns = parts.shape
-    y = parts.permute(0, 2, 3, 1).unflatten(0, (n, step, step)).permute(0, 3, 1, 4, 2, 5)
-    y = y.reshape(n, rows * step, columns * step, k).permute(0, 3, 1, 2)[..., :h, :w]
-    return y.contiguous(memory_format=_torch.memory_format(x))
-
-
-def _every(x: Tensor, step: int) -> Tensor:
-    """(N, C, H, W) -> (N * step * step, C, H / step, W / step), rounded up, in channels_last: every `step`-th
-    pixel of rows and columns, with zeros below and on the right.
+def _every(x: Tensor, step: int, last: bool) -> Tensor:
+    """(N, C, H, W) -> (N * step * step, C, H / step, W / step), rounded up: every `step`-th pixel of rows and
+    columns, with zeros below and on the right; in channels_last where `last`, else contiguous.
     """
     n, c, h, w = x.shape
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % step, 0, -h % step))
     rows, columns = -(-h // step), -(-w // step)
-    x = x.unflatten(2, (columns, step)).unflatten(1, (rows, step)).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(n * step * step, rows, columns, c).permute(0, 3, 1, 2)
+    if last:
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -w % step, 0, -h % step))
+        x = x.unflatten(2, (columns, step)).unflatten(1, (rows, step)).permute(0, 2, 4, 1, 3, 5)
+        return x.reshape(n * step * step, rows, columns, c).permute(0, 3, 1, 2)
+    x = F.pad(x, (0, -w % step, 0, -h % step))
+    x = x.unflatten(3, (columns, step)).unflatten(2, (rows, step)).permute(0, 3, 5, 1, 2, 4)
+    return x.reshape(n * step * step, c, rows, columns)
+
+
+def _together(parts: Tensor, shape: tuple[int, ...], step: int, last: bool) -> Tensor:
+    """What `_every` took apart of images of a shape, whatever the number of channels."""
+    n, _, h, w = shape
+    _, k, rows, columns = parts.shape
+    if last:
+        y = parts.permute(0, 2, 3, 1).unflatten(0, (n, step, step)).permute(0, 3, 1, 4, 2, 5)
+        y = y.reshape(n, rows * step, columns * step, k).permute(0, 3, 1, 2)
+    else:
+        y = parts.unflatten(0, (n, step, step)).permute(0, 3, 4, 1, 5, 2)
+        y = y.reshape(n, k, rows * step, columns * step)
+    y = y[..., :h, :w]
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def refiner_block(
