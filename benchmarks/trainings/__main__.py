@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.cli import ISAS, hold
 from benchmarks.trainings import TRAININGS, page
-from benchmarks.trainings.measure import Case, own_process, peak_memory
+from benchmarks.trainings.measure import LAYOUTS, Case, own_process, peak_memory
 from fastda.tools import bench, cli
 from fastda.tools.console import Cell, Column, Console
 
@@ -33,7 +33,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--rounds", type=int, help="rounds per session at least (default: 2, or what is done after 10 s)"
     )
+    p.add_argument(
+        "--layout",
+        type=cli._words,
+        default=list(LAYOUTS),
+        metavar="A,B",
+        help=f"of {', '.join(LAYOUTS)} (both)",
+    )
     p.add_argument("--compile", action="store_true", help="torch.compile, too")
+    p.add_argument("--no-memory", action="store_true", help="without the peaks, half of the time")
     p.add_argument("--quick", action="store_true", help="tiny sizes, one session: whether it runs")
     p.add_argument("--isa", choices=ISAS, help="hold fastda and torch to an instruction set; in OUT/ISA")
     p.add_argument("--render", action="store_true", help="measure nothing: docs/trainings.md from OUT")
@@ -65,7 +73,11 @@ def _run(args: argparse.Namespace) -> int:
     for option, value in (("--sessions", sessions), ("--rounds", args.rounds)):
         if value is not None and value < 1:
             raise cli.UsageError(f"{option} must be at least 1, got {value}")
-    todo = [Case(t.name, args.quick, args.compile) for t in TRAININGS if not args.only or t.name in args.only]
+    cli._check("--layout", args.layout, LAYOUTS)
+    if "contiguous" not in args.layout:
+        raise cli.UsageError("--layout must have contiguous, as the trainings are published")
+    chosen = [t.name for t in TRAININGS if not args.only or t.name in args.only]
+    todo = [Case(name, tuple(args.layout), args.quick, args.compile) for name in chosen]
     settings: dict[str, Any] = {"rounds": args.rounds or 2, "seconds": 0.0 if args.quick else 0.8}
     if args.rounds is None:
         settings["patience"] = 10.0
@@ -74,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
     run = functools.partial(
         bench.run, todo, {"eager": None, "fastda": None}, args.out / "cases", sessions=sessions
     )
-    also = _nothing if args.quick else _memory
+    also = _nothing if args.quick or args.no_memory else _memory
     console, rows = Console(), {}
     with console.progress("trainings", sessions * len(todo)) as progress:
         for done, row in enumerate(run(also=also, session=own_process, **settings), 1):

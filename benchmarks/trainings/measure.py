@@ -38,12 +38,14 @@ class Case:
     """A training of the table; what `fastda.tools.bench.run` goes round."""
 
     name: str
+    layouts: tuple[str, ...] = tuple(LAYOUTS)
     tiny: bool = False
     compiled: bool = False
 
     @property
     def id(self) -> str:
-        return self.name + "-quick" * self.tiny + "-compiled" * self.compiled
+        marks = "-contiguous" * (len(self.layouts) == 1) + "-quick" * self.tiny + "-compiled" * self.compiled
+        return self.name + marks
 
     @property
     def training(self) -> Published:
@@ -102,7 +104,7 @@ def measure(case: Case, providers: Any = None, **settings: Any) -> dict[str, Any
     torch.set_num_threads(1)
     keep_freed_memory()
     contenders, absent, agreement = {}, {}, {}
-    for layout in LAYOUTS:
+    for layout in case.layouts:
         try:
             plain, ours = built(case, layout), built(case, layout, "fastda")
             agreement[layout] = differences(plain, ours)
