@@ -219,7 +219,7 @@ OPERATORS = (
             {"residual": True, "relu": True, "padding": 1},
             {"residual": True, "negative_slope": 0.2, "padding": 1},
             {"padding": 1, "padding_mode": "reflect"},
-            {"dilation": 2, "padding": 2},
+            {"dilation": 2, "padding": 2, "relu": True},
         ],
         large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),
         large_options={"relu": True},

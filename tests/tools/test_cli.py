@@ -25,6 +25,7 @@ def test_info_names_every_backend_and_a_reason(capsys):
     for name in backend.BACKENDS:
         assert name in out
     assert "the CUDA kernels serve NVIDIA devices" in out
+    assert "conv2d" in backend.info()["only"]
     for op, backends in backend.info()["only"].items():
         line = next(line for line in out.splitlines() if op in line)
         assert line.startswith(f"kernels of {' and '.join(backends)} alone")
