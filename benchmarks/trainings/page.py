@@ -63,7 +63,7 @@ def cells(row: Row) -> list[str]:
         f"{1e3 * row['contenders']['fastda']['median']:.0f}",
         *(_gain(gain) for gain in gains),
         f"{wanted(row):g}",
-        _starred(" / ".join(f"{p:.2f}" for p in memory), any(p > 1 for p in memory)),
+        _starred(" / ".join(f"{p:.2f}" for p in memory), any(p >= 1.005 for p in memory)),
     ]
 
 
@@ -84,17 +84,27 @@ def markdown(runs: list[dict[str, Any]]) -> str:
         held = f", torch held to it ({', '.join(f'{k}={v}' for k, v in m['held'].items())})" * bool(m["held"])
         parts.append(
             f"Kernels for {m['isa'].upper()}{held}. {m['processor']}, {m['cores']} cores, one thread, "
-            f"float32; fastda {m['fastda']}, torch {m['torch']}, Python {m['python']}."
+            f"float32; fastda {m['fastda']}, torch {m['torch']}, Python {m['python']}. {_how(run['rows'])}"
         )
         lines = [list(HEADINGS), ["---", *("---:" for _ in HEADINGS[1:])], *map(cells, run["rows"])]
         parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    parts.append("What a step is spent on once it is served, the largest shares in per cent, as first table:")
+    parts.append(
+        "What a step of the first table is spent on once it is served, the largest shares in per cent:"
+    )
     lines = [["training", "spent on"], ["---", "---"]]
     for row in runs[0]["rows"]:
         shares = [f"{name} {100 * share:.0f}" for name, share in list(row["spent"].items())[:6]]
         lines.append([row["case"]["name"], ", ".join(shares)])
     parts.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
     return "\n\n".join(parts)
+
+
+def _how(rows: list[Row]) -> str:
+    """How often each was measured, and whether alone."""
+    sessions, rounds = (min(row[what] for row in rows) for what in ("sessions", "rounds"))
+    busy = sum(row["busy"] for row in rows) / len(rows)
+    shared = f" The core was shared: {100 * busy:.0f} % of the time was the measurement's." * (busy < 0.9)
+    return f"{sessions} processes, {rounds} rounds or more in all.{shared}"
 
 
 def chart(run: dict[str, Any]) -> None:
