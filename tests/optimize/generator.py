@@ -375,8 +375,40 @@ def change_scale(model, conv, rng):
             module.alpha = 0.7
 
 
+def of_all(kinds, change):
+    """A change of every layer of these classes."""
+
+    def changes(model, conv, rng):
+        for module in list(model.modules()):
+            if isinstance(module, kinds):
+                change(module)
+
+    return changes
+
+
+NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
+
+
+def move_statistics(norm):
+    if norm.running_mean is not None:
+        both = torch.full((2, norm.num_features), 1.5, dtype=torch.float64)
+        norm.running_mean, norm.running_var = both[0], both[1]
+
+
 CHANGES = {
     "nothing": lambda model, conv, rng: None,
+    "norms: evaluation": of_all(NORMS, nn.Module.eval),
+    "norms: frozen": of_all(NORMS, lambda norm: norm.eval().requires_grad_(False)),
+    "norms: a momentum": of_all(NORMS, lambda norm: setattr(norm, "momentum", 0.7)),
+    "norms: an average": of_all(NORMS, lambda norm: setattr(norm, "momentum", None)),
+    "norms: untracked": of_all(NORMS, lambda norm: setattr(norm, "track_running_stats", False)),
+    "norms: statistics elsewhere": of_all(NORMS, move_statistics),
+    "norms: a hook": of_all(NORMS, lambda norm: norm.register_forward_hook(lambda m, inputs, y: 2 * y)),
+    "activations: a hook": of_all(
+        ACTIVATIONS, lambda act: act.register_forward_pre_hook(lambda m, inputs: (inputs[0] + 1,))
+    ),
+    "activations: no longer in place": of_all(ACTIVATIONS, lambda act: setattr(act, "inplace", False)),
     "the model's forward": lambda model, conv, rng: patch_forward(model),
     "a convolution's forward": lambda model, conv, rng: patch_forward(conv),
     "its _conv_forward": patch_conv_forward,
