@@ -11,6 +11,10 @@ namespace {
 // pieces, so that they are the same bit for bit at any number of threads.
 constexpr int64_t piece_rows = 1024;
 constexpr int64_t grain = 1 << 15;  // entries that are worth another thread
+// Results of so many bytes go past the cache (measured with a reader behind them), where few lines
+// are written half: rows that begin with a line each, planes of some lines.
+constexpr int64_t large = 6 << 20;
+constexpr int64_t lines_apart = 16, least_plane = 128;
 
 // How the statistics lie in the images: `groups` times `channels` of them, each over `rows` values.
 // An image's own statistics make a group of every image.
@@ -46,12 +50,18 @@ std::vector<double> per_channel(const MaybeTensor& t, int64_t count, double othe
   if (!t) return std::vector<double>(size_t(count), otherwise);
   FASTDA_CHECK(t->dim() == 1 && t->size(0) == count, op,
                ": what is given for channels must have one value of each");
-  const Tensor wide = torch::stable::to(torch::stable::contiguous(*t), ScalarType::Double);
+  const Tensor dense = torch::stable::contiguous(*t);
+  if (t->scalar_type() == ScalarType::Float) {
+    const float* p = const_data<float>(dense);
+    return {p, p + count};
+  }
+  const Tensor wide = torch::stable::to(dense, ScalarType::Double);
   const double* p = const_data<double>(wide);
   return {p, p + count};
 }
 
-Norm norm_of(const Tensor& x, std::optional<double> negative_slope, const char* op) {
+Norm norm_of(const Tensor& x, const Layout& l, std::optional<double> negative_slope,
+             const char* op) {
   Norm norm{};
   norm.dtype = dtype_of(x, op);
   norm.activation = !negative_slope        ? Activation::none
@@ -59,6 +69,8 @@ Norm norm_of(const Tensor& x, std::optional<double> negative_slope, const char* 
                                            : Activation::leaky_relu;
   norm.negative_slope = negative_slope.value_or(1.0);
   norm.x = x.const_data_ptr();
+  norm.past_the_cache = x.numel() * x.element_size() >= large &&
+                        (l.by_rows ? l.channels % lines_apart == 0 : l.pixels >= least_plane);
   return norm;
 }
 
@@ -98,16 +110,15 @@ void two_passes(const Layout& l, First&& first, Settle&& settle, Second&& second
   if (!l.by_rows) {
     torch::stable::parallel_for(
         0, l.statistics(), 1 + grain / (1 + rows), [&](int64_t begin, int64_t end) {
+          Sums total(1);
           for (int64_t s = begin; s < end; ++s) {
             const int64_t group = s / l.channels, channel = s % l.channels;
-            const auto run = [&](int64_t image) -> NormRun {
-              const int64_t plane = (group * l.images + image) * l.channels + channel;
-              return {plane * l.pixels, l.pixels, 1, s};
-            };
-            Sums total(1);
-            for (int64_t i = 0; i < l.images; ++i) first(run(i), total);
+            const int64_t plane = group * l.images * l.channels + channel;
+            const NormRun run{plane * l.pixels, l.pixels, 1, s, l.images, l.channels * l.pixels};
+            total.clear();
+            first(run, total);
             settle(s, total);
-            for (int64_t i = l.images - 1; i >= 0; --i) second(run(i));
+            second(run);
           }
         });
     return;
@@ -116,8 +127,12 @@ void two_passes(const Layout& l, First&& first, Settle&& settle, Second&& second
   const int64_t a_thread = 1 + grain / (1 + piece_rows * l.channels);
   const auto run = [&](int64_t group, int64_t piece) -> NormRun {
     const int64_t row = piece * piece_rows;
-    return {(group * rows + row) * l.channels, rows - row < piece_rows ? rows - row : piece_rows,
-            l.channels, group * l.channels};
+    return {(group * rows + row) * l.channels,
+            rows - row < piece_rows ? rows - row : piece_rows,
+            l.channels,
+            group * l.channels,
+            1,
+            0};
   };
   const auto do_group = [&](int64_t group) {
     std::vector<Sums> parts(size_t(pieces), Sums(l.channels));
@@ -144,11 +159,8 @@ struct Moments {
   std::vector<double> mean, squares;
   int64_t count = 0;
   explicit Moments(int64_t channels) : mean(size_t(channels)), squares(size_t(channels)) {}
+  void clear() { count = 0; }
   void add(const Moments& other) {
-    if (count == 0) {
-      *this = other;
-      return;
-    }
     const Merge merge(count, other.count);
     for (size_t c = 0; c < mean.size(); ++c)
       merge(mean[c], squares[c], other.mean[c], other.squares[c]);
@@ -158,6 +170,10 @@ struct Moments {
 struct Gradients {
   std::vector<double> grads, products;
   explicit Gradients(int64_t channels) : grads(size_t(channels)), products(size_t(channels)) {}
+  void clear() {
+    for (double& g : grads) g = 0;
+    for (double& p : products) p = 0;
+  }
   void add(const Gradients& other) {
     for (size_t c = 0; c < grads.size(); ++c) {
       grads[c] += other.grads[c];
@@ -188,7 +204,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_any, const MaybeTens
     residual = dense(*residual_any, last);
   }
   Tensor y = empty_image(x, x.size(1), x.scalar_type(), last);
-  Norm norm = norm_of(x, negative_slope, op);
+  Norm norm = norm_of(x, l, negative_slope, op);
   norm.residual = residual ? residual->const_data_ptr() : nullptr;
   norm.y = y.mutable_data_ptr();
 
@@ -217,10 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(const Tensor& x_any, const MaybeTens
       l,
       [&](const NormRun& run, Moments& total) {
         if (given) return;
-        Moments part(run.channels);
-        cpu::norm_kernels().moments(norm, run, part.mean.data(), part.squares.data());
-        part.count = run.positions;
-        total.add(part);
+        cpu::norm_kernels().moments(norm, run, total.mean.data(), total.squares.data());
+        total.count = run.positions * run.planes;
       },
       [&](int64_t first, const Moments& total) {
         for (size_t i = 0; i < total.mean.size(); ++i) {
@@ -259,7 +273,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_act_backward(
   Tensor d_x = image(need_x), d_residual = image(need_residual);
   Tensor d_weight = empty(x, {need_weight ? l.channels : 0}, wide(x));
   Tensor d_bias = empty(x, {need_bias ? l.channels : 0}, wide(x));
-  Norm norm = norm_of(x, negative_slope, op);
+  Norm norm = norm_of(x, l, negative_slope, op);
   norm.grad = grad.const_data_ptr();
   norm.output = output ? output->const_data_ptr() : nullptr;
   norm.d_x = need_x ? d_x.mutable_data_ptr() : nullptr;

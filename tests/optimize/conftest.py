@@ -29,8 +29,8 @@ def even_where_nothing_is_gained(monkeypatch, request):
         monkeypatch.setattr(convolution, "FILTERS_OF_A_PIXEL", 1 << 30)
         monkeypatch.setattr(convolution, "MOST_FILTERS", dict.fromkeys((1, 3, 5, 7), 1 << 30))
         monkeypatch.setattr(pool, "LEAST_ELEMENTS", 0)
-        monkeypatch.setattr(norm, "LEAST_ELEMENTS", 0)
-        monkeypatch.setattr(norm, "LEAST_PIXELS", 0)
+        for name in ("ELEMENTS", "ELEMENTS_OF_ROWS", "PIXELS", "PIXELS_OF_INSTANCES"):
+            monkeypatch.setattr(norm, f"LEAST_{name}", 0)
         monkeypatch.setattr(loss, "LEAST_PATCHES", dict.fromkeys(loss.LEAST_PATCHES, 1))
 
 

@@ -21,12 +21,14 @@ struct Norm {
   const void *center, *scale, *shift;  // before the activation: (x - center) scale + shift
   const void *slope, *offset;          // d_x = scale grad + slope (x - center) + offset
   bool through_statistics;             // false: d_x = scale grad
+  bool past_the_cache;                 // results are too large to be found in it later
 };
 
-// Entries [begin, begin + positions * channels): `positions` rows of all channels one after
-// another, or, with channels = 1, positions of one channel. Their first statistic is `statistic`.
+// Entries from `begin` on, and the first of their statistics: `positions` rows of all channels one
+// after another, or, with channels = 1, `planes` times as many positions of one channel, `stride`
+// from one plane to the next.
 struct NormRun {
-  int64_t begin, positions, channels, statistic;
+  int64_t begin, positions, channels, statistic, planes, stride;
 };
 
 struct NormKernels {

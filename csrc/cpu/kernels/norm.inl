@@ -6,17 +6,17 @@
 //   one channel                                rows of channels
 //
 //   x x x x | x x x x | x x x x | x x          x x x x | x x x x | x     a register is some channels
-//   four registers at once, one constant       x x x x | x x x x | x     of a row, has its own
-//   of each kind                               x x x x | x x x x | x     constants, and stays for
-//                                                                        four rows
+//   four registers at once, one constant       x x x x | x x x x | x     of a row and has its own
+//   of each kind                               x x x x | x x x x | x     constants
 //
-// Statistics: within a block of at most 2048 entries of a channel (128 rows) sums of d = x - pivot
-// and of d^2 in the accumulator type, where the pivot is the mean of the block's first entries; then
-// in double. A pivot off the block's mean costs what (mean - pivot)^2 is to the variance: an eighth
-// of a block is never farther from its mean than the root of 7 variances.
+// Statistics: within a block of at most 2048 entries of a channel (small planes together, 128 rows)
+// sums of d = x - pivot and of d^2 in the accumulator type, where the pivot is the mean of the
+// block's first entries; then in double. A pivot off the block's mean costs what (mean - pivot)^2
+// is to the variance: an eighth of a block is never farther from its mean than the root of 7
+// variances.
 #include "cpu/kernels/norm.h"
 
-#include "cpu/simd/generic.h"
+#include "cpu/simd/stream.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -54,6 +54,14 @@ FASTDA_INLINE void store_some(T* p, Vec<S> v, int n) {
   else
     store_first<S>(p, v, n);
 }
+// A result: whole aligned vectors may go past the cache.
+template <typename S, bool Whole, typename T>
+FASTDA_INLINE void write_some(T* p, Vec<S> v, int n, bool past_the_cache) {
+  if constexpr (Whole && sizeof(T) == sizeof(float) && sizeof(S) == sizeof(float)) {
+    if (past_the_cache && reinterpret_cast<uintptr_t>(p) % sizeof v == 0) return stream_vec(p, v);
+  }
+  store_some<S, Whole>(p, v, n);
+}
 template <typename S>
 inline double sum_lanes(Vec<S> v) {
   S lane[lanes<S>];
@@ -90,15 +98,19 @@ FASTDA_INLINE void for_vectors(int64_t n, F&& f) {
 // Everything in double: for values whose squares are not to be had in the accumulator type, and for
 // what is not finite.
 template <typename T>
-void exact_moments(const T* x, int64_t n, int64_t stride, double& mean, double& squares) {
+void exact_moments(const T* x, int64_t n, int64_t step, int64_t planes, int64_t stride,
+                   double& mean, double& squares) {
+  const auto entry = [&](int64_t p, int64_t i) { return double(load(x + p * stride + i * step)); };
   double sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += double(load(x + i * stride));
-  mean = sum / double(n);
+  for (int64_t p = 0; p < planes; ++p)
+    for (int64_t i = 0; i < n; ++i) sum += entry(p, i);
+  mean = sum / double(n * planes);
   squares = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const double d = double(load(x + i * stride)) - mean;
-    squares += d * d;
-  }
+  for (int64_t p = 0; p < planes; ++p)
+    for (int64_t i = 0; i < n; ++i) {
+      const double d = entry(p, i) - mean;
+      squares += d * d;
+    }
 }
 inline bool is_finite(double x) { return x - x == 0; }
 
@@ -111,51 +123,68 @@ inline bool settle(double pivot, double sum, double square_sum, int64_t n, doubl
   return is_finite(square_sum);
 }
 
-template <typename T, typename S>
-void moments_of_channel(const T* x, int64_t count, double& mean, double& squares) {
-  constexpr int L = lanes<S>, group = 4;
-  for (int64_t first = 0; first < count; first += block_entries) {
-    const T* p = x + first;
-    const int n = int(count - first < block_entries ? count - first : block_entries);
-    const int few = n < pivot_entries ? n : pivot_entries;
-    Vec<S> sum[group] = {}, square[group] = {};
-    S rest = 0, rest_square = 0;
-    int i = 0;
-    for (; i + 2 * L <= few; i += 2 * L) {
-      sum[0] += load_whole<S>(p + i);
-      sum[1] += load_whole<S>(p + i + L);
+// Blocks of at most block_entries entries of a channel, whole small planes or pieces of one:
+// f(begin, entries of a plane, planes).
+template <typename F>
+FASTDA_INLINE void for_blocks(const NormRun& run, F&& f) {
+  const int64_t together = run.positions < block_entries ? block_entries / run.positions : 1;
+  for (int64_t p = 0; p < run.planes; p += together) {
+    const int64_t planes = run.planes - p < together ? run.planes - p : together;
+    for (int64_t i = 0; i < run.positions; i += block_entries) {
+      const int64_t left = run.positions - i;
+      f(run.begin + p * run.stride + i, int(left < block_entries ? left : block_entries),
+        int(planes));
     }
-    for (; i < few; ++i) rest += load(p + i);
-    const S pivot = S((sum_lanes<S>(sum[0] + sum[1]) + double(rest)) / few);
+  }
+}
 
-    sum[0] = sum[1] = Vec<S>{};
-    const auto add = [&](int v, int at) __attribute__((always_inline)) {
-      const Vec<S> d = load_whole<S>(p + at) - pivot;
+template <typename T, typename S>
+void moments_of_channel(const T* x, const NormRun& run, double& mean, double& squares) {
+  constexpr int L = lanes<S>, group = 4;
+  int64_t before = 0;
+  for_blocks(run, [&](int64_t begin, int n, int planes) __attribute__((always_inline)) {
+    const int tail = n % L;
+    const auto for_planes = [&](int taken, int entries, auto&& add) __attribute__((always_inline)) {
+      for (int q = 0; q < taken; ++q) {
+        const T* p = x + begin + q * run.stride;
+        int i = 0;
+        for (; i + group * L <= entries; i += group * L)
+#pragma GCC unroll 4
+          for (int v = 0; v < group; ++v) add(v, load_whole<S>(p + i + v * L), true);
+        for (; i + L <= entries; i += L) add(0, load_whole<S>(p + i), true);
+        if (i < entries) add(1, load_first<S>(p + i, entries - i), false);
+      }
+    };
+    Vec<S> sum[group] = {}, square[group] = {};
+    // An eighth of the block or more.
+    const int few = n < pivot_entries ? n : pivot_entries, taken = planes < 8 ? 1 : planes / 8;
+    for_planes(taken, few, [&](int v, Vec<S> entries, bool) __attribute__((always_inline)) {
+      sum[v] += entries;
+    });
+    const S pivot = S(sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3])) / (few * taken));
+    S filled[L];
+    for (int i = 0; i < L; ++i) filled[i] = pivot;
+    const Vec<S> pivots = broadcast(pivot), last = load_first<S>(filled, tail);
+    for (int v = 0; v < group; ++v) sum[v] = Vec<S>{};
+    for_planes(planes, n, [&](int v, Vec<S> entries, bool whole) __attribute__((always_inline)) {
+      const Vec<S> d = entries - (whole ? pivots : last);
       sum[v] += d;
       square[v] += d * d;
-    };
-    for (i = 0; i + group * L <= n; i += group * L)
-#pragma GCC unroll 4
-      for (int v = 0; v < group; ++v) add(v, i + v * L);
-    for (; i + L <= n; i += L) add(0, i);
-    for (rest = 0; i < n; ++i) {
-      const S d = S(load(p + i)) - pivot;
-      rest += d;
-      rest_square += d * d;
-    }
-    const double all = sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3])) + double(rest);
-    const double squared =
-        sum_lanes<S>((square[0] + square[1]) + (square[2] + square[3])) + double(rest_square);
+    });
+    const int64_t count = int64_t(n) * planes;
     double block_mean, block_squares;
-    if (!settle(double(pivot), all, squared, n, block_mean, block_squares))
-      exact_moments(p, n, 1, block_mean, block_squares);
-    if (first == 0) {
+    if (!settle(double(pivot), sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3])),
+                sum_lanes<S>((square[0] + square[1]) + (square[2] + square[3])), count, block_mean,
+                block_squares))
+      exact_moments(x + begin, n, 1, planes, run.stride, block_mean, block_squares);
+    if (before == 0) {
       mean = block_mean;
       squares = block_squares;
     } else {
-      Merge(first, n)(mean, squares, block_mean, block_squares);
+      Merge(before, count)(mean, squares, block_mean, block_squares);
     }
-  }
+    before += count;
+  });
 }
 
 // Sums of up to `panel` channels of a block of rows. They lie in the first-level cache, so that whole
@@ -214,11 +243,11 @@ void moments_of_rows(const T* x, int rows, int64_t stride, int channels, S* pivo
 
 template <typename T, typename S>
 void moments_of(const T* x, const NormRun& run, double* mean, double* squares) {
-  if (run.channels == 1) return moments_of_channel<T, S>(x, run.positions, *mean, *squares);
+  if (run.channels == 1) return moments_of_channel<T, S>(x, run, *mean, *squares);
   for (int64_t first = 0; first < run.positions; first += block_rows) {
     const int rows = int(run.positions - first < block_rows ? run.positions - first : block_rows);
     const Merge merge(first, rows);
-    const T* block = x + first * run.channels;
+    const T* block = x + run.begin + first * run.channels;
     for (int64_t c = 0; c < run.channels; c += panel) {
       const int taken = int(run.channels - c < panel ? run.channels - c : panel);
       alignas(64) S pivots[panel + lanes<S>] = {};
@@ -227,7 +256,7 @@ void moments_of(const T* x, const NormRun& run, double* mean, double* squares) {
       for (int i = 0; i < taken; ++i) {
         double m, q;
         if (!settle(double(pivots[i]), double(sums.first[i]), double(sums.second[i]), rows, m, q))
-          exact_moments(block + c + i, rows, run.channels, m, q);
+          exact_moments(block + c + i, rows, run.channels, 1, 0, m, q);
         if (first == 0) {
           mean[c + i] = m;
           squares[c + i] = q;
@@ -253,23 +282,29 @@ struct Constant {
   }
 };
 
-// f.template operator()<Whole>(entry, channel, lanes, rows): vectors of a run, and how many rows of
-// `channels` entries take the constants of that channel.
-template <typename S, bool Rows, typename F>
-FASTDA_INLINE void for_run(const NormRun& run, F&& f) {
-  constexpr int together = 4;
+// f.template operator()<Whole>(entry, channel, lanes): the vectors of a run. Planes from the last,
+// which the cache still has, each from where whole vectors of `out` are aligned, if there is one.
+template <typename S, bool Rows, typename T, typename F>
+FASTDA_INLINE void for_run(const NormRun& run, const T* out, F&& f) {
+  constexpr int L = lanes<S>;
   if constexpr (Rows) {
-    for (int64_t row = 0; row < run.positions; row += together) {
-      const int rows = int(run.positions - row < together ? run.positions - row : together);
+    for (int64_t row = 0; row < run.positions; ++row)
       for_vectors<S>(run.channels,
                      [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
-                       f.template operator()<Whole>(run.begin + row * run.channels + c, c, n, rows);
+                       f.template operator()<Whole>(run.begin + row * run.channels + c, c, n);
+                     });
+  } else {
+    for (int64_t p = run.planes - 1; p >= 0; --p) {
+      const int64_t plane = run.begin + p * run.stride;
+      const int off = out ? int(reinterpret_cast<uintptr_t>(out + plane) / sizeof(T) % L) : 0;
+      int64_t head = off == 0 ? 0 : L - off;
+      if (head > run.positions) head = run.positions;
+      if (head > 0) f.template operator()<false>(plane, 0, int(head));
+      for_vectors<S>(run.positions - head,
+                     [&]<bool Whole>(int64_t i, int n) __attribute__((always_inline)) {
+                       f.template operator()<Whole>(plane + head + i, 0, n);
                      });
     }
-  } else {
-    for_vectors<S>(run.positions, [&]<bool Whole>(int64_t i, int n) __attribute__((always_inline)) {
-      f.template operator()<Whole>(run.begin + i, 0, n, 1);
-    });
   }
 }
 
@@ -281,17 +316,16 @@ void normalize_of(const Norm& norm, const NormRun& run) {
   const S slope = S(norm.negative_slope);
   const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
       shifts(norm.shift, run);
-  for_run<S, Rows>(
-      run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows) __attribute__((always_inline)) {
-        const Vec<S> center = centers.template at<Whole>(c, n);
-        const Vec<S> scale = scales.template at<Whole>(c, n);
-        const Vec<S> shift = shifts.template at<Whole>(c, n);
-        for (int r = 0; r < rows; ++r, i += run.channels) {
-          Vec<S> v = (load_some<S, Whole>(x + i, n) - center) * scale + shift;
-          if constexpr (Residual) v += load_some<S, Whole>(residual + i, n);
-          store_some<S, Whole>(y + i, activate<A, S>(v, slope), n);
-        }
-      });
+  const bool past = norm.past_the_cache;
+  for_run<S, Rows>(run, past ? y : nullptr,
+                   [&]<bool Whole>(int64_t i, int64_t c, int n) __attribute__((always_inline)) {
+                     const Vec<S> center = centers.template at<Whole>(c, n);
+                     const Vec<S> scale = scales.template at<Whole>(c, n);
+                     const Vec<S> shift = shifts.template at<Whole>(c, n);
+                     Vec<S> v = (load_some<S, Whole>(x + i, n) - center) * scale + shift;
+                     if constexpr (Residual) v += load_some<S, Whole>(residual + i, n);
+                     write_some<S, Whole>(y + i, activate<A, S>(v, slope), n, past);
+                   });
 }
 
 // What passes the activation, of one vector.
@@ -321,20 +355,20 @@ void input_gradient_of(const Norm& norm, const NormRun& run) {
   const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
       shifts(norm.shift, run), slopes(norm.slope, run), offsets(norm.offset, run);
   const bool through = norm.through_statistics;
-  for_run<S, Rows>(
-      run, [&]<bool Whole>(int64_t i, int64_t c, int n, int rows) __attribute__((always_inline)) {
-        const Vec<S> center = centers.template at<Whole>(c, n);
-        const Vec<S> scale = scales.template at<Whole>(c, n);
-        const Vec<S> shift = shifts.template at<Whole>(c, n);
-        const Vec<S> slope = slopes.template at<Whole>(c, n);
-        const Vec<S> offset = offsets.template at<Whole>(c, n);
-        for (int r = 0; r < rows; ++r, i += run.channels) {
-          const Vec<S> centered = load_some<S, Whole>(back.x + i, n) - center;
-          const Vec<S> g = back.template operator()<Whole>(i, n, centered, scale, shift);
-          const Vec<S> direct = g * scale;
-          store_some<S, Whole>(d_x + i, through ? centered * slope + (direct + offset) : direct, n);
-        }
-      });
+  const bool past = norm.past_the_cache;
+  for_run<S, Rows>(run, past ? d_x : nullptr,
+                   [&]<bool Whole>(int64_t i, int64_t c, int n) __attribute__((always_inline)) {
+                     const Vec<S> center = centers.template at<Whole>(c, n);
+                     const Vec<S> scale = scales.template at<Whole>(c, n);
+                     const Vec<S> shift = shifts.template at<Whole>(c, n);
+                     const Vec<S> slope = slopes.template at<Whole>(c, n);
+                     const Vec<S> offset = offsets.template at<Whole>(c, n);
+                     const Vec<S> centered = load_some<S, Whole>(back.x + i, n) - center;
+                     const Vec<S> g = back.template operator()<Whole>(i, n, centered, scale, shift);
+                     const Vec<S> direct = g * scale;
+                     write_some<S, Whole>(
+                         d_x + i, through ? centered * slope + (direct + offset) : direct, n, past);
+                   });
 }
 
 template <typename T, typename S, Activation A, bool Output>
@@ -346,10 +380,7 @@ void sums_of_channel(const Norm& norm, const NormRun& run, double& grads, double
       shifts(norm.shift, run);
   const Vec<S> center = centers.template at<true>(0, L), scale = scales.template at<true>(0, L),
                shift = shifts.template at<true>(0, L);
-  for (int64_t first = 0; first < run.positions; first += block_entries) {
-    const int64_t begin = run.begin + first;
-    const int n =
-        int(run.positions - first < block_entries ? run.positions - first : block_entries);
+  for_blocks(run, [&](int64_t begin, int n, int planes) __attribute__((always_inline)) {
     Vec<S> sum[group] = {}, product[group] = {};
     const auto add = [&]<bool Whole>(int v, int64_t at, int count) __attribute__((always_inline)) {
       const Vec<S> centered = load_some<S, Whole>(back.x + at, count) - center;
@@ -358,18 +389,19 @@ void sums_of_channel(const Norm& norm, const NormRun& run, double& grads, double
       sum[v] += g;
       product[v] += g * centered;
     };
-    int i = 0;
-    for (; i + group * L <= n; i += group * L)
+    for (int q = 0; q < planes; ++q) {
+      const int64_t plane = begin + q * run.stride;
+      int i = 0;
+      for (; i + group * L <= n; i += group * L)
 #pragma GCC unroll 4
-      for (int v = 0; v < group; ++v) add.template operator()<true>(v, begin + i + v * L, L);
-    for (; i + L <= n; i += L) add.template operator()<true>(0, begin + i, L);
-    if (i < n) {
+        for (int v = 0; v < group; ++v) add.template operator()<true>(v, plane + i + v * L, L);
+      for (; i + L <= n; i += L) add.template operator()<true>(0, plane + i, L);
       // Lanes past the end have a gradient of 0, whatever the mask.
-      add.template operator()<false>(1, begin + i, n - i);
+      if (i < n) add.template operator()<false>(1, plane + i, n - i);
     }
     grads += sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     products += sum_lanes<S>((product[0] + product[1]) + (product[2] + product[3]));
-  }
+  });
 }
 
 template <typename T, typename S, Activation A, bool Output, bool Residual>
@@ -390,7 +422,8 @@ void sums_of_rows(const Norm& norm, const NormRun& run, int64_t begin, int rows,
                         const int64_t at = begin + (r + i) * run.channels + channel + c;
                         const Vec<S> centered = load_some<S, Whole>(back.x + at, n) - center;
                         grad[i] = back.template operator()<Whole>(at, n, centered, scale, shift);
-                        if constexpr (Residual) store_some<S, Whole>(d_residual + at, grad[i], n);
+                        if constexpr (Residual)
+                          write_some<S, Whole>(d_residual + at, grad[i], n, norm.past_the_cache);
                         product[i] = grad[i] * centered;
                       }
                       store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(grad));
@@ -441,8 +474,7 @@ void specialize(const Norm& norm, const NormRun& run, F&& f) {
 
 void moments(const Norm& norm, const NormRun& run, double* mean, double* squares) {
   dispatch(norm.dtype, [&]<typename T>() {
-    moments_of<T, typename Acc<T>::type>(static_cast<const T*>(norm.x) + run.begin, run, mean,
-                                         squares);
+    moments_of<T, typename Acc<T>::type>(static_cast<const T*>(norm.x), run, mean, squares);
   });
 }
 void normalize(const Norm& norm, const NormRun& run) {
@@ -450,12 +482,14 @@ void normalize(const Norm& norm, const NormRun& run) {
     norm.residual ? normalize_of<T, S, Rows, A, true>(norm, run)
                   : normalize_of<T, S, Rows, A, false>(norm, run);
   });
+  if (norm.past_the_cache) stream_fence();
 }
 void sums(const Norm& norm, const NormRun& run, double* grads, double* products) {
   specialize(norm, run, [&]<typename T, typename S, bool Rows, Activation A>() {
     norm.output ? sums_of<T, S, Rows, A, true>(norm, run, grads, products)
                 : sums_of<T, S, Rows, A, false>(norm, run, grads, products);
   });
+  if (norm.past_the_cache) stream_fence();
 }
 void input_gradient(const Norm& norm, const NormRun& run) {
   Norm n = norm;
@@ -468,6 +502,7 @@ void input_gradient(const Norm& norm, const NormRun& run) {
     n.output ? input_gradient_of<T, S, Rows, A, true>(n, run)
              : input_gradient_of<T, S, Rows, A, false>(n, run);
   });
+  if (norm.past_the_cache) stream_fence();
 }
 
 }  // namespace
