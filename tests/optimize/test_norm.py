@@ -207,7 +207,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("make", INPUTS.values(), ids=INPUTS.keys())
 @pytest.mark.parametrize("norm", ["batch", "instance, affine"])
-def test_other_inputs_are_pytorchs(norm, make):
+def test_other_inputs_of_a_norm_are_pytorchs(norm, make):
     model, original, report = twins(NORMS[norm](), nn.ReLU(), dtype=torch.float32)
     x = make()
     got, expected = outcome(lambda: model(x)), outcome(lambda: original(x))
@@ -226,7 +226,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize(("reason", "make"), LEFT.items(), ids=LEFT.keys())
-def test_what_is_left_and_why(reason, make):
+def test_which_norm_is_left_and_why(reason, make):
     assert [e.what for e in fastda.optimize(make()).left] == [reason]
 
 
