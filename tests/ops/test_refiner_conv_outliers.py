@@ -18,8 +18,9 @@ SIZES = [
     (2, 18, 33, 2, 12, 13, 1),
 ]
 VALUES = [1e2, 1e4, 1e6, 1e9, 1e20]
-# The promise: rounding as of numbers this many times the largest of a window, or the usual one.
-MOST, USUAL = 256, 0.6745
+# The promise: rounding as of numbers this many times the largest of a window, or the usual one, the upper
+# quartile of normal magnitudes.
+MOST, USUAL = 256, 1.1503
 ROUNDING = 2.0**-24
 
 

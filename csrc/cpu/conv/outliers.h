@@ -42,8 +42,9 @@ inline void note(const Range& range, const float* x, int64_t count, int64_t imag
   peak.note(range, image);
 }
 
-// The median magnitude of what is not zero among some tens of values from all over the images, and of
-// more where few are not zero. 0: none was found.
+// The upper quartile of the magnitudes of what is not zero among some tens of values from all over the
+// images, and of more where few are not zero. Not the median: a leaky ReLU leaves half of the values a
+// hundred times smaller. 0: none was found.
 template <typename T>
 float usual_magnitude(const Source& s, int64_t batch) {
   constexpr int64_t drawn = 64, enough = 16, at_most = 1 << 16;
@@ -64,8 +65,8 @@ float usual_magnitude(const Source& s, int64_t batch) {
     found[count++] = x == x ? std::fabs(x) : __builtin_inff();
   }
   if (count == 0) return 0;
-  std::nth_element(found, found + count / 2, found + count);
-  return found[count / 2];
+  std::nth_element(found, found + count * 3 / 4, found + count);
+  return found[count * 3 / 4];
 }
 
 // A block of pixels, each by its largest magnitude, and room for a packed row of them.
