@@ -1,5 +1,5 @@
 // Every function of the SIMD headers against scalar code, for the instruction set being compiled.
-#include "cpu/simd/generic.h"
+#include "cpu/simd/stream.h"
 
 #include <cmath>
 #include <cstdio>
@@ -159,9 +159,21 @@ void check_float() {
 }
 #endif
 
+void check_stream() {
+  constexpr int L = lanes<float>;
+  alignas(64) float to[2 * L] = {};
+  stream_vec(to + L, vector_from<float>(3));
+  stream_fence();
+  for (int i = 0; i < L; ++i) {
+    check(same(to[i], 0.0f), "stream_vec before", i);
+    check(same(to[L + i], value<float>(3 + i)), "stream_vec", i);
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_stream();
   check_generic<float>();
   check_generic<double>();
   check_first<float, float>("load_first, store_first of float");

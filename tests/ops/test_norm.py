@@ -134,6 +134,27 @@ def test_stored_statistics_that_change_before_backward(op):
 
 
 @both
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
+@pytest.mark.parametrize("shape", [(2, 16, 224, 224), (3, 64, 91, 95)], ids=str)
+def test_results_too_large_for_the_cache(op, shape, layout):
+    """Whole planes and planes that begin and end within a line; rows of whole lines."""
+    drawn = [torch.randn(shape).contiguous(memory_format=layout) for _ in range(3)]
+    weight = torch.rand(shape[1]) + 0.5
+    for slope in (None, 0.1):
+        found = []
+        for function, dtype in (
+            (getattr(fastda, op), torch.float32),
+            (getattr(reference, op), torch.float64),
+        ):
+            x, residual, grad = (t.to(dtype).requires_grad_() for t in drawn)
+            y = function(x, weight.to(dtype), residual=residual, negative_slope=slope)
+            found.append([y, *torch.autograd.grad(y, (x, residual), grad)])
+        for name, got, right in zip(("y", "d_x", "d_residual"), *found, strict=True):
+            error = (got - right).norm() / right.norm()
+            assert error < 1e-4, f"{name} is off by {error:.1e}"
+
+
+@both
 def test_what_is_saved(op):
     """x and the statistics; the result only where a residual keeps the mask from being computed again."""
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
