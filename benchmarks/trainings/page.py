@@ -104,7 +104,7 @@ def _how(rows: list[Row]) -> str:
     sessions, rounds = (min(row[what] for row in rows) for what in ("sessions", "rounds"))
     busy = sum(row["busy"] for row in rows) / len(rows)
     shared = f" The core was shared: {100 * busy:.0f} % of the time was the measurement's." * (busy < 0.9)
-    return f"{sessions} processes, {rounds} rounds or more in all.{shared}"
+    return f"{sessions} process{'es' * (sessions > 1)}, {rounds} rounds or more in all.{shared}"
 
 
 def chart(run: dict[str, Any]) -> None:
