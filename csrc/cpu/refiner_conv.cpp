@@ -42,9 +42,37 @@ Tensor workspace_of(const Tensor& like, int64_t bytes) {
 const ConvKernels& kernels_for(const ConvProblem& problem) {
   for (const ConvKernels* kernels :
        {&winograd_panels_kernels(), &winograd_tiles_kernels(), &winograd_large_kernels(),
-        &winograd_5x5_kernels(), &winograd_2x2_kernels()})
+        &winograd_5x5_kernels(), &winograd_2x2_kernels(), &narrow_kernels()})
     if (kernels->serves && kernels->serves(problem)) return *kernels;
   return direct_kernels();
+}
+
+// The filter's gradient to a few output channels is one from them, with the operands in each other's
+// place: that fills the vectors. The bias' is made by itself.
+FilterGradArgs turned(const FilterGradArgs& args) {
+  FilterGradArgs t = args;
+  t.in_channels = args.out_channels;
+  t.out_channels = args.in_channels;
+  t.height = args.out_height();
+  t.width = args.out_width();
+  t.padding = args.kernel - 1 - args.padding;
+  t.x_channels_last = args.grad_channels_last;
+  t.grad_channels_last = args.x_channels_last;
+  t.x = args.grad;
+  t.grad = args.x;
+  const View& f = args.d_filter;
+  const int64_t last = (args.kernel - 1) * (f.h + f.w) * size_of(args.dtype);
+  t.d_filter = {static_cast<char*>(f.data) + last, f.c, f.n, -f.h, -f.w};
+  return t;
+}
+FilterGradArgs bias_alone(const FilterGradArgs& args) {
+  FilterGradArgs b = args;
+  b.height = args.out_height();
+  b.width = args.out_width();
+  b.kernel = 1;
+  b.padding = 0;
+  b.x = b.d_filter = {};
+  return b;
 }
 
 // The tensor is what args.prepared points into.
@@ -148,7 +176,7 @@ struct RefinerConv : Device {
   }
 
   void filter_gradient(FilterGradArgs args, const Tensor& d_bias, const Tensor& like) const {
-    const auto run = [&](const ConvKernels& kernels) {
+    const auto run = [&](const ConvKernels& kernels, const Tensor& d_bias) {
       const Tensor prepared =
           workspace_of(like, kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0);
       if (kernels.prepare_grad) kernels.prepare_grad(args, prepared.mutable_data_ptr());
@@ -159,16 +187,26 @@ struct RefinerConv : Device {
                         });
     };
     const ConvKernels& kernels = kernels_for(args);
+    if (kernels.chunks == nullptr) {
+      if (args.x.data == nullptr || args.grad_mask.data != nullptr) {
+        run(direct_kernels(), d_bias);
+        return;
+      }
+      if (d_bias.numel() > 0) filter_gradient(bias_alone(args), d_bias, like);
+      args = turned(args);
+      run(direct_kernels(), nothing(like));
+      return;
+    }
     if (kernels.tile == nullptr) {
-      run(kernels);
+      run(kernels, d_bias);
       return;
     }
     Beyond beyond(args.batch);
     args.range.beyond = args.grad_range.beyond = beyond.images.data();
     outliers_kernels().set_ranges(args, kernels.tile(args));
-    const bool right = run(kernels);
+    const bool right = run(kernels, d_bias);
     if (!right || (beyond.any() && !keeps_promise(args, kernels.tile(args), beyond)))
-      run(direct_kernels());
+      run(direct_kernels(), d_bias);
   }
 
   bool keeps_promise(const FilterGradArgs& args, Tile tile, const Beyond& beyond) const {

@@ -15,6 +15,8 @@
 // micro-kernel keeps `rows` pixels x `KV` vectors of output channels in registers. The filter
 // gradient is the same micro-kernel turned: rows are (tap, channel) pairs and the reduction runs
 // over the pixels.
+#include <type_traits>
+
 #include "cpu/conv/epilogue.h"
 #include "cpu/conv/gemm.h"
 
@@ -74,11 +76,18 @@ void conv_block(const ConvArgs& a, const Block& block, const DirectSizes<S>& siz
              a.in_channels);
   const int64_t tail = (block.rows + halo) * columns * a.in_channels;
   for (int64_t i = 0; i < (max_rows + a.kernel) * a.in_channels; ++i) packed[tail + i] = S(0);
-  const int64_t pixels = (block.rows - 1) * columns + block.columns;
-  const int64_t padded_k = padded<S>(a.out_channels);
-  multiply<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels,
-              static_cast<const S*>(a.prepared), padded_k, sums);
-  epilogue<T, S>(a, sums, columns, padded_k, block);
+  const int64_t padded_k = padded<S>(a.out_channels),
+                filter = sizes.taps * a.in_channels * padded_k;
+  // Rows whose sums are made together: one where the filter stays in the first-level cache, and the sums
+  // beside it; all where it has to be read anew each time.
+  const int64_t step = filter * int64_t(sizeof(S)) <= 16 << 10 ? 1 : block.rows;
+  for (int64_t r = 0; r < block.rows; r += step) {
+    multiply<S>(packed + r * columns * a.in_channels, a.in_channels,
+                (step - 1) * columns + block.columns, offset, sizes.taps, a.in_channels,
+                static_cast<const S*>(a.prepared), padded_k, sums);
+    epilogue<T, S>(a, sums, columns, padded_k,
+                   {block.n, block.h + r, block.w, step, block.columns});
+  }
 }
 
 int64_t prepared_bytes(const ConvArgs& a) {
@@ -133,6 +142,16 @@ struct GradSizes {
   int64_t chunks(const FilterGradArgs& a) const { return chunk_count(blocking.tasks, sum_bytes()); }
 };
 
+// A block of the image where it lies, if that is how it would be packed.
+template <typename T, typename S>
+const S* as_packed(const Source& s, const Block& block, int64_t halo, int64_t stride) {
+  if constexpr (std::is_same_v<T, S>)
+    if (s.channels_last && !s.mask.data && halo == 0 && s.channels == stride && s.x.w == stride &&
+        (block.rows == 1 || s.x.h == block.columns * stride))
+      return at<T>(s.x, block.n, 0, block.h, block.w);
+  return nullptr;
+}
+
 template <typename T, typename S>
 void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void* memory) {
   const GradSizes<S> sizes(a);
@@ -142,6 +161,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
   S* packed = scratch.take<S>(sizes.packed);
   S* grads = scratch.take<S>(sizes.grads);
   int64_t* offset = scratch.take<int64_t>(sizes.taps);
+  const Source grad_source = grad_source_of(a);
   for (int64_t i = 0; i < sizes.sums; ++i) filter[i] = S(0);
   for (int64_t i = 0; i < sizes.padded_k; ++i) bias[i] = 0;
   const int64_t p = a.padding, halo = a.kernel - 1, tasks = sizes.blocking.tasks,
@@ -152,14 +172,19 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
     // The gradient lies on the same grid as the packed input, with zeros where the grid has halo
     // columns.
     const int64_t pixels = block.rows * columns;
-    for (int64_t r = 0; r < block.rows; ++r) {
-      S* row = grads + r * columns * sizes.padded_k;
-      pack<T, S>(grad_source_of(a), {block.n, block.h + r, block.w, 1, block.columns}, row,
-                 sizes.padded_k);
-      for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i)
-        row[i] = S(0);
+    const S* grad = grads;
+    if (const S* there = as_packed<T, S>(grad_source, block, halo, sizes.padded_k)) {
+      grad = there;
+    } else {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        S* row = grads + r * columns * sizes.padded_k;
+        pack<T, S>(grad_source, {block.n, block.h + r, block.w, 1, block.columns}, row,
+                   sizes.padded_k);
+        for (int64_t i = block.columns * sizes.padded_k; i < columns * sizes.padded_k; ++i)
+          row[i] = S(0);
+      }
     }
-    add_rows<S>(grads, pixels, sizes.padded_k, bias);
+    add_rows<S>(grad, pixels, sizes.padded_k, bias);
     if (a.x.data == nullptr) continue;
     for (int64_t t = 0; t < sizes.taps; ++t)
       offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
@@ -167,7 +192,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
                packed, a.in_channels);
     const int64_t tail = (block.rows + halo) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
-    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grads,
+    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grad,
                            sizes.padded_k, filter);
   }
 }

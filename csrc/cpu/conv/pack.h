@@ -99,6 +99,10 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
           Vec<S> v = load_first<S>(at<T>(x, block.n, c0, h, block.w + q), valid);
           if (mask.data)
             v = masked(v, load_first<S>(at<T>(mask, block.n, c0, h, block.w + q), valid));
+          if (stride == 1) {
+            store_first<S>(out + q, v, valid);
+            continue;
+          }
           for (int i = 0; i < valid; ++i) out[(q + i) * stride + c0] = v[i];
           continue;
         }

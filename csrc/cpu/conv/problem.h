@@ -1,8 +1,8 @@
 // Convolution with stride 1 and a square filter: forward, data gradient and filter gradient.
 //
-// Implementations of one table: `direct` serves every case; `winograd_tiles` and
-// `winograd_panels` (3 x 3 filters; many tiles, many channels), `winograd_large` (7 x 7,
-// 11 x 11, …), `winograd_5x5` and `winograd_2x2`, all in float32 arithmetic, are faster where they apply.
+// Implementations of one table: `direct` serves every case; `narrow` (to a few output channels) and, in
+// float32 arithmetic, `winograd_tiles` and `winograd_panels` (3 x 3 filters; many tiles, many channels),
+// `winograd_large` (7 x 7, 11 x 11, …), `winograd_5x5` and `winograd_2x2` are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -39,11 +39,11 @@ struct ConvKernels {
   // The work is cut into chunks, whatever the number of threads; each sums into storage of its own,
   // and combine() makes the results of the chunks in their order; false as for conv(). d_bias may
   // be null.
-  int64_t (*chunks)(const FilterGradArgs&);
-  int64_t (*sum_bytes)(const FilterGradArgs&);
-  int64_t (*filter_grad_scratch_bytes)(const FilterGradArgs&);
-  void (*filter_grad)(const FilterGradArgs&, int64_t chunk, void* sums, void* scratch);
-  bool (*combine)(const FilterGradArgs&, const void* sums, void* d_bias);
+  int64_t (*chunks)(const FilterGradArgs&) = nullptr;  // null: no filter gradient of its own
+  int64_t (*sum_bytes)(const FilterGradArgs&) = nullptr;
+  int64_t (*filter_grad_scratch_bytes)(const FilterGradArgs&) = nullptr;
+  void (*filter_grad)(const FilterGradArgs&, int64_t chunk, void* sums, void* scratch) = nullptr;
+  bool (*combine)(const FilterGradArgs&, const void* sums, void* d_bias) = nullptr;
 
   // The backward of two convolutions in turn, a few rows at a time. What lies between them is made
   // by `between`, is taken on to the input by `to_input`, and is the gradient in `to_filter`, by
@@ -76,6 +76,7 @@ struct OutlierKernels {
 };
 FASTDA_DECLARE_KERNELS(OutlierKernels, outliers)
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
+FASTDA_DECLARE_KERNELS(ConvKernels, narrow)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_tiles)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
