@@ -188,7 +188,7 @@ struct RefinerConv : Device {
     };
     const ConvKernels& kernels = kernels_for(args);
     if (kernels.chunks == nullptr) {
-      if (args.x.data == nullptr || args.grad_mask.data != nullptr) {
+      if (args.x.data == nullptr || args.grad_mask.data != nullptr || args.reflect) {
         run(direct_kernels(), d_bias);
         return;
       }

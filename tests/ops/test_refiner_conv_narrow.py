@@ -26,6 +26,12 @@ def test_matches_reference(sizes, padding, layout):
         check_against_reference("conv2d", arguments)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_mirrored_border(layout):
+    arguments = images_as(case(CASES[2][0], 1, relu=False), LAYOUTS[layout])
+    check_against_reference("conv2d", {**arguments, "padding_mode": "reflect"})
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("sizes, padding", [CASES[2], CASES[4], CASES[8]], ids=str)

@@ -43,7 +43,7 @@ struct Sizes {
                              block_budget)) {
     const int64_t halo = a.kernel - 1;
     packed = channels * ((blocking.rows + halo) * (blocking.columns + halo) + L);
-    sums = (blocking.rows * (blocking.columns + halo) + L) * L;
+    sums = (blocking.rows * (blocking.columns + halo) + L) * padded<S>(a.out_channels);
   }
   int64_t filter(int64_t outputs) const { return outputs * taps * channels; }
   int64_t bytes() const {
@@ -76,6 +76,10 @@ int64_t conv_scratch_bytes(const ConvArgs& a) {
 int64_t conv_tasks(const ConvArgs& a) {
   return with_types(a.dtype, [&]<typename T, typename S>() { return Sizes<S>(a).blocking.tasks; });
 }
+
+// Of the sums of a pixel: whole vectors, and of double some have fewer lanes than there are outputs.
+template <typename S, int K>
+constexpr int sum_stride = (K + lanes<S> - 1) / lanes<S> * lanes<S>;
 
 // sums[q][k] of the pixels q < `pixels` from x[q][channel]; offset: of the taps, in pixels.
 template <typename S, int K>
@@ -111,7 +115,7 @@ void sum_channels(const S* x, const S* filter, const Sizes<S>& sizes, const int6
       transpose<S>(lane_sums[k]);
       for (int step = L / 2; step > 0; step /= 2)
         for (int i = 0; i < step; ++i) lane_sums[k][i] += lane_sums[k][i + step];
-      for (int i = 0; i < L; ++i) sums[(q + i) * L + k] = lane_sums[k][0][i];
+      for (int i = 0; i < L; ++i) sums[(q + i) * sum_stride<S, K> + k] = lane_sums[k][0][i];
     }
   }
 }
@@ -148,7 +152,7 @@ void sum_pixels(const S* x, int64_t plane, int64_t inputs, const S* filter, cons
   }
   for (int v = 0; v < V; ++v)
     for (int k = 0; k < K; ++k)
-      for (int i = 0; i < L; ++i) sums[(v * L + i) * L + k] = total[v][k][i];
+      for (int i = 0; i < L; ++i) sums[(v * L + i) * sum_stride<S, K> + k] = total[v][k][i];
 }
 
 // Whether a block's pixels lie in planes as they would be packed.
@@ -199,10 +203,11 @@ void conv_block(const ConvArgs& a, int64_t task, void* memory) {
     constexpr int L = lanes<S>, V = vectors_together(K);
     int64_t q = 0;
     for (; q + V * L <= pixels; q += V * L)
-      sum_pixels<S, K, V>(planes + q, plane, a.in_channels, filter, sizes, offset, L, sums + q * L);
+      sum_pixels<S, K, V>(planes + q, plane, a.in_channels, filter, sizes, offset, L,
+                          sums + q * sum_stride<S, K>);
     for (; q < pixels; q += L)
       sum_pixels<S, K, 1>(planes + q, plane, a.in_channels, filter, sizes, offset,
-                          int(min(L, pixels - q)), sums + q * L);
+                          int(min(L, pixels - q)), sums + q * sum_stride<S, K>);
   };
   switch (a.out_channels) {
     case 1: sum(std::integral_constant<int, 1>{}); break;
@@ -210,7 +215,7 @@ void conv_block(const ConvArgs& a, int64_t task, void* memory) {
     case 3: sum(std::integral_constant<int, 3>{}); break;
     default: sum(std::integral_constant<int, 4>{}); break;
   }
-  epilogue<T, S>(a, sums, columns, lanes<S>, block);
+  epilogue<T, S>(a, sums, columns, padded<S>(a.out_channels), block);
 }
 bool conv(const ConvArgs& a, int64_t task, void* scratch) {
   with_types(a.dtype, [&]<typename T, typename S>() { conv_block<T, S>(a, task, scratch); });

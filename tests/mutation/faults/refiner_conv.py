@@ -107,6 +107,43 @@ FAULTS = (
         "test_nan_and_inf_go_where_the_definition_takes_them",
     ),
     fault(
+        "outliers: the windows of a tile are not looked at", CPU,
+        "if (m <= most * usual) return true;", "return true;",
+        "test_what_does_not_see_an_outlier_is_as_if_it_were_not_there",
+    ),
+    fault(
+        "outliers: every row of windows is the tile's first", CPU,
+        "x.largest(r, from + q, kernel, kernel)", "x.largest(0 * r, from + q, kernel, kernel)",
+        "test_an_outlier_costs_the_results_beside_it_no_more_than_promised",
+    ),
+    fault(
+        "outliers: the filter's gradient is never made again", CPU,
+        "if (!(sums[0] <= outliers.most * sums[size_t(t)])) return false;", NOTHING,
+        "test_an_outlier_costs_the_results_beside_it_no_more_than_promised",
+    ),
+    fault(
+        "outliers: what lies between two convolutions has no limit", CPU,
+        "to_input.range.limit = most * usual;", NOTHING,
+        "test_a_block_keeps_the_promise_through_its_window_of_rows",
+        harmless="The limit is then 0, and everything is looked at: slower, and right.",
+    ),
+    fault(
+        "a few outputs: sums of half the lanes", CPU,
+        "for (int step = L / 2; step > 0; step /= 2)", "for (int step = L / 4; step > 0; step /= 2)",
+        "test_refiner_conv_narrow::test_matches_reference",
+    ),
+    fault(
+        "a few outputs: the last pixels read what lies past them", CPU,
+        "V > 1 ? load_vec(from + v * L) : load_first<S>(from, valid)", "load_vec(from + v * L)",
+        "test_refiner_conv_narrow::test_matches_reference",
+        harmless="Their sums are dropped; it is the address that may not be there.",
+    ),
+    fault(
+        "a few outputs: the filter's gradient is turned and not rotated", CPU,
+        "t.padding = args.kernel - 1 - args.padding;", "t.padding = args.padding;",
+        "test_refiner_conv_narrow::test_matches_reference",
+    ),
+    fault(
         "Winograd: filter gradients without the chunks from the fifth on", CPU,
         "load_vec(from + t * size + n * distance)", "load_vec(from + t * size + min(n, 3) * distance)",
         "test_edge_of_the_cpu[filter_gradients_of_many_chunks]",
