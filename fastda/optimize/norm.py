@@ -228,17 +228,9 @@ class Pairs(StandIn):
         before: Any = None
         for module in sequence:
             if before is not None:
-                slope = _slope(module)
-                stand_in = vars(before).get("forward")
-                if (
-                    slope is not None
-                    and type(stand_in) in (BatchNorm, InstanceNorm)
-                    and stand_in.module is before
-                    and _is_alone(before)
-                ):
-                    y = stand_in.serve(input, slope)
+                if type(module) in (nn.ReLU, nn.LeakyReLU):
+                    y = _pair(before, module, input)
                     if self.count(y is not None):
-                        stand_in.count(True)
                         input, before = y, None
                         continue
                 input = before(input)
@@ -248,6 +240,19 @@ class Pairs(StandIn):
             else:
                 input = module(input)
         return input if before is None else before(input)
+
+
+def _pair(norm: Any, activation: Any, x: Any) -> Tensor | None:
+    """Both of x in one; None, with nothing done, where each is to be called."""
+    if type(x) not in PLAIN or x.numel() < LEAST_ELEMENTS:  # a small call is to lose little
+        return None
+    slope, stand_in = _slope(activation), vars(norm).get("forward")
+    if slope is None or not isinstance(stand_in, Norm) or stand_in.module is not norm or not _is_alone(norm):
+        return None
+    y = stand_in.serve(x, slope)
+    if y is not None:
+        stand_in.count(True)
+    return y
 
 
 def _is_alone(module: Any) -> bool:
