@@ -233,12 +233,15 @@ bool combine(const FilterGradArgs& p, const void* sums, void* d_bias) {
   return finite;
 }
 
+// Named: a lambda here would have a symbol that the other instruction sets could take.
+Tile tile_of(const ConvProblem&) { return {tile_size, tile_size + 2}; }
+
 }  // namespace
 
 extern const ConvKernels winograd_panels;
 const ConvKernels winograd_panels = {
     .serves = serves,
-    .tile = [](const ConvProblem&) { return Tile{tile_size, tile_size + 2}; },
+    .tile = tile_of,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
     .conv_scratch_bytes = conv_scratch_bytes,

@@ -501,12 +501,15 @@ bool band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArg
   return finite;
 }
 
+// Named: a lambda here would have a symbol that the other instruction sets could take.
+Tile tile_of(const ConvProblem&) { return {tile_size, tile_size + 2}; }
+
 }  // namespace
 
 extern const ConvKernels winograd_tiles;
 const ConvKernels winograd_tiles = {
     .serves = serves,
-    .tile = [](const ConvProblem&) { return Tile{tile_size, tile_size + 2}; },
+    .tile = tile_of,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
     .conv_scratch_bytes = conv_scratch_bytes,
