@@ -47,7 +47,7 @@ CONV_ERRORS = [
             ValueError,
             f"negative_slope must be None or a number of 0 or more, got {slope}",
         )
-        for slope in (-0.1, float("nan"), True, B)
+        for slope in (-0.1, float("nan"), True, torch.ones(2))
     ),
     (
         {"relu": True, "negative_slope": 0.1},
