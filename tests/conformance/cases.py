@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import fastda
-from fastda import reference, registry
+from fastda import backend, reference, registry
 from fastda.testing import error, tolerance
 from fastda.tools import verify
 
@@ -31,10 +31,13 @@ def cases(lane, op, dtype):
         yield verify.Case(op, option, sizes, dtype, layout, lane.backend, lane.device)
 
 
-def few(op):
-    """One of the options for each set of arguments and kind of loss."""
+def few(op, lane=None):
+    """One of the options for each set of arguments and kind of loss, of those that `lane` has kernels of."""
     chosen = {}
     for options in op.options:
+        named = [f"{op.name} with {n}={v!r}" for n, v in options.items()]
+        if lane is not None and any(backend.lacking(lane.backend, name) for name in named):
+            continue
         given = tuple(n for n, v in options.items() if v and n not in ("reduction", "return_accuracy"))
         chosen.setdefault((options.get("kind"), given), options)
     return chosen.values()
