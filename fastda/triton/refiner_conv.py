@@ -27,8 +27,10 @@ from fastda.triton.common import INTERPRETED, launch, operator, platform, wide_d
 @triton.jit
 def gated(value, output, SLOPE: tl.constexpr, WIDE: tl.constexpr):
     if SLOPE == 0:
-        return tl.where(output <= 0, 0.0, value)
-    return tl.where(output > 0, value.to(WIDE), value.to(WIDE) * SLOPE)
+        kept = tl.where(output <= 0, 0.0, value)
+    else:
+        kept = tl.where(output > 0, value.to(WIDE), value.to(WIDE) * SLOPE)
+    return kept
 
 
 @triton.jit(do_not_specialize=["plane"])

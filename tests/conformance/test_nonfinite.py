@@ -12,8 +12,8 @@ from fastda.tools import verify
 from tests import lanes
 from tests.conformance.cases import arguments_for, compare, every_dtype, every_operator, few, small
 
-# PyTorch's own convolutions in bfloat16, of which the reference is made, spread what is not finite: so neither
-# its lane nor options that a lane leaves to it.
+# PyTorch's own convolutions in bfloat16, of which the reference is made, spread what is not finite: hence
+# neither its lane nor options that a lane leaves to it.
 pytestmark = pytest.mark.lanes(*lanes.KERNELS)
 NAN, INF = float("nan"), float("inf")
 
