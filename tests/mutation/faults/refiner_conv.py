@@ -129,7 +129,8 @@ FAULTS = (
     ),
     fault(
         "a few outputs: sums of half the lanes", CPU,
-        "lane_sums[k][i] += lane_sums[k][i + step]", "lane_sums[k][i] += step < L / 2 ? lane_sums[k][i + step] : Vec<S>{}",
+        "lane_sums[k][i] += lane_sums[k][i + step]",
+        "lane_sums[k][i] += step < L / 2 ? lane_sums[k][i + step] : Vec<S>{}",
         "test_refiner_conv_narrow::test_matches_reference",
     ),
     fault(
