@@ -173,7 +173,7 @@ def _published(task: Task) -> Contenders:
         return
     scale = task.workload.options["scale"]
     weight = torch.tensor([scale])
-    yield "tllib's layer", _with_layer(task, lambda x: _TllibReversal.apply(x, scale))
+    yield "tllib's layer", _with_layer(task, lambda x: TllibReversal.apply(x, scale))
     yield "pytorch-adapt's layer", _with_layer(task, lambda x: _AdaptReversal.apply(x, weight))
     from pytorch_revgrad import RevGrad
 
@@ -186,7 +186,7 @@ def _with_layer(task: Task, layer: Callable[[Tensor], Tensor]) -> Callable[[], o
     return task.call(lambda x, weight, bias, scale: F.linear(layer(x), weight, bias))
 
 
-class _TllibReversal(torch.autograd.Function):
+class TllibReversal(torch.autograd.Function):
     """As in tllib (Transfer Learning Library), which no package index has: a copy forward."""
 
     @staticmethod

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.peers import TllibReversal
 from benchmarks.trainings.resnet import ResNet
 from benchmarks.trainings.training import Training, of_class, update
 
@@ -36,19 +37,6 @@ class CopyingReversal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return -grad.new_tensor(ctx.alpha) * grad, None
-
-
-class ScalingReversal(torch.autograd.Function):
-    """tllib's: a multiplication by one."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, coeff: float) -> Tensor:
-        ctx.coeff = coeff
-        return x * 1.0
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.neg() * ctx.coeff, None
 
 
 class BatchNormDigits(Training):
@@ -232,7 +220,7 @@ class Objects(Training):
         x = torch.cat((self.source, self.target), dim=0)
         features = self.bottleneck(self.pool_layer(self.backbone(x)))
         classes, _ = self.head(features).chunk(2, dim=0)
-        on_source, on_target = self.discriminator(ScalingReversal.apply(features, 0.5)).chunk(2, dim=0)
+        on_source, on_target = self.discriminator(TllibReversal.apply(features, 0.5)).chunk(2, dim=0)
         class_loss = F.cross_entropy(classes, self.source_labels)
         transfer_loss = 0.5 * (
             F.binary_cross_entropy(on_source, torch.ones_like(on_source))

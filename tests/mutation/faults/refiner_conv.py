@@ -252,7 +252,7 @@ FAULTS = (
     ),
     fault(
         "CUDA: a mask of NaN gives 0", CUDA,
-        "widen(mask) <= 0 ? T{} : v;", "widen(mask) > 0 ? v : T{};",
+        "widen(mask) <= 0 ? T{} : v", "widen(mask) > 0 ? v : T{}",
         "test_conv_nan_passes_the_gates",
     ),
     fault(
