@@ -82,6 +82,7 @@ def test_the_mask_where_a_result_is_zero_or_nan(op, layout, slope):
     x = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
     residual = torch.randn(2, 3, 4, 5).contiguous(memory_format=layout)
     residual[0, 0, 0, 0], residual[1, 2, 3, 3] = torch.nan, -torch.inf
+    residual[0, 1, 2, 2] = 0.0  # and so is the result: the weight of this channel is 0
     weight, bias = torch.tensor([1.0, 0.0, -1.0]), torch.zeros(3)
     mean, variance = torch.zeros(3), torch.ones(3)
     for with_residual, twice in itertools.product((True, False), (True, False)):
