@@ -73,6 +73,7 @@ STAGES = (
     Stage("timings-convolution", 60, convolutions),
     Stage("conformance", 60, conformance),
     Stage("timings-losses", 60, functools.partial(timings, "losses", False)),
+    Stage("timings-norm", 60, functools.partial(timings, "norm", False)),
     Stage("verify-triton", 120, functools.partial(verify_backend, "triton", False)),
     Stage("verify-triton-tf32", 60, functools.partial(verify_backend, "triton", True)),
     Stage("timings-compiled", 150, functools.partial(timings, "compiled", True)),

@@ -44,7 +44,8 @@ def two_launches() -> Iterator[None]:
 
 def contenders(task: bench.Task, device: Device, compiled: bool) -> Iterator[tuple[str, Callable, Any]]:
     """Name, call, and what it must be captured under."""
-    layouts = ("contiguous", "channels_last") if task.has_formats else ("contiguous",)
+    images = task.has_formats or task.workload.family in ("norm", "pool")
+    layouts = ("contiguous", "channels_last") if images else ("contiguous",)
     function = getattr(fastda, task.workload.op)
     for name in device.backends():
         for layout in layouts:
@@ -94,6 +95,14 @@ def timed_cases(name: str, device: Device) -> list[workloads.Case]:
         names = [known_name for known_name in known if known_name.startswith(tuple(names))]
         found = workloads.cases(names, dtypes=("float32", "bfloat16"), threads=(1,), quick=device.dry)
         return [case for case in found if "linear" not in case.workload and case.mode != "step"]
+    if name == "norm":
+        return workloads.cases(
+            ["norm", "pool"],
+            shapes=[(2, 64, 9, 14)] if device.dry else (),
+            dtypes=("float32", "bfloat16"),
+            threads=(1,),
+            modes=("backward",),
+        )
     sizes = [(1, 64, 3, 9, 14)] if device.dry else [(32, 64, 3, 35, 55), (1, 64, 3, 35, 55)]
     sizes += [] if device.dry else [(8, 64, 3, 224, 224)]
     return workloads.cases(

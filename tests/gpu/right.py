@@ -37,6 +37,7 @@ def verify_backend(name: str, tf32: bool, device: Device, report: Report) -> Non
     operators = ["conv_same", "refiner_block"] if tf32 else None
     cases = list(verify.cases(operators, backends=[name], devices=[device.name]))
     cases = [case for case in cases if case.dtype == torch.float32] if tf32 else cases
+    cases = [case for case in cases if not backend.lacking(name, case.operator.name)]
 
     def turn(case: verify.Case) -> int:
         return zlib.crc32(repr((case.option, case.sizes, case.layout)).encode()) % 97
@@ -64,7 +65,7 @@ def conformance(device: Device, report: Report) -> None:
 
 
 def calls(device: Device, dtype: torch.dtype) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
-    """A forward and all gradients of every operator; convolutions in both layouts and of two sizes."""
+    """A forward and all gradients of every operator: images in both layouts, convolutions of two sizes."""
     generator = torch.Generator().manual_seed(0)
     n, h, w = (1, 9, 14) if device.dry else (4, 35, 55)
 
@@ -89,6 +90,13 @@ def calls(device: Device, dtype: torch.dtype) -> dict[str, Callable[[], tuple[to
     found["refiner_block"] = step(fastda.refiner_block, x, one, bias1, two, bias2)
     last = x.detach().contiguous(memory_format=LAST).requires_grad_()
     found["refiner_block channels_last"] = step(fastda.refiner_block, last, one, bias1, two, bias2)
+    for suffix, images in (("", x), (" channels_last", last)):
+        for norm in (fastda.batch_norm_act, fastda.instance_norm_act):
+            options = {"residual": images.detach(), "negative_slope": 0.01}
+            found[f"{norm.__name__}{suffix}"] = step(norm, images, bias1, bias2, **options)
+        found[f"relu_max_pool{suffix}"] = step(
+            fastda.relu_max_pool, images, kernel_size=3, stride=2, padding=1
+        )
     logits, more = draw(n, 2, h, w), draw(n, 2, h, w)
     found["patch_discriminator_loss"] = step(fastda.patch_discriminator_loss, logits, more)
     images, others = draw(n, 1, h, w), draw(n, 1, h, w)
