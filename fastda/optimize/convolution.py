@@ -192,7 +192,7 @@ def _pays(
     filters = out_channels * in_channels
     small: tuple[Any, ...] = (h < LEAST_SIZE, w < LEAST_SIZE, pixels * filters < LEAST_PRODUCTS)
     if k == 3:
-        small += (WANTED_OF * pixels < 16 * n * (-(-height // 4)) * (-(-width // 4)),)
+        small += (WANTED_OF * pixels < 16 * n * (-(-h // 4)) * (-(-w // 4)),)
     if k == 5 and dtype == torch.float32:
         small += (
             h < LEAST_SIZE_OF_5,
@@ -211,14 +211,10 @@ def _pays(
 
 
 def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
-    """The layer's result. 3×3 are fast with a padding of 1: what that is more than the layer's is cut off."""
+    """The layer's result."""
     if padding and padding == weight.shape[2] // 2 and conv.padding_mode == "reflect":
         return conv_same(x, weight, bias, padding_mode="reflect")
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
         padding = 0
-    if weight.shape[2] != 3 or conv.dilation[0] > 1:
-        return conv2d(x, weight, bias, padding=padding, dilation=conv.dilation[0])
-    y = conv_same(x, weight, bias)
-    border = 1 - padding
-    return torch.constant_pad_nd(y, (-border,) * 4) if border else y
+    return conv2d(x, weight, bias, padding=padding, dilation=conv.dilation[0])

@@ -18,13 +18,15 @@ from tests.common import (
 )
 from tests.ops.refiner_conv import LAYOUTS, B, W, X, images_as
 
-# (N, C, K, k, H, W) and the padding: 5x5 and 2x2 by Winograd, ragged tiles and vectors, all else directly.
+# (N, C, K, k, H, W) and the padding: by Winograd, with ragged tiles and vectors, and directly.
 CASES = [
     *(((2, 17, 33, 5, 16, 21), p) for p in range(5)),
     *(((1, 18, 40, 2, 23, 12), p) for p in range(2)),
     ((53, 17, 20, 5, 9, 8), 1),  # several images to a task, and fewer to the last
     *(((1, 20, 16, 7, 17, 15), p) for p in (0, 2, 6)),
     *(((2, 20, 17, 3, 9, 11), p) for p in (0, 2)),
+    *(((3, 17, 33, 3, 22, 27), p) for p in (0, 2)),
+    *(((1, 18, 20, 3, 4, 6), p) for p in (0, 1, 2)),
     *(((2, 3, 5, 4, 7, 9), p) for p in (0, 1, 3)),
     *(((1, 1, 3, 6, 1, 2), 3), ((2, 3, 4, 5, 7, 5), 0)),
 ]
@@ -44,7 +46,7 @@ def test_matches_reference(sizes, padding):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sizes, padding", [CASES[1], CASES[6], CASES[7], CASES[11]], ids=str)
+@pytest.mark.parametrize("sizes, padding", [CASES[i] for i in (1, 6, 7, 11, 13, 14)], ids=str)
 def test_layouts_and_views(sizes, padding, layout):
     check_against_reference("conv2d", images_as(case(sizes, padding, residual=True), LAYOUTS[layout]))
 

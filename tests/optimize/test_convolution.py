@@ -296,7 +296,8 @@ def test_only_what_gains_is_replaced():
         (64, 3, "float32", (64, 3, 3), 1, False),
         (64, 3, "float32", (16, 5, 5), 1, False),  # four tiles for 25 pixels
         (64, 3, "float32", (16, 6, 6), 1, True),
-        (64, 3, "float32", (16, 10, 10), 0, False),  # nine tiles for 64 pixels
+        (64, 3, "float32", (16, 7, 7), 0, False),
+        (64, 3, "float32", (16, 10, 10), 0, True),
         (64, 3, "float32", (1, 18, 18), 0, True),
         (512, 3, "float32", (1, 7, 7), 1, True),
         (64, 3, "float64", (1, 32, 32), 1, False),

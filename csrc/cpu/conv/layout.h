@@ -115,14 +115,15 @@ constexpr int tile_size = 4;     // pixels of the output each way
 constexpr int group_tiles = 6;   // that a micro-kernel takes together: its rows
 constexpr int longest_run = 15;  // tiles transformed together: 29 KB between the two transforms
 
+// Of the output of a convolution: height and width are its.
 struct Grid {
   int64_t height, width, rows, cols, tiles, groups;
-  Grid(int64_t n, int64_t h, int64_t w)
-      : height(h),
-        width(w),
-        rows(ceil_div(h, tile_size)),
-        cols(ceil_div(w, tile_size)),
-        tiles(n * rows * cols),
+  explicit Grid(const ConvProblem& p)
+      : height(p.out_height()),
+        width(p.out_width()),
+        rows(ceil_div(height, tile_size)),
+        cols(ceil_div(width, tile_size)),
+        tiles(p.batch * rows * cols),
         groups(ceil_div(tiles, group_tiles)) {}
 };
 

@@ -15,7 +15,8 @@ struct Source {
   bool channels_last;
   int64_t channels, height, width;
   Range range;
-  int64_t reflected;  // pixels that mirror others, on each side; beyond them are zeros
+  int64_t padding;    // pixels on each side of the image that outputs see
+  int64_t reflected;  // of these mirror others; zeros, else
 };
 // The row or column of `size` that stands at i; -1: zeros.
 inline int64_t standing_at(int64_t i, int64_t size, int64_t reflected) {
@@ -31,6 +32,7 @@ inline Source source_of(const ConvArgs& a) {
           .height = a.height,
           .width = a.width,
           .range = a.range,
+          .padding = a.padding,
           .reflected = a.reflect ? a.padding : 0};
 }
 inline Source source_of(const FilterGradArgs& a) {
@@ -42,6 +44,7 @@ inline Source source_of(const FilterGradArgs& a) {
           .height = a.height,
           .width = a.width,
           .range = a.range,
+          .padding = a.padding,
           .reflected = a.reflect ? a.padding : 0};
 }
 inline Source grad_source_of(const FilterGradArgs& a) {
@@ -53,6 +56,7 @@ inline Source grad_source_of(const FilterGradArgs& a) {
           .height = a.out_height(),
           .width = a.out_width(),
           .range = a.grad_range,
+          .padding = 0,
           .reflected = 0};
 }
 

@@ -108,8 +108,9 @@ template <typename T>
 void transform_input_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
                          const Workspace& v, int64_t first_slot, Scratch& scratch) {
   Peak peak;
-  each_column<T, 6>(s, run.image, c, run.row * 4 - 1, run.column * 4 - 1, run.count * 4 + 2,
-                    scratch.strip, [&](int64_t i, const F32* d) __attribute__((always_inline)) {
+  each_column<T, 6>(s, run.image, c, run.row * 4 - s.padding, run.column * 4 - s.padding,
+                    run.count * 4 + 2, scratch.strip,
+                    [&](int64_t i, const F32* d) __attribute__((always_inline)) {
                       F32 t[6];
                       Winograd43::input(d, t);
 #pragma GCC unroll 6

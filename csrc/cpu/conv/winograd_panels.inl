@@ -43,10 +43,10 @@ struct Parts {
 // With few tiles, or filters that exceed the caches by far and fewer tiles than channels, so that V
 // is the smaller.
 bool serves(const ConvProblem& p) {
-  if (p.kernel != 3 || p.padding != 1 || p.dtype == DType::f64 ||
-      min(p.in_channels, p.out_channels) < 16 || min(p.height, p.width) < 4)
+  if (p.kernel != 3 || p.dtype == DType::f64 || min(p.in_channels, p.out_channels) < 16 ||
+      min(p.height, p.width) < tile_size || min(p.out_height(), p.out_width()) < tile_size)
     return false;
-  const int64_t tiles = Grid(p.batch, p.height, p.width).tiles;
+  const int64_t tiles = Grid(p).tiles;
   return tiles <= few_tiles || (p.in_channels * p.out_channels > many_pairs &&
                                 tiles <= max(p.in_channels, p.out_channels));
 }
@@ -59,10 +59,10 @@ void each_part(int64_t channels, int64_t width, F&& f) {
 // --- convolution
 
 int64_t prepared_bytes(const ConvArgs& p) {
-  return 4 * Parts::floats(Grid(p.batch, p.height, p.width).groups, DEPTH, p.in_channels);
+  return 4 * Parts::floats(Grid(p).groups, DEPTH, p.in_channels);
 }
 void prepare(const ConvArgs& p, void* prepared) {
-  const Grid grid(p.batch, p.height, p.width);
+  const Grid grid(p);
   const Parts v{static_cast<float*>(prepared), grid.groups, DEPTH};
   const Source source = source_of(p);
   Scratch scratch;
@@ -75,7 +75,7 @@ void prepare(const ConvArgs& p, void* prepared) {
 }
 
 int64_t conv_scratch_bytes(const ConvArgs& p) {
-  const int64_t groups = Grid(p.batch, p.height, p.width).groups;
+  const int64_t groups = Grid(p).groups;
   return int64_t(sizeof(Scratch)) +
          4 * (36 * matrix_floats(DEPTH, PANEL) + Parts::floats(groups, PANEL, PANEL));
 }
@@ -102,7 +102,7 @@ void multiply_part(const Workspace& v, const Workspace& m, int64_t groups, const
 
 template <typename T>
 bool conv_panel(const ConvArgs& p, int64_t task, void* workspace) {
-  const Grid grid(p.batch, p.height, p.width);
+  const Grid grid(p);
   const Parts v{const_cast<float*>(static_cast<const float*>(p.prepared)), grid.groups, DEPTH};
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   float* u = reinterpret_cast<float*>(&scratch + 1);
@@ -141,7 +141,7 @@ bool conv(const ConvArgs& p, int64_t task, void* scratch) {
 struct GradLayout {
   Grid grid;
   int64_t sums, v, z;
-  explicit GradLayout(const FilterGradArgs& p) : grid(p.batch, p.height, p.width) {
+  explicit GradLayout(const FilterGradArgs& p) : grid(p) {
     sums = round_up(int64_t(sizeof(double)) * padded(p.out_channels), 64);
     v = 4 * Parts::floats(grid.groups, GRAD_DEPTH, p.in_channels);
     z = 4 * Parts::floats(grid.groups, PANEL, p.out_channels);

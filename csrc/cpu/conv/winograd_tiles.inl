@@ -163,15 +163,15 @@ int64_t block_groups(int64_t group_floats) {
 
 // Few channels leave the transforms alone at work, and a map of less than a tile is mostly padding.
 bool serves(const ConvProblem& p) {
-  return p.kernel == 3 && p.padding == 1 && p.dtype != DType::f64 &&
-         min(p.in_channels, p.out_channels) >= 16 && min(p.height, p.width) >= 4;
+  return p.kernel == 3 && p.dtype != DType::f64 && min(p.in_channels, p.out_channels) >= 16 &&
+         min(p.height, p.width) >= tile_size && min(p.out_height(), p.out_width()) >= tile_size;
 }
 
 // Blocks of a convolution, near `step` groups each.
 struct Blocks {
   Grid grid;
   int64_t group_floats, step, count;
-  explicit Blocks(const ConvArgs& p) : grid(p.batch, p.height, p.width) {
+  explicit Blocks(const ConvArgs& p) : grid(p) {
     group_floats = Workspace(nullptr, max(padded(p.in_channels), padded(p.out_channels)), 37).group;
     step = block_groups(group_floats);
     count = ceil_div(grid.groups, step);
@@ -214,7 +214,7 @@ int64_t conv_tasks(const ConvArgs& p) { return Blocks(p).count; }
 // The tiles [begin, end); those before `next` come next.
 template <typename T>
 bool conv_tiles(const ConvArgs& p, int64_t begin, int64_t end, int64_t next, void* workspace) {
-  const Grid grid(p.batch, p.height, p.width);
+  const Grid grid(p);
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   float* data = reinterpret_cast<float*>(&scratch + 1);
   // Both lie in the same slots; their own numbers of channels set the distance of the tiles alone.
@@ -230,7 +230,7 @@ bool conv_tiles(const ConvArgs& p, int64_t begin, int64_t end, int64_t next, voi
     prefetch.add(*x, sizeof(T), p.out_channels_last, grid, p.out_channels, begin, end, 0);
   const View* const inputs[] = {&p.x, &p.x_mask};
   for (const View* x : inputs)
-    prefetch.add(*x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
+    prefetch.add(*x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 2 - p.padding);
   multiply_all(v, m, ceil_div(end - begin, group_tiles), static_cast<const float*>(p.prepared),
                p.in_channels, p.out_channels, prefetch);
   return transform_output<T>(p, grid, begin, end, m, scratch);
@@ -259,9 +259,7 @@ void accumulate_all(const Workspace& v, const Workspace& z, int64_t groups, floa
   }
 }
 
-int64_t chunks(const FilterGradArgs& p) {
-  return max(1, min(8, Grid(p.batch, p.height, p.width).groups / 32));
-}
+int64_t chunks(const FilterGradArgs& p) { return max(1, min(8, Grid(p).groups / 32)); }
 // The bias' sums are doubles, behind the filter's.
 int64_t sum_floats(const FilterGradArgs& p) {
   return 36 * matrix_floats(p.in_channels, p.out_channels) + 2 * padded(p.out_channels);
@@ -298,7 +296,7 @@ double* bias_sums(const FilterGradArgs& p, float* partial) {
 template <typename T>
 void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t next, bool first,
                 float* partial, void* workspace) {
-  const Grid grid(p.batch, p.height, p.width);
+  const Grid grid(p);
   const int64_t groups = ceil_div(end - begin, group_tiles);
   Scratch& scratch = *static_cast<Scratch*>(workspace);
   const Workspace v(reinterpret_cast<float*>(&scratch + 1), padded(p.in_channels), 36);
@@ -313,7 +311,7 @@ void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t nex
   clear_rest(v, end - begin, 0);
   clear_rest(z, end - begin, 0);
   Prefetch prefetch;
-  prefetch.add(p.x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 1);
+  prefetch.add(p.x, sizeof(T), p.x_channels_last, grid, p.in_channels, end, next, 2 - p.padding);
   const View* const grads[] = {&p.grad, &p.grad_mask};
   for (const View* x : grads)
     prefetch.add(*x, sizeof(T), p.grad_channels_last, grid, p.out_channels, end, next, 0);
@@ -322,7 +320,7 @@ void grad_tiles(const FilterGradArgs& p, int64_t begin, int64_t end, int64_t nex
 
 template <typename T>
 void grad_chunk(const FilterGradArgs& p, int64_t chunk, float* partial, void* workspace) {
-  const GradTiles tiles(p, Grid(p.batch, p.height, p.width), chunk);
+  const GradTiles tiles(p, Grid(p), chunk);
   for (int64_t begin = tiles.begin; begin < tiles.end; begin += tiles.block) {
     const int64_t end = min(begin + tiles.block, tiles.end),
                   next = min(end + tiles.block, tiles.end);
@@ -394,7 +392,7 @@ struct Band {
   int64_t scratch_bytes;  // of the convolutions; the window lies behind it
   int64_t row, rows;      // elements of a row; rows that there is room for
   Band(const ConvArgs& between, const ConvArgs& to_input, const FilterGradArgs& to_filter)
-      : grid(between.batch, between.height, between.width),
+      : grid(between),
         conv_tiles(min(Blocks(between).step, Blocks(to_input).step) * group_tiles),
         reach(grid.cols + 1),
         row(between.out_channels * between.width) {
