@@ -157,7 +157,7 @@ FAULTS = (
     fault(
         "Winograd: tiles begin as with a padding of one pixel", CPU,
         "run.column * 4 - s.padding", "run.column * 4 - 1",
-        "tests/ops/test_refiner_conv_padding.py::test_matches_reference",
+        "test_refiner_conv_padding::test_matches_reference",
     ),
     fault(
         "Winograd: depth stride of a panel beyond 128 channels", CPU,
