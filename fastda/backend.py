@@ -92,10 +92,8 @@ native, native_error = _load_native()
 autograd_module, autograd_error = _load_autograd()
 # The backends that have kernels of an operator, where not all have; what they lack the reference serves.
 _ONLY = {
-    "batch_norm_act": ("cpp", "triton"),
     "conv2d": ("cpp",),
     "conv_same with padding_mode='reflect'": ("cpp",),
-    "instance_norm_act": ("cpp", "triton"),
 }
 _forced: str | None = None
 _defaults: dict[str, str] = {}

@@ -795,6 +795,7 @@ class Compiler {
         if (base == "div") return binary<T, T>([](T a, T b) { return a / b; });
         if (base == "fma") return ternary<T, T>([](T a, T b, T c) { return std::fma(a, b, c); });
         if (base == "rcp") return unary<T, T>([](T a) { return 1 / a; });
+        if (base == "sqrt") return unary<T, T>([](T a) { return std::sqrt(a); });
         if (base == "min") return binary<T, T>([](T a, T b) { return std::fmin(a, b); });
         if (base == "max") return binary<T, T>([](T a, T b) { return std::fmax(a, b); });
         if (base == "neg") return unary<T, T>([](T a) { return -a; });

@@ -23,13 +23,7 @@ constexpr int filter_bytes = filter_columns * row_bytes;  // of one tap
 template <typename T>
 constexpr int row_channels = row_bytes / int(sizeof(T));
 
-// v through the backward of ReLU, or of leaky ReLU, whose output is `mask`: see common/conv.h. With
-// v for `mask` the activation itself.
-template <typename S>
-FASTDA_DEVICE S masked_wide(S mask, S v, S slope) {
-  if (slope == 0) return mask <= 0 ? S(0) : v;  // NaN keeps
-  return mask > 0 ? v : v * slope;
-}
+// As masked_wide, in the type of the images.
 template <typename T>
 FASTDA_DEVICE T masked(T mask, T v, typename Wide<T>::type slope) {
   if (slope == 0) return widen(mask) <= 0 ? T{} : v;  // without rounding

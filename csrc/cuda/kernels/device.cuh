@@ -171,6 +171,23 @@ FASTDA_DEVICE double load_scalar(const void* p, DType dtype, int64_t i) {
   }
 }
 
+// n is divided by the divisor; the remainder comes back.
+FASTDA_DEVICE int64_t divide(int64_t& n, const Divisor& by) {
+  const int64_t quotient =
+      n < (int64_t(1) << 31) ? int64_t(by.quotient(uint32_t(n))) : n / by.value;
+  const int64_t remainder = n - quotient * by.value;
+  n = quotient;
+  return remainder;
+}
+
+// v through the backward of ReLU, or of leaky ReLU, whose output is `mask`: see common/conv.h. With
+// v for `mask` the activation itself; a slope of 1 is none.
+template <typename S>
+FASTDA_DEVICE S masked_wide(S mask, S v, S slope) {
+  if (slope == 0) return mask <= 0 ? S(0) : v;  // NaN keeps
+  return mask > 0 ? v : v * slope;
+}
+
 // The sum over a warp, in the same order every time; every lane gets it.
 template <typename S>
 FASTDA_DEVICE S warp_sum(S v) {
@@ -191,6 +208,31 @@ FASTDA_DEVICE S block_sum(S v, S* scratch) {
   FASTDA_UNROLL
   for (int w = 1; w < threads / 32; ++w) total += scratch[w];
   return total;
+}
+
+// Sums of M values over the threads of a block, or of a warp (32), whose index leaves the same rest by
+// `columns`; in the same order every time, and every thread gets its column's. `scratch` holds M values
+// a column of each warp and may be used again at once.
+template <int threads, int columns, int M>
+FASTDA_DEVICE void column_sum(double (&v)[M], double* scratch) {
+  FASTDA_UNROLL
+  for (int distance = 16; distance >= columns; distance /= 2) FASTDA_UNROLL
+  for (int m = 0; m < M; ++m) v[m] += __shfl_xor_sync(0xffffffffu, v[m], distance);
+  if constexpr (threads > 32) {
+    constexpr int warps = threads / 32;
+    const int column = int(threadIdx.x % columns), warp = int(threadIdx.x / 32);
+    __syncthreads();
+    FASTDA_UNROLL
+    for (int m = 0; m < M; ++m)
+      if (threadIdx.x % 32 < columns) scratch[(m * warps + warp) * columns + column] = v[m];
+    __syncthreads();
+    FASTDA_UNROLL
+    for (int m = 0; m < M; ++m) {
+      v[m] = scratch[m * warps * columns + column];
+      FASTDA_UNROLL
+      for (int w = 1; w < warps; ++w) v[m] += scratch[(m * warps + w) * columns + column];
+    }
+  }
 }
 
 }  // namespace fastda::cuda

@@ -17,14 +17,6 @@ struct PoolEntry {
   int64_t plane, step;
 };
 
-// n is divided by the divisor; the remainder comes back.
-FASTDA_DEVICE int64_t divide(int64_t& n, const Divisor& by) {
-  const int64_t quotient =
-      n < (int64_t(1) << 31) ? int64_t(by.quotient(uint32_t(n))) : n / by.value;
-  const int64_t remainder = n - quotient * by.value;
-  n = quotient;
-  return remainder;
-}
 // i: of a tensor of that height and width; other: pixels of an image of the other tensor.
 FASTDA_DEVICE PoolEntry pool_entry(const PoolProblem& p, int64_t i, const Divisor& channels,
                                    const Divisor& height, const Divisor& width, int64_t other) {
