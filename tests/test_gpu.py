@@ -43,7 +43,7 @@ def run(tmp_path, seconds):
         path = str(tmp_path / f"{stage.name}.json")
         return [sys.executable, "-c", f"{code}report = gpu.Report(Path({path!r})); {STAGES[stage.name]}"]
 
-    stages = [gpu.Stage(name, 30 if name == "hangs" else 300, print) for name in STAGES]
+    stages = [gpu.Stage(name, 20 if name == "hangs" else 300, print) for name in STAGES]
     return gpu.run_stages(stages, tmp_path, command, seconds)
 
 
@@ -52,7 +52,7 @@ def test_a_stage_that_goes_wrong_loses_itself_alone(tmp_path):
     states = {name: stage["state"] for name, stage in summary.items()}
     assert states["good"] == states["last"] == "finished"
     assert states["raises"] == "ended with 1" and states["dies"] == "ended with -6"
-    assert states["hangs"] == "stopped after 30 s"
+    assert states["hangs"] == "stopped after 20 s"
     assert all(stage["rows"] == 1 for stage in summary.values()), "what was found is kept"
     assert summary["last"]["failed"] == 1 and summary["good"]["failed"] == 0
 

@@ -10,6 +10,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,21 +43,24 @@ def main() -> int:
             subprocess.run([*command, "-o", target], check=True)
         return target
 
-    def run(name: str, objects: list[Path], **environment: str) -> int:
-        program = folder / name
-        subprocess.run([compiler, "-static", *objects, "-o", program], check=True)
-        return subprocess.run([*emulator, program], env={**os.environ, **environment}).returncode
+    def linked(name: str, objects: list[Path]) -> Path:
+        subprocess.run([compiler, "-static", *objects, "-o", folder / name], check=True)
+        return folder / name
+
+    def run(program: Path, isa: str) -> int:
+        return subprocess.run([*emulator, program], env={**os.environ, "FASTDA_CPU_ISA": isa}).returncode
 
     rows = build["instruction_sets"](machine)
-    host = [ROOT / "tests/native/kernels.cpp", ROOT / "csrc/common/isa.cpp"]
-    kernels = [compiled(source, "host", []) for source in host]
-    failed = 0
-    for isa, flags in rows.items():
-        failed |= run(f"simd-{isa}", [compiled(ROOT / "tests/native/simd.cpp", isa, flags)])
-        kernels += [compiled(source, isa, flags) for source in sorted((ROOT / "csrc/cpu").glob("*/*.inl"))]
-    for isa in rows:
-        failed |= run("kernels", kernels, FASTDA_CPU_ISA=isa)
-    return failed
+    kernels = sorted((ROOT / "csrc/cpu").glob("*/*.inl"))
+    sources = [(ROOT / "tests/native/kernels.cpp", "host", []), (ROOT / "csrc/common/isa.cpp", "host", [])]
+    sources += [(source, isa, flags) for isa, flags in rows.items() for source in kernels]
+    sources += [(ROOT / "tests/native/simd.cpp", isa, flags) for isa, flags in rows.items()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda row: compiled(*row), sources))
+        together, of_simd = linked("kernels", objects[: -len(rows)]), objects[-len(rows) :]
+        runs = [(linked(f"simd-{isa}", [path]), isa) for isa, path in zip(rows, of_simd, strict=True)]
+        runs += [(together, isa) for isa in rows]
+        return max(pool.map(lambda row: run(*row), runs))
 
 
 if __name__ == "__main__":
