@@ -106,15 +106,21 @@ FASTDA_DEVICE void load_window(unsigned char* rows, const View& view, const View
     for (uint32_t i = threadIdx.x; i < total; i += threads) {
       const uint32_t piece = shape.pixels.quotient(i);
       const Place p = place(i - piece * shape.pixels.value, piece);
-      Pack<T, E> pack{};
-      FASTDA_UNROLL
-      for (int e = 0; e < E && p.inside; ++e) {
-        const int c = p.c + e;
-        if (c >= channels) break;
-        pack.at[e] = from[p.y * view.h + p.x * view.w + c * view.c];
-        if (mask.data)
-          pack.at[e] =
-              masked(from_mask[p.y * mask.h + p.x * mask.w + c * mask.c], pack.at[e], slope);
+      // Loads of all channels of the piece are under way at once, and those of the mask.
+      Pack<T, E> pack{}, its_mask{};
+      const auto fetch = [&](const T* at, const View& v, Pack<T, E>& to) {
+        at += p.y * v.h + p.x * v.w + p.c * v.c;
+        FASTDA_UNROLL
+        for (int e = 0; e < E; ++e) {
+          if (p.inside && p.c + e < channels) to.at[e] = *at;
+          at += v.c;
+        }
+      };
+      fetch(from, view, pack);
+      if (mask.data) {
+        fetch(from_mask, mask, its_mask);
+        FASTDA_UNROLL
+        for (int e = 0; e < E; ++e) pack.at[e] = masked(its_mask.at[e], pack.at[e], slope);
       }
       store_pack(reinterpret_cast<T*>(p.to), pack);
     }

@@ -308,7 +308,12 @@ FAULTS = (
     ),
     fault(
         "CUDA: a row of channels has those behind the last", CUDA,
-        "if (c >= channels) break;", NOTHING,
+        "p.inside && p.c + e < channels", "p.inside",
+        "test_conv_by_tiles[dtype2]",
+    ),
+    fault(
+        "CUDA: a mask of contiguous images is read as the images lie", CUDA,
+        "fetch(from_mask, mask, its_mask)", "fetch(from_mask, view, its_mask)",
         "test_conv_by_tiles[dtype2]",
     ),
     fault(
