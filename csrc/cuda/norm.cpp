@@ -19,6 +19,8 @@ void* written(const Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullp
 
 template <typename Call>
 Norm norm_of(const Call& call, const Tensor& x) {
+  FASTDA_CHECK(call.layout.pixels < int64_t(1) << 31, call.op,
+               ": an image must have fewer than 2^31 pixels");
   Norm p;
   static_cast<NormLayout&>(p) = call.layout;
   p.dtype = dtype_of(call.x, call.op);

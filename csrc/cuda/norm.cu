@@ -7,7 +7,7 @@
 namespace fastda::cuda {
 namespace {
 
-constexpr int64_t many_blocks = 2048;  // fill every device several times
+constexpr int64_t many_blocks = 1024;  // fill every device more than once
 
 template <int N>
 struct Width {
@@ -56,6 +56,8 @@ Cut cut_of(const Norm& p) {
   const int64_t row = Rows ? 1 : N;
   cut.values = double(std::min(cut.piece, cut.rows) * row);
   cut.last_values = double((cut.rows - (cut.pieces - 1) * cut.piece) * row);
+  cut.share = 1 / cut.values;
+  cut.last_share = 1 / cut.last_values;
   return cut;
 }
 

@@ -125,3 +125,43 @@ def check_block(ops, x, weight1, bias1, weight2, bias2, grad, tf32=False):
             terms = grad[:, 0].numel() ** 0.5 if what.startswith("bias") else 1.0
             matches("refiner_block", what, o, e, dtype, tf32, terms=terms)
     return y, inner
+
+
+def norm_case(n, c, h, w, dtype, memory_format=torch.contiguous_format, mean=0.0):
+    """x, weight, bias, residual, and the gradient of the result."""
+    images = (torch.randn(n, c, h, w, dtype=torch.float64) for _ in range(3))
+    x, residual, grad = (t.to(dtype).contiguous(memory_format=memory_format) for t in images)
+    weight, bias = (torch.randn(c).to(wide(x)) for _ in range(2))
+    return x + mean, weight, bias, residual, grad
+
+
+def check_norm(ops, x, weight, bias, residual, grad, per_image=False, stored=None, slope=0.1):
+    """Values and all gradients; where an activation's slope changes is told by the result itself."""
+    op = reference.instance_norm_act if per_image else reference.batch_norm_act
+    y, mean, variance = ops.norm_act(
+        x, weight, bias, *(stored or (None, None)), residual, per_image, 1e-5, slope
+    )
+    out = ops.norm_act_backward(
+        *(grad, x, weight, bias, mean, variance, None if residual is None else y),
+        *(per_image, stored is None, 1e-5, slope, True, True, True, True),
+    )
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    options = {} if stored is None else {"training": False}
+    values = [None if t is None else t.double() for t in (stored or (None, None))]
+    normalized = op(*exact, *values, **options)
+    with torch.no_grad():
+        added = normalized + (0 if residual is None else residual.double())
+        expected = added if slope is None else torch.where(added > 0, added, added * slope)
+        passed = grad.double() if slope is None else torch.where(y > 0, grad, grad * slope).double()
+    gradients = torch.autograd.grad(normalized, exact, passed)
+    terms = x.numel() / x.shape[1]
+    matches("batch_norm_act", "value", y, expected, x.dtype)
+    for what, got, right, size in zip(
+        ("x", "weight", "bias", "residual"),
+        out,
+        (*gradients, passed),
+        (1.0, terms**0.5, terms**0.5, 0.0),
+        strict=True,
+    ):
+        matches("batch_norm_act", what, got, right, x.dtype, terms=size)
+    return y, mean, variance, *out

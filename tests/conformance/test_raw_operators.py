@@ -137,6 +137,11 @@ def test_operators_are_what_they_declare(lane):
             *([2, 2] for _ in "ks"),
             [0, 0],
         ),
+        "norm_act": (x, x[0, :, 0, 0], None, None, None, grad, True, 1e-5, 0.1),
+        "norm_act_backward": (
+            *(grad, x, None, None, *torch.rand(2, 3).double(), x.clone(), False, True, 1e-5, 0.1),
+            *[True] * 4,
+        ),
         "conv_same": (x, weight, None, grad, True),
         "conv_same_backward": (grad, x, weight, None, True, True, False),
         "refiner_block": (x, weight, None, weight.clone(), None, True),

@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from fastda import reference
-from tests.conformance.raw import LAST, block_case, check_conv, check_discriminator, conv_case, matches
+from tests.conformance.raw import (
+    LAST,
+    block_case,
+    check_conv,
+    check_discriminator,
+    check_norm,
+    conv_case,
+    matches,
+    norm_case,
+)
 
 pytestmark = [pytest.mark.lanes("emulated"), pytest.mark.isa_independent]
 SEEDS = range(5)
@@ -87,6 +96,18 @@ def head(ops):
         matches("patch_head_discriminator_loss", "weight", o, e, torch.float32)
 
 
+def norm_of_planes(ops):
+    check_norm(ops, *norm_case(3, 2, 23, 29, torch.float32))
+
+
+def norm_in_pieces(ops):
+    check_norm(ops, *norm_case(3, 2, 35, 55, torch.float32))
+
+
+def norm_of_rows(ops):
+    check_norm(ops, *norm_case(2, 40, 13, 17, torch.bfloat16, LAST), per_image=True)
+
+
 def survives(cuda_host, ops, check, seeds=SEEDS):
     """Whether a check passes in every order; in a process of its own, which AddressSanitizer may end."""
     child = os.fork()
@@ -106,7 +127,7 @@ def survives(cuda_host, ops, check, seeds=SEEDS):
     "check",
     [
         *(grad_reverse, losses, head, conv_exact, conv_many_channels, conv_scalar, weight_gradient),
-        *(weight_gradient_of_one_stage, block),
+        *(weight_gradient_of_one_stage, block, norm_of_planes, norm_in_pieces, norm_of_rows),
     ],
     ids=lambda check: check.__name__,
 )
@@ -136,6 +157,9 @@ def test_removal_of_any_barrier_or_wait_from_the_ptx_is_caught(cuda_host, ops):
         weight_gradient,
         weight_gradient_of_one_stage,
         block,
+        norm_of_planes,
+        norm_in_pieces,
+        norm_of_rows,
     ]
     met, caught = {}, set()
     for check in checks:
@@ -153,8 +177,11 @@ def test_removal_of_any_barrier_or_wait_from_the_ptx_is_caught(cuda_host, ops):
         cuda_host.ptx_skip("", -1)
         check(ops)
     kernels = {"loss", "finish", "head", "head_weight", "conv", "filter_grad", "refiner_block"}
+    norms = {"moments", "statistics", "apply", "sums", "add", "weight", "input_gradient", "whole"}
+    kernels |= {f"norm_{name}" for name in norms} | {"norm_whole_backward"}
     assert all(any(f"{name}_kernel" in kernel for kernel, _ in met) for name in kernels)
     # A block_sum waits for those before it, of which a kernel's first has none.
-    sums = {kernel for kernel, _ in met if re.search("(loss|finish|weight_sum|head)_kernel", kernel)}
+    begins = r"(loss|finish|weight_sum|head|norm_(moments|statistics|add|weight|whole))_kernel"
+    sums = {kernel for kernel, _ in met if re.search(begins, kernel)}
     first = {(kernel, min(n for k, n in met if k == kernel)) for kernel in sums}
     assert met.keys() - caught <= first

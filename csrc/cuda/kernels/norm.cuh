@@ -38,6 +38,7 @@ struct NormCut {
   int chunks = 1;                      // of the channels
   Divisor plane;                       // packs of a plane
   double values = 0, last_values = 0;  // of a piece, and of the last
+  double share = 0, last_share = 0;    // one over them
 };
 
 FASTDA_DEVICE float fma_of(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -101,11 +102,12 @@ struct NormWalk {
   static FASTDA_DEVICE int index(int e) { return Rows ? e : 0; }
 };
 
-// The mean and the sum of squared differences from it, of every channel of a thread's column; `tile`
-// holds its first packs, and still does if there is but one step.
+// The sum and that of squared differences from the mean, of every channel of a thread's column;
+// `share` is one over the number of values. `tile` holds the thread's first packs, and still does if
+// there is but one step.
 template <int threads, typename T, int N, typename Walk>
-FASTDA_DEVICE void norm_moments(const Walk& w, Pack<T, N> (&tile)[Walk::packs], double values,
-                                double* scratch, double (&mean)[Walk::channels],
+FASTDA_DEVICE void norm_moments(const Walk& w, Pack<T, N> (&tile)[Walk::packs], double share,
+                                double* scratch, double (&total)[Walk::channels],
                                 double (&squares)[Walk::channels]) {
   using S = typename Wide<T>::type;
   constexpr int C = Walk::channels;
@@ -116,9 +118,9 @@ FASTDA_DEVICE void norm_moments(const Walk& w, Pack<T, N> (&tile)[Walk::packs], 
     FASTDA_UNROLL
     for (int e = 0; e < N; ++e) pivot[w.index(e)] += S(widen(tile[k].at[e]));
   });
-  const S share = S(1) / S(taken > 0 ? taken * (N / C) : 1);
+  const S share_taken = S(1) / S(taken > 0 ? taken * (N / C) : 1);
   FASTDA_UNROLL
-  for (int c = 0; c < C; ++c) pivot[c] *= share;
+  for (int c = 0; c < C; ++c) pivot[c] *= share_taken;
   int count = 0;
   FASTDA_NO_UNROLL
   for (int step = 0; step < w.cut.steps; ++step) {
@@ -164,12 +166,11 @@ FASTDA_DEVICE void norm_moments(const Walk& w, Pack<T, N> (&tile)[Walk::packs], 
   }
   const double n = double(count) * (N / C);
   FASTDA_UNROLL
-  for (int c = 0; c < C; ++c) mean[c] = first[c] + n * about[c];
-  column_sum<threads, Walk::columns>(mean, scratch);
+  for (int c = 0; c < C; ++c) total[c] = first[c] + n * about[c];
+  column_sum<threads, Walk::columns>(total, scratch);
   FASTDA_UNROLL
   for (int c = 0; c < C; ++c) {
-    mean[c] /= values;
-    const double off = about[c] - mean[c];
+    const double off = about[c] - total[c] * share;
     squares[c] = second[c] + off * (2 * first[c] + n * off);
   }
   column_sum<threads, Walk::columns>(squares, scratch);
@@ -341,7 +342,7 @@ FASTDA_DEVICE void norm_input_gradient(const Walk& w, int step,
 
 // [pieces, statistics]; of a single piece the second is the variance.
 template <typename T, int N, bool Rows>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_moments_kernel(Norm p, NormCut cut, double* means, double* squares) {
   using Walk = NormWalk<T, N, Rows, norm_threads>;
   FASTDA_SHARED(double, scratch, norm_scratch);
@@ -349,20 +350,21 @@ norm_moments_kernel(Norm p, NormCut cut, double* means, double* squares) {
   const Walk w(p, cut, unit, int(blockIdx.x - unit * cut.pieces), int(threadIdx.x));
   typename Walk::Tile tile;
   w.load(p.x, 0, tile);
-  double mean[Walk::channels], square[Walk::channels];
-  const double values = w.piece + 1 == cut.pieces ? cut.last_values : cut.values;
-  norm_moments<norm_threads, T, N>(w, tile, values, scratch, mean, square);
+  double total[Walk::channels], square[Walk::channels];
+  const bool last = w.piece + 1 == cut.pieces;
+  norm_moments<norm_threads, T, N>(w, tile, last ? cut.last_share : cut.share, scratch, total,
+                                   square);
   if (!w.writes()) return;
   const int64_t at = w.piece * p.groups * p.channels + w.first_statistic() + w.column * N;
   FASTDA_UNROLL
   for (int c = 0; c < Walk::channels; ++c) {
-    means[at + c] = mean[c];
-    squares[at + c] = cut.pieces == 1 ? square[c] / values : square[c];
+    means[at + c] = total[c] / (last ? cut.last_values : cut.values);
+    squares[at + c] = cut.pieces == 1 ? square[c] / cut.values : square[c];
   }
 }
 
 // Mean and variance of 32 statistics a block, of the pieces: warps take them in turn.
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_statistics_kernel(NormCut cut, const double* means, const double* squares, int64_t statistics,
                        double values, double* mean, double* variance) {
   constexpr int warps = norm_threads / 32;
@@ -390,7 +392,7 @@ norm_statistics_kernel(NormCut cut, const double* means, const double* squares, 
 
 // From the end, which the cache still has.
 template <typename T, int N, bool Rows>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_apply_kernel(Norm p, NormCut cut) {
   using S = typename Wide<T>::type;
   using Walk = NormWalk<T, N, Rows, norm_threads>;
@@ -419,7 +421,7 @@ norm_apply_kernel(Norm p, NormCut cut) {
 
 // [2, pieces, statistics]: sums of gradients, and of their products with (x - center).
 template <typename T, int N, bool Rows>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_sums_kernel(Norm p, NormCut cut, double* sums) {
   using S = typename Wide<T>::type;
   using Walk = NormWalk<T, N, Rows, norm_threads>;
@@ -453,7 +455,7 @@ norm_sums_kernel(Norm p, NormCut cut, double* sums) {
 }
 
 // [2, statistics]: the sums of the pieces; a block has 32 statistics.
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_add_kernel(const double* sums, int pieces, int64_t statistics, double* totals) {
   FASTDA_SHARED(double, scratch, norm_scratch);
   const int warp = int(threadIdx.x / 32);
@@ -472,7 +474,7 @@ norm_add_kernel(const double* sums, int pieces, int64_t statistics, double* tota
 
 // d_weight and d_bias of 32 channels a block: warps take the groups in turn.
 template <typename S>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_weight_kernel(Norm p, const double* totals) {
   FASTDA_SHARED(double, scratch, norm_scratch);
   const int warp = int(threadIdx.x / 32);
@@ -492,7 +494,7 @@ norm_weight_kernel(Norm p, const double* totals) {
 }
 
 template <typename T, int N, bool Rows>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_input_gradient_kernel(Norm p, NormCut cut, const double* totals) {
   using S = typename Wide<T>::type;
   using Walk = NormWalk<T, N, Rows, norm_threads>;
@@ -522,8 +524,11 @@ norm_input_gradient_kernel(Norm p, NormCut cut, const double* totals) {
 
 // -- in one pass: `threads` have all values of a statistic in registers
 
+// What column_sum may still be reading when the constants are written behind it.
+constexpr int norm_sums_of_warps = 2 * norm_threads / 32;
+
 template <typename T, int N, int threads>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_whole_kernel(Norm p, NormCut cut) {
   using S = typename Wide<T>::type;
   using Walk = NormWalk<T, N, false, threads>;
@@ -534,24 +539,22 @@ norm_whole_kernel(Norm p, NormCut cut) {
   typename Walk::Tile x, residual;
   w.load(p.x, 0, x);
   if (p.residual) w.load(p.residual, 0, residual);
-  double mean[1], square[1];
-  norm_moments<threads, T, N>(w, x, cut.values, scratch, mean, square);
-  const double variance = square[0] / cut.values;
-  if (w.writes()) {
-    p.own_mean[s] = mean[0];
-    p.own_variance[s] = variance;
-  }
+  double total[1], square[1];
+  norm_moments<threads, T, N>(w, x, cut.share, scratch, total, square);
   S constants[3][1];
-  if (threads > 32) __syncthreads();  // the sums were read
-  share_constants<threads>(w, scratch, constants, [&](int, S(&mine)[3]) {
-    const NormConstants<S> of(p, w.first_channel, mean[0], variance);
+  share_constants<threads>(w, scratch + norm_sums_of_warps, constants, [&](int, S(&mine)[3]) {
+    const double mean = total[0] / cut.values, variance = square[0] / cut.values;
+    const NormConstants<S> of(p, w.first_channel, mean, variance);
     mine[center_of] = of.center, mine[scale_of] = of.scale, mine[shift_of] = of.shift;
+    if (!w.writes()) return;
+    p.own_mean[s] = mean;
+    p.own_variance[s] = variance;
   });
   norm_apply<T, N>(w, 0, x, residual, constants);
 }
 
 template <typename T, int N, int threads>
-FASTDA_KERNEL(norm_threads)
+FASTDA_KERNEL(norm_threads, 2)
 norm_whole_backward_kernel(Norm p, NormCut cut, double* totals) {
   using S = typename Wide<T>::type;
   using Walk = NormWalk<T, N, false, threads>;
@@ -582,8 +585,7 @@ norm_whole_backward_kernel(Norm p, NormCut cut, double* totals) {
     totals[statistics + s] = total[1];
   }
   if (p.d_x == nullptr) return;
-  if (threads > 32) __syncthreads();  // the sums were read
-  share_constants<threads>(w, scratch, constants,
+  share_constants<threads>(w, scratch + norm_sums_of_warps, constants,
                            [&](int, S(&mine)[5]) { compute(mine, p.through_statistics, total); });
   norm_input_gradient<T, N>(w, 0, grad, x, output, constants);
 }
