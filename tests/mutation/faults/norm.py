@@ -100,7 +100,7 @@ FAULTS = (
         "test_planes_of_a_warp_and_of_a_block_take_one_pass[emulated]",
     ),
     fault(
-        "norm: CUDA's weight has the gradient of the first image", CUDA,
+        "norm: CUDA's weight has the gradient of the first image", "csrc/cuda/kernels/norm.cuh",
         "g < p.groups", "g < 1",
         "test_planes_of_a_warp_and_of_a_block_take_one_pass[emulated]",
     ),
