@@ -42,7 +42,8 @@ Tensor workspace_of(const Tensor& like, int64_t bytes) {
 const ConvKernels& kernels_for(const ConvProblem& problem) {
   for (const ConvKernels* kernels :
        {&winograd_panels_kernels(), &winograd_tiles_kernels(), &winograd_large_kernels(),
-        &winograd_5x5_kernels(), &winograd_2x2_kernels(), &narrow_kernels()})
+        &winograd_5x5_kernels(), &winograd_2x2_kernels(), &winograd_few_5x5_kernels(),
+        &winograd_few_7x7_kernels(), &narrow_kernels()})
     if (kernels->serves && kernels->serves(problem)) return *kernels;
   return direct_kernels();
 }
@@ -193,8 +194,7 @@ struct RefinerConv : Device {
         return;
       }
       if (d_bias.numel() > 0) filter_gradient(bias_alone(args), d_bias, like);
-      args = turned(args);
-      run(direct_kernels(), nothing(like));
+      filter_gradient(turned(args), nothing(like), like);
       return;
     }
     if (kernels.tile == nullptr) {

@@ -37,7 +37,8 @@ int main() {
       {DType::f32, 1, 3, 5, 6, 5, 4, 1},     {DType::f32, 1, 4, 3, 5, 3, 2, 1},
       {DType::f32, 49, 16, 16, 7, 6, 5, 2},  {DType::f32, 2, 18, 33, 12, 23, 2, 0},
       {DType::f32, 1, 70, 16, 17, 11, 2, 1}, {DType::f32, 1, 18, 33, 31, 30, 3, 0},
-      {DType::f32, 2, 16, 20, 20, 27, 3, 2}};
+      {DType::f32, 2, 16, 20, 20, 27, 3, 2}, {DType::f32, 2, 3, 33, 11, 21, 5, 1},
+      {DType::f32, 1, 4, 17, 9, 66, 7, 3}};
   for (ConvProblem p : shapes) {
     for (const DType dtype : dtypes) {
       p.dtype = dtype;

@@ -63,7 +63,10 @@ inline std::vector<Method> methods_for(const ConvProblem& p) {
         Method{"winograd_panels", &winograd_panels_kernels()},
         Method{"winograd_large", &winograd_large_kernels()},
         Method{"winograd_5x5", &winograd_5x5_kernels()},
-        Method{"winograd_2x2", &winograd_2x2_kernels()}, Method{"narrow", &narrow_kernels()}})
+        Method{"winograd_2x2", &winograd_2x2_kernels()},
+        Method{"winograd_few_5x5", &winograd_few_5x5_kernels()},
+        Method{"winograd_few_7x7", &winograd_few_7x7_kernels()},
+        Method{"narrow", &narrow_kernels()}})
     if (m.kernels->serves && m.kernels->serves(p)) serving.push_back(m);
   return serving;
 }

@@ -2,7 +2,8 @@
 //
 // Implementations of one table: `direct` serves every case; `narrow` (to a few output channels) and, in
 // float32 arithmetic, `winograd_tiles` and `winograd_panels` (3 x 3 filters; many tiles, many channels),
-// `winograd_large` (7 x 7, 11 x 11, …), `winograd_5x5` and `winograd_2x2` are faster where they apply.
+// `winograd_large` (7 x 7, 11 x 11, …), `winograd_5x5` and `winograd_2x2` are faster where they apply, from
+// 16 channels on, `winograd_few_5x5` and `winograd_few_7x7` with 2 to 4 input channels.
 #pragma once
 
 #include <cstdint>
@@ -82,5 +83,7 @@ FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_2x2)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_few_5x5)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_few_7x7)
 
 }  // namespace fastda::cpu

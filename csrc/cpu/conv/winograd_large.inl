@@ -14,6 +14,7 @@
 //   -> sums [pixel][channel] -> epilogue
 #include "cpu/conv/epilogue.h"
 #include "cpu/conv/gemm.h"
+#include "cpu/conv/winograd_filter.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -21,7 +22,6 @@ namespace {
 template <typename W>
 struct Pieces {
   static constexpr int TILE = W::tile, TAPS = W::taps, POINTS = W::points;
-  static constexpr FilterMatrix<W> G{};
   // Of a single piece: the error of longer sums outweighs that of the transforms (64 channels: 1.4e-6
   // instead of 1.1e-6; 256: 2.8e-6 instead of 1.2e-6).
   static constexpr int64_t longest_sum = TAPS == 4 ? 0 : 32;
@@ -179,42 +179,17 @@ struct Pieces {
   }
   // [point][panel][piece][c][k in panel]
   template <typename T>
-  static void transform_filter(const ConvArgs& a, float* out) {
-    constexpr int L = lanes<float>;
+  static void transform(const ConvArgs& a, float* out) {
     const Layout layout(a);
-    const int64_t vectors = layout.k / L;
-    for (int64_t vector = 0; vector < vectors; ++vector) {
-      const PanelColumn column = panel_column(vector, vectors, layout.taps() * layout.c);
-      const int64_t k = vector * L;
-      for (int64_t i = 0; i < layout.taps(); ++i) {
-        for (int64_t c = 0; c < layout.c; ++c) {
-          float* to = out + column.offset + (i * layout.c + c) * column.stride;
-          double half[POINTS][TAPS][L] = {};
-          for (int y = 0; y < TAPS; ++y) {
-            for (int x = 0; x < TAPS; ++x) {
-              const int64_t h = i / layout.pieces * TAPS + y, w = i % layout.pieces * TAPS + x;
-              double g[L] = {};
-              for (int64_t j = 0; j < min(L, a.out_channels - k); ++j)
-                if (h < a.kernel && w < a.kernel && c < a.in_channels)
-                  g[j] = double(load(at<T>(a.filter, k + j, c, h, w)));
-              for (int p = 0; p < POINTS; ++p)
-                for (int j = 0; j < L; ++j) half[p][x][j] += G.at[p][y] * g[j];
-            }
-          }
-          for (int p = 0; p < POINTS * POINTS; ++p) {
-            for (int j = 0; j < L; ++j) {
-              double u = 0;
-              for (int x = 0; x < TAPS; ++x) u += G.at[p % POINTS][x] * half[p / POINTS][x][j];
-              to[p * layout.filter() + j] = float(u);
-            }
-          }
-        }
-      }
-    }
+    transform_filter<W, T>(
+        a, layout.pieces, layout.c, [&](int p, int64_t vector, int64_t piece, int64_t c) {
+          const PanelColumn column =
+              panel_column(vector, layout.k / lanes<float>, layout.taps() * layout.c);
+          return out + p * layout.filter() + column.offset + (piece * layout.c + c) * column.stride;
+        });
   }
   static void prepare(const ConvArgs& a, void* prepared) {
-    with_float_type(a.dtype,
-                    [&]<typename T>() { transform_filter<T>(a, static_cast<float*>(prepared)); });
+    with_float_type(a.dtype, [&]<typename T>() { transform<T>(a, static_cast<float*>(prepared)); });
   }
 
   static int64_t conv_scratch_bytes(const ConvArgs& a) {
@@ -352,48 +327,18 @@ struct Pieces {
 
   template <typename T>
   static bool combine_chunks(const FilterGradArgs& a, const char* sums, T* d_bias) {
-    constexpr int L = lanes<float>;
     const Layout layout(a);
     const int64_t count = chunks(a), bytes = sum_bytes(a);
-    bool finite = true;
-    for (int64_t i = 0; i < layout.taps(); ++i) {
-      for (int64_t c = 0; c < a.in_channels; ++c) {
-        for (int64_t k = 0; k < a.out_channels; k += L) {
-          double half[TAPS][POINTS][L] = {};
-          for (int p = 0; p < POINTS * POINTS; ++p) {
-            double u[L] = {};
-            for (int64_t n = 0; n < count; ++n) {
-              const float* part = reinterpret_cast<const float*>(sums + n * bytes) +
-                                  p * layout.filter() + (i * layout.c + c) * layout.k + k;
-              for (int j = 0; j < L; ++j) u[j] += double(part[j]);
-            }
-            for (int y = 0; y < TAPS; ++y)
-              for (int j = 0; j < L; ++j) half[y][p % POINTS][j] += G.at[p / POINTS][y] * u[j];
-          }
-          for (int y = 0; y < TAPS; ++y) {
-            for (int x = 0; x < TAPS; ++x) {
-              const int64_t h = i / layout.pieces * TAPS + y, w = i % layout.pieces * TAPS + x;
-              if (h >= a.kernel || w >= a.kernel) continue;
-              for (int64_t j = 0; j < min(L, a.out_channels - k); ++j) {
-                double g = 0;
-                for (int p = 0; p < POINTS; ++p) g += G.at[p][x] * half[y][p][j];
-                finite &= g - g == 0;
-                store(const_cast<T*>(at<T>(a.d_filter, k + j, c, h, w)), float(g));
-              }
-            }
-          }
-        }
-      }
-    }
-    if (d_bias) {
-      const int64_t offset = Arena::bytes<float>(POINTS * POINTS * layout.filter());
-      for (int64_t k = 0; k < a.out_channels; ++k) {
-        double sum = 0;
-        for (int64_t n = 0; n < count; ++n)
-          sum += reinterpret_cast<const double*>(sums + n * bytes + offset)[k];
-        store(d_bias + k, float(sum));
-      }
-    }
+    const bool finite = combine_filter<W, T>(
+        a, layout.pieces, count, [&](int64_t n, int p, int64_t vector, int64_t piece, int64_t c) {
+          return reinterpret_cast<const float*>(sums + n * bytes) + p * layout.filter() +
+                 (piece * layout.c + c) * layout.k + vector * lanes<float>;
+        });
+    const int64_t offset = Arena::bytes<float>(POINTS * POINTS * layout.filter());
+    if (d_bias)
+      combine_bias(a.out_channels, count, d_bias, [&](int64_t n) {
+        return reinterpret_cast<const double*>(sums + n * bytes + offset);
+      });
     return finite;
   }
   static bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {
