@@ -6,7 +6,7 @@ where torch's own code, or one expression that says all, hands over everything t
 - `nn.Conv2d`: torch's `forward` calls `self._conv_forward(input, weight, bias)`. There stands a stand-in.
 - `nn.BCEWithLogitsLoss`, `nn.CrossEntropyLoss`, `nn.MaxPool2d`, `nn.BatchNorm2d`, `nn.InstanceNorm2d`: the
   arguments of `forward` and the module's attributes are all there is.
-- `nn.Sequential`: so is the list of its modules, of which a norm and the activation behind it make one.
+- `nn.Sequential`: so is the list of its modules, of which two neighbours may make one.
 - An `autograd.Function` whose backward is a written form of −scale · gradient: that expression alone.
 
 A replaced module stays the same object of the same class. A stand-in looks in every call whether what it
@@ -20,7 +20,7 @@ import copy
 import torch
 from torch import nn
 
-from fastda.optimize import convolution, loss, norm, pool, reversal
+from fastda.optimize import convolution, loss, norm, pool, reversal, sequence
 from fastda.optimize.report import Calls, Entry, Measurement, Report
 from fastda.optimize.stand_in import Found
 
@@ -33,10 +33,11 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> Report:
     Recognised:
 
     - convolutions with stride 1 and padding up to the same size, where they were measured to be faster: on
-      the CPU, with 3×3, 5×5 or 7×7 kernels and 16 channels or more;
+      the CPU, with 3×3, 5×5 or 7×7 kernels and 16 channels or more, and some first and last layers;
     - max-pooling of contiguous images with a stride of 1 or 2;
-    - batch and instance normalisation of contiguous images, with the (leaky) ReLU behind it in an
-      `nn.Sequential`;
+    - batch and instance normalisation of contiguous images;
+    - with these, in an `nn.Sequential`, the (leaky) ReLU behind a norm and the `nn.ReflectionPad2d` before a
+      convolution;
     - gradient reversals: `autograd.Function`s that a module's code refers to and whose backward is −scale ·
       gradient in two passes over it (tllib, pytorch-revgrad, skada, the hand-written `ReverseLayerF`);
     - mean losses of torch whose target is one expanded number or one class, as the patch losses of CycleGAN's
@@ -59,7 +60,7 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> Report:
     for path, module in report.model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for family in (convolution, loss, norm, pool, reversal):
+        for family in (convolution, loss, norm, pool, reversal, sequence):
             try:
                 for found in family.find(module):
                     report.add(path, module, found)

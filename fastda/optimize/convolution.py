@@ -12,14 +12,25 @@ from torch.compiler import is_compiling
 
 from fastda import _torch
 from fastda.ops.refiner_conv import conv2d, conv_same
-from fastda.optimize.stand_in import PLAIN, Found, StandIn, copies_of_its_own, is_torchs, not_on_cpu
+from fastda.optimize.stand_in import (
+    PLAIN,
+    Found,
+    StandIn,
+    as_torch_has_it,
+    copies_of_its_own,
+    is_alone,
+    is_torchs,
+    not_on_cpu,
+)
 
 _DTYPES = (torch.float32, torch.float64)
-_CONV_FORWARD, _CONV2D = nn.Conv2d._conv_forward, F.conv2d
+_CONV_FORWARD, _CONV2D, _PAD = nn.Conv2d._conv_forward, F.conv2d, F.pad
 
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
 FAST_KERNELS = (3, 5, 7)
 LEAST_CHANNELS, LEAST_CHANNELS_DILATED = 16, 64
+# Fewer channels: in first layers, by the kernel the least of them and of output channels; in last layers.
+MOST_OF_FEW, FIRST_LAYERS, LAST_LAYERS = 4, {5: (3, 32), 7: (2, 16)}, (3, 5, 7)
 LEAST_SIZE = 4
 # They go by tiles of 4×4 pixels, of which one pixel in so many must be wanted. And they have a fixed cost:
 # a call must be of so many products of a tap.
@@ -85,9 +96,18 @@ def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
     if k not in FAST_KERNELS:
         return f"no faster with {k}×{k} kernels"
     least = LEAST_CHANNELS_DILATED if dilation > 1 else LEAST_CHANNELS
-    if min(out_channels, in_channels) < least:
+    if min(out_channels, in_channels) < least and (dilation > 1 or not _is_first_or_last(weight)):
         return f"no faster with less than {least} channels" + ", dilated" * (dilation > 1)
     return None
+
+
+def _is_first_or_last(weight: tuple[int, ...]) -> bool:
+    """Whether a layer from or to a few channels is faster all the same."""
+    out_channels, in_channels, k, _ = weight
+    if out_channels <= MOST_OF_FEW:
+        return in_channels >= LEAST_CHANNELS and k in LAST_LAYERS
+    least_in, least_out = FIRST_LAYERS.get(k, (MOST_OF_FEW + 1, 0))
+    return least_in <= in_channels <= MOST_OF_FEW and out_channels >= least_out
 
 
 def _padding(conv: nn.Conv2d, k: int) -> int | None:
@@ -122,8 +142,22 @@ class Convolution(StandIn):
             return _convolve(conv, input, weight, bias, padding)
         return type(conv)._conv_forward(conv, input, weight, bias)
 
-    def _padding(self, conv: Any, x: Any, weight: Any, bias: Any) -> int | None:
-        """The layer's padding, if this call gains and its result is torch's; None if not."""
+    def mirror(self, x: Any, p: int) -> Tensor | None:
+        """The convolution of x with p mirrored pixels around it; None, nothing done, where it is torch's."""
+        conv = self.module
+        weight, bias = conv.weight, conv.bias
+        if self._padding(conv, x, weight, bias, p) != 0 or weight.shape[2] != 2 * p + 1:
+            return None
+        if conv.dilation[0] != 1 or min(x.shape[2:]) <= p or not _reads_border(x, weight):
+            return None
+        self.count(True)
+        return conv_same(x, weight, bias, padding_mode="reflect")
+
+    def _padding(self, conv: Any, x: Any, weight: Any, bias: Any, mirrored: int = 0) -> int | None:
+        """The layer's padding, if this call gains and its result is torch's; None if not.
+
+        mirrored: the padding of x that another layer was to add.
+        """
         if type(x) not in PLAIN or type(weight) not in PLAIN or not (bias is None or type(bias) in PLAIN):
             return None
         compiling = is_compiling()
@@ -171,11 +205,13 @@ class Convolution(StandIn):
         if (
             (1 in shape or not weight.is_contiguous())
             and _torch.memory_format(weight) is torch.channels_last
-            and (conv.padding_mode != "zeros" or _torch.memory_format(x) is not torch.channels_last)
+            and (
+                conv.padding_mode != "zeros" or mirrored or _torch.memory_format(x) is not torch.channels_last
+            )
         ):
             return None
         dilation = conv.dilation[0]
-        border = dilation * (shape[2] // 2) - padding
+        border = dilation * (shape[2] // 2) - padding - mirrored
         return padding if _pays(x.shape, shape, border, dtype, dilation) else None
 
 
@@ -191,6 +227,7 @@ def _pays(
     h, w = height - 2 * border, width - 2 * border
     filters = out_channels * in_channels
     small: tuple[Any, ...] = (h < LEAST_SIZE, w < LEAST_SIZE, pixels * filters < LEAST_PRODUCTS)
+    small += (dtype == torch.float64 and min(out_channels, in_channels) < LEAST_CHANNELS,)
     if k == 3:
         small += (WANTED_OF * pixels < 16 * n * (-(-h // 4)) * (-(-w // 4)),)
     if k == 5 and dtype == torch.float32:
@@ -212,9 +249,39 @@ def _pays(
 
 def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """The layer's result."""
-    if padding and padding == weight.shape[2] // 2 and conv.padding_mode == "reflect":
+    same = padding and padding == weight.shape[2] // 2
+    if same and conv.padding_mode == "reflect" and _reads_border(x, weight):
         return conv_same(x, weight, bias, padding_mode="reflect")
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
         padding = 0
     return conv2d(x, weight, bias, padding=padding, dilation=conv.dilation[0])
+
+
+def _reads_border(x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels are to read a mirrored border, which spares its copy.
+
+    Not of few channels: they gain nothing by it. Nor where PyTorch keeps that copy alone for backward, and so
+    x may change until then.
+    """
+    recorded = torch.is_grad_enabled() and weight.requires_grad
+    return min(weight.shape[:2]) >= LEAST_CHANNELS and (x.requires_grad or not recorded)
+
+
+def pair(pad: Any, conv: Any, x: Any) -> Tensor | None:
+    """A reflection padding of x and the convolution in one operator; None, with nothing done, where each is
+    to be called."""
+    stand_in, padding = vars(conv).get("_conv_forward"), pad.padding
+    plain = (
+        type(x) in PLAIN
+        and isinstance(stand_in, Convolution)
+        and stand_in.module is conv
+        and type(padding) is tuple
+        and len(padding) == 4
+        and all(type(p) is int and p == padding[0] > 0 for p in padding)
+        and all("forward" not in vars(m) and is_alone(m) for m in (pad, conv))
+        and as_torch_has_it(pad, nn.ReflectionPad2d)
+        and as_torch_has_it(conv, nn.Conv2d)
+        and F.pad is _PAD
+    )
+    return stand_in.mirror(x, padding[0]) if plain else None

@@ -1,8 +1,7 @@
-"""Normalisation in a model that exists: by itself, and with the (leaky) ReLU behind it in a Sequential."""
+"""Normalisation in a model that exists: by itself, and with the (leaky) ReLU behind it."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +13,15 @@ from torch.compiler import is_compiling
 
 from fastda import _torch
 from fastda.ops.norm import norm_act
-from fastda.optimize.stand_in import PLAIN, Found, StandIn, is_torchs, not_on_cpu
+from fastda.optimize.stand_in import (
+    PLAIN,
+    Found,
+    StandIn,
+    as_torch_has_it,
+    is_alone,
+    is_torchs,
+    not_on_cpu,
+)
 
 # Where it was measured to be faster, on the CPU: from so many elements on, and so many pixels of an image.
 LEAST_ELEMENTS = 1 << 17
@@ -25,21 +32,10 @@ LEAST_ELEMENTS_OF_ROWS = 1 << 20
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(F, name) for name in ("batch_norm", "instance_norm", "relu", "leaky_relu")
 }
-_METHODS: dict[type, dict[str, Any]] = {
-    kind: {name: getattr(kind, name) for name in names}
-    for kind, names in {
-        nn.BatchNorm2d: ("forward", "_check_input_dim"),
-        nn.InstanceNorm2d: ("forward", "_check_input_dim", "_get_no_batch_dim", "_apply_instance_norm"),
-        nn.ReLU: ("forward",),
-        nn.LeakyReLU: ("forward",),
-        nn.Sequential: ("forward", "__iter__"),
-        nn.Module: ("__call__", "_call_impl", "_wrapped_call_impl"),
-    }.items()
-}
 
 
 def find(module: nn.Module) -> Iterator[Found]:
-    """The stand-in of a norm, or why it is left; that of a Sequential which holds a pair."""
+    """The stand-in of a norm, or why it is left."""
     if "forward" in vars(module):
         return
     where = f"from {LEAST_ELEMENTS:,} elements on"
@@ -56,20 +52,6 @@ def find(module: nn.Module) -> Iterator[Found]:
             yield Found(f"batch norm → batch_norm_act, of contiguous images {where}", BatchNorm(module))
         else:
             yield Found(f"instance norm → instance_norm_act, {where}", InstanceNorm(module))
-    elif type(module) is nn.Sequential:
-        kinds = [type(child) for child in module]
-        norms, activations = (nn.BatchNorm2d, nn.InstanceNorm2d), (nn.ReLU, nn.LeakyReLU)
-        if any(a in norms and b in activations for a, b in itertools.pairwise(kinds)):
-            yield Found("normalisation + activation → one operator, where the norm is served", Pairs(module))
-
-
-def _as_torch_has_it(module: Any, kind: type) -> bool:
-    """Whether what torch's code calls of `kind` for this module is still torch's own; its `forward` apart."""
-    attributes = vars(module)
-    return all(
-        getattr(type(module), name) is method and (name == "forward" or name not in attributes)
-        for name, method in _METHODS[kind].items()
-    )
 
 
 class Norm(StandIn):
@@ -99,7 +81,7 @@ class Norm(StandIn):
             and x.shape[2] * x.shape[3] >= max(2, LEAST_PIXELS)
             and not torch.is_autocast_enabled("cpu")
             and type(norm) is self.kind
-            and _as_torch_has_it(norm, self.kind)
+            and as_torch_has_it(norm, self.kind)
             and getattr(F, self.function) is _FUNCTIONS[self.function]
             and type(norm.eps) is float
             and 0 < norm.eps < math.inf
@@ -210,61 +192,17 @@ class InstanceNorm(Norm):
         return self.run(norm, x, None, None, True, 0.0, negative_slope)
 
 
-class Pairs(StandIn):
-    """`nn.Sequential.forward`, with a norm and the activation behind it as one."""
-
-    method = "forward"
-
-    def __call__(self, input: Any) -> Any:
-        sequence = self.module
-        if (
-            type(input) not in PLAIN
-            or is_compiling()
-            or torch.jit.is_tracing()
-            or _torch.global_module_hooks()
-            or not _as_torch_has_it(sequence, nn.Sequential)
-        ):
-            return type(sequence).forward(sequence, input)
-        before: Any = None
-        for module in sequence:
-            if before is not None:
-                if type(module) in (nn.ReLU, nn.LeakyReLU):
-                    y = _pair(before, module, input)
-                    if self.count(y is not None):
-                        input, before = y, None
-                        continue
-                input = before(input)
-                before = None
-            if type(module) in (nn.BatchNorm2d, nn.InstanceNorm2d):
-                before = module
-            else:
-                input = module(input)
-        return input if before is None else before(input)
-
-
-def _pair(norm: Any, activation: Any, x: Any) -> Tensor | None:
-    """Both of x in one; None, with nothing done, where each is to be called."""
+def pair(norm: Any, activation: Any, x: Any) -> Tensor | None:
+    """Both of x in one operator; None, with nothing done, where each is to be called."""
     if type(x) not in PLAIN or x.numel() < LEAST_ELEMENTS:  # a small call is to lose little
         return None
     slope, stand_in = _slope(activation), vars(norm).get("forward")
-    if slope is None or not isinstance(stand_in, Norm) or stand_in.module is not norm or not _is_alone(norm):
+    if slope is None or not isinstance(stand_in, Norm) or stand_in.module is not norm or not is_alone(norm):
         return None
     y = stand_in.serve(x, slope)
     if y is not None:
         stand_in.count(True)
     return y
-
-
-def _is_alone(module: Any) -> bool:
-    """Whether a call of the module calls its `forward`, and nothing sees its argument and result."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or not _as_torch_has_it(module, nn.Module)
-    )
 
 
 def _slope(module: Any) -> float | None:
@@ -280,8 +218,8 @@ def _slope(module: Any) -> float | None:
         return None
     plain = (
         "forward" not in vars(module)
-        and _as_torch_has_it(module, kind)
+        and as_torch_has_it(module, kind)
         and getattr(F, function) is _FUNCTIONS[function]
-        and _is_alone(module)
+        and is_alone(module)
     )
     return slope if plain else None

@@ -153,3 +153,39 @@ def not_on_cpu(module: nn.Module) -> str | None:
         if tensor.device.type != "cpu":
             return f"on {tensor.device.type}, where nothing was measured"
     return None
+
+
+_METHODS: dict[type, dict[str, Any]] = {
+    kind: {name: getattr(kind, name) for name in names}
+    for kind, names in {
+        nn.BatchNorm2d: ("forward", "_check_input_dim"),
+        nn.InstanceNorm2d: ("forward", "_check_input_dim", "_get_no_batch_dim", "_apply_instance_norm"),
+        nn.ReLU: ("forward",),
+        nn.LeakyReLU: ("forward",),
+        nn.ReflectionPad2d: ("forward",),
+        nn.Conv2d: ("forward",),
+        nn.Sequential: ("forward", "__iter__"),
+        nn.Module: ("__call__", "_call_impl", "_wrapped_call_impl"),
+    }.items()
+}
+
+
+def as_torch_has_it(module: Any, kind: type) -> bool:
+    """Whether what torch's code calls of `kind` for this module is still torch's own; its `forward` apart."""
+    attributes = vars(module)
+    return all(
+        getattr(type(module), name) is method and (name == "forward" or name not in attributes)
+        for name, method in _METHODS[kind].items()
+    )
+
+
+def is_alone(module: Any) -> bool:
+    """Whether a call of the module calls its `forward`, and nothing sees its argument and result."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or not as_torch_has_it(module, nn.Module)
+    )

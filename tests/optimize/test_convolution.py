@@ -288,6 +288,26 @@ def test_only_what_gains_is_replaced():
 
 @pytest.mark.gain
 @pytest.mark.parametrize(
+    ("channels", "out", "k", "dtype", "is_served"),
+    [
+        *((c, 32, 5, "float32", c > 2) for c in (2, 3, 4)),
+        *((c, 16, 7, "float32", c > 1) for c in (1, 2, 4)),
+        *((64, k, 3, "float32", True) for k in (1, 4)),
+        *((16, 3, k, "float32", True) for k in (5, 7)),
+        *((3, 16, 5, "float32", False), (5, 32, 5, "float32", False), (3, 64, 3, "float32", False)),
+        *((64, 5, 3, "float32", False), (8, 3, 3, "float32", False)),
+        *((3, 32, 5, "float64", False), (64, 3, 3, "float64", False)),
+    ],
+)
+def test_first_and_last_layers(channels, out, k, dtype, is_served):
+    layer = nn.Conv2d(channels, out, k, padding=k // 2).to(getattr(torch, dtype))
+    report = fastda.optimize(layer)
+    layer(torch.randn(2, channels, 64, 64, dtype=layer.weight.dtype))
+    assert served(report) == is_served
+
+
+@pytest.mark.gain
+@pytest.mark.parametrize(
     ("channels", "k", "dtype", "shape", "padding", "is_served"),
     [
         (64, 3, "float32", (1, 8, 8), 1, True),
