@@ -142,7 +142,7 @@ def check_norm(ops, x, weight, bias, residual, grad, per_image=False, stored=Non
         x, weight, bias, *(stored or (None, None)), residual, per_image, 1e-5, slope
     )
     out = ops.norm_act_backward(
-        *(grad, x, weight, bias, mean, variance, None if residual is None else y),
+        *(grad, x, weight, bias, *(stored or (mean, variance)), None if residual is None else y),
         *(per_image, stored is None, 1e-5, slope, True, True, True, True),
     )
     exact = [t.double().requires_grad_() for t in (x, weight, bias)]

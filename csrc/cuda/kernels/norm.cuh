@@ -10,7 +10,7 @@
 //   one after the other, from           t8 … t15   of a row; each thread
 //   plane to plane of a channel         …          stays at its channels
 //
-// A thread's sums are in the accumulator type, over at most 128 rows or packs of a channel, and of
+// A thread's sums are in the accumulator type, over at most 64 rows or packs of a channel, and of
 // differences from a pivot of its own: the mean of the first tile that it has, at least an eighth of
 // its values. Whatever is added up beyond a thread is double, in a fixed order: lanes, warps, pieces.
 #pragma once
