@@ -23,29 +23,24 @@ inline int64_t standing_at(int64_t i, int64_t size, int64_t reflected) {
   const int64_t from = i < 0 ? -i : i < size ? i : 2 * (size - 1) - i;
   return i >= -reflected && i < size + reflected ? from : -1;
 }
-inline Source source_of(const ConvArgs& a) {
-  return {.x = a.x,
-          .mask = a.x_mask,
-          .negative_slope = a.negative_slope,
-          .channels_last = a.x_channels_last,
-          .channels = a.in_channels,
-          .height = a.height,
-          .width = a.width,
-          .range = a.range,
-          .padding = a.padding,
-          .reflected = a.reflect ? a.padding : 0};
-}
-inline Source source_of(const FilterGradArgs& a) {
-  return {.x = a.x,
-          .mask = {},
-          .negative_slope = 0,
-          .channels_last = a.x_channels_last,
-          .channels = a.in_channels,
-          .height = a.height,
-          .width = a.width,
-          .range = a.range,
-          .padding = a.padding,
-          .reflected = a.reflect ? a.padding : 0};
+// Of x, which a filter's gradient reads without a mask.
+template <typename Args>
+Source source_of(const Args& a) {
+  Source s{.x = a.x,
+           .mask = {},
+           .negative_slope = 0,
+           .channels_last = a.x_channels_last,
+           .channels = a.in_channels,
+           .height = a.height,
+           .width = a.width,
+           .range = a.range,
+           .padding = a.padding,
+           .reflected = a.reflect ? a.padding : 0};
+  if constexpr (requires { a.x_mask; }) {
+    s.mask = a.x_mask;
+    s.negative_slope = a.negative_slope;
+  }
+  return s;
 }
 inline Source grad_source_of(const FilterGradArgs& a) {
   return {.x = a.grad,
