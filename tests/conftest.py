@@ -12,6 +12,9 @@ from fastda.testing import poisoned_allocations
 from tests import lanes
 from tests.common import needs_node
 
+# PyTorch 2.11 may wait 300 s at its end for the processes that would compile beside this one.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 
 def pytest_generate_tests(metafunc):
     if "lane" in metafunc.fixturenames:

@@ -87,6 +87,7 @@ def run_stages(stages: Any, out: Path, command: Callable[[Stage], list[str]], se
     out.mkdir(parents=True, exist_ok=True)
     begin, summary = time.monotonic(), {}
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # see tests/conftest.py
     for stage in stages:
         path, log = out / f"{stage.name}.json", out / f"{stage.name}.log"
         left = seconds - (time.monotonic() - begin)
