@@ -39,13 +39,23 @@ Tensor workspace_of(const Tensor& like, int64_t bytes) {
   return empty(like, {bytes}, ScalarType::Byte);
 }
 
-const ConvKernels& kernels_for(const ConvProblem& problem) {
+// `contiguous`: both images.
+const ConvKernels& kernels_for(const ConvProblem& problem, bool contiguous) {
   for (const ConvKernels* kernels :
        {&winograd_panels_kernels(), &winograd_tiles_kernels(), &winograd_large_kernels(),
-        &winograd_5x5_kernels(), &winograd_2x2_kernels(), &winograd_few_5x5_kernels(),
-        &winograd_few_7x7_kernels(), &narrow_kernels()})
+        &winograd_5x5_kernels(), &winograd_2x2_kernels(), &first_3x3_kernels(),
+        &first_5x5_kernels(), &first_large_kernels(), &narrow_kernels()})
     if (kernels->serves && kernels->serves(problem)) return *kernels;
-  return direct_kernels();
+  return contiguous && planes_kernels().serves(problem) ? planes_kernels() : direct_kernels();
+}
+const ConvKernels& kernels_for(const ConvArgs& args) {
+  const bool contiguous = !args.x_channels_last && !args.out_channels_last;
+  // There the tiles' sums would have to be turned, for fewer products saved than with larger filters.
+  if (contiguous && args.kernel == 3 && planes_kernels().serves(args)) return planes_kernels();
+  return kernels_for(args, contiguous);
+}
+const ConvKernels& kernels_for(const FilterGradArgs& args) {
+  return kernels_for(args, !args.x_channels_last && !args.grad_channels_last);
 }
 
 // The filter's gradient to a few output channels is one from them, with the operands in each other's

@@ -56,18 +56,18 @@ struct Method {
   const char* name;
   const ConvKernels* kernels;
 };
-inline std::vector<Method> methods_for(const ConvProblem& p) {
+inline std::vector<Method> methods_for(const ConvProblem& p, bool contiguous) {
   std::vector<Method> serving;
   for (const Method& m :
        {Method{"direct", &direct_kernels()}, Method{"winograd_tiles", &winograd_tiles_kernels()},
         Method{"winograd_panels", &winograd_panels_kernels()},
         Method{"winograd_large", &winograd_large_kernels()},
         Method{"winograd_5x5", &winograd_5x5_kernels()},
-        Method{"winograd_2x2", &winograd_2x2_kernels()},
-        Method{"winograd_few_5x5", &winograd_few_5x5_kernels()},
-        Method{"winograd_few_7x7", &winograd_few_7x7_kernels()},
+        Method{"winograd_2x2", &winograd_2x2_kernels()}, Method{"first_3x3", &first_3x3_kernels()},
+        Method{"first_5x5", &first_5x5_kernels()}, Method{"first_large", &first_large_kernels()},
         Method{"narrow", &narrow_kernels()}})
     if (m.kernels->serves && m.kernels->serves(p)) serving.push_back(m);
+  if (contiguous && planes_kernels().serves(p)) serving.push_back({"planes", &planes_kernels()});
   return serving;
 }
 
@@ -134,7 +134,7 @@ inline void check_convolution(const ConvProblem& p, bool x_channels_last, bool o
       }
     }
   }
-  for (const Method& method : methods_for(p)) {
+  for (const Method& method : methods_for(p, !x_channels_last && !out_channels_last)) {
     char what[200];
     std::snprintf(what, sizeof what, "%s %s (%d, %d -> %d, %d, %d x %d, padding %d) %d%d%d%d",
                   method.name, name_of(p.dtype), int(p.batch), int(p.in_channels),
@@ -192,7 +192,7 @@ inline void check_filter_gradient(const ConvProblem& p, bool x_channels_last,
       }
     }
   }
-  for (const Method& method : methods_for(p)) {
+  for (const Method& method : methods_for(p, !x_channels_last && !grad_channels_last)) {
     if (method.kernels->chunks == nullptr) continue;
     char what[200];
     std::snprintf(what, sizeof what,

@@ -8,7 +8,7 @@ import fastda
 from fastda import reference
 from tests.ops.refiner_conv import CHANNELS_LAST
 
-# (N, C, K, k, H, W, padding): tiles, panels, 5 x 5, 7 x 7, 11 x 11, 2 x 2, and few channels.
+# (N, C, K, k, H, W, padding): tiles, panels, 5 x 5, 7 x 7, 11 x 11 and 2 x 2; from few channels.
 SIZES = [
     (2, 20, 33, 3, 29, 27, 1),
     (1, 33, 18, 3, 8, 7, 1),
@@ -17,8 +17,9 @@ SIZES = [
     (1, 17, 20, 7, 13, 18, 3),
     (1, 16, 18, 11, 14, 13, 5),
     (2, 18, 33, 2, 12, 13, 1),
-    (2, 3, 18, 5, 14, 13, 2),
-    (1, 4, 17, 7, 13, 18, 3),
+    (2, 3, 33, 3, 29, 27, 1),
+    (2, 2, 17, 5, 14, 13, 2),
+    (1, 3, 20, 7, 13, 18, 3),
 ]
 VALUES = [1e2, 1e4, 1e6, 1e9, 1e20]
 # The promise: rounding as of numbers this many times the largest of a window, or the usual one, the upper

@@ -18,7 +18,7 @@
 #include <type_traits>
 
 #include "cpu/conv/epilogue.h"
-#include "cpu/conv/gemm.h"
+#include "cpu/conv/strips.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -26,6 +26,9 @@ namespace {
 // Bytes of a block's packed input and sums: they and a filter of 64 channels (147 KB) fit a
 // second-level cache of 1 MiB.
 constexpr int64_t block_budget = 640 << 10;
+
+// Fewer input channels than a vector of float has lanes where it is widest.
+bool few(const ConvProblem& p) { return p.in_channels < 16; }
 
 template <typename S>
 Blocking direct_blocking(const ConvArgs& a) {
@@ -70,8 +73,13 @@ void conv_block(const ConvArgs& a, const Block& block, const DirectSizes<S>& siz
   S* sums = scratch.take<S>(sizes.sums);
   int64_t* offset = scratch.take<int64_t>(sizes.taps);
   const int64_t p = a.padding, halo = a.kernel - 1, columns = block.columns + halo;
-  for (int64_t t = 0; t < sizes.taps; ++t)
-    offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
+  // A row of taps in one where they have few channels, which lie side by side.
+  const int64_t together = few(a) ? a.kernel : 1, depth = together * a.in_channels;
+  const int64_t taps = sizes.taps / together;
+  for (int64_t i = 0; i < taps; ++i) {
+    const int64_t t = i * together;
+    offset[i] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
+  }
   pack<T, S>(source_of(a), {block.n, block.h - p, block.w - p, block.rows + halo, columns}, packed,
              a.in_channels);
   const int64_t tail = (block.rows + halo) * columns * a.in_channels;
@@ -83,7 +91,7 @@ void conv_block(const ConvArgs& a, const Block& block, const DirectSizes<S>& siz
   const int64_t step = filter * int64_t(sizeof(S)) <= 16 << 10 ? 1 : block.rows;
   for (int64_t r = 0; r < block.rows; r += step) {
     multiply<S>(packed + r * columns * a.in_channels, a.in_channels,
-                (step - 1) * columns + block.columns, offset, sizes.taps, a.in_channels,
+                (step - 1) * columns + block.columns, offset, taps, depth,
                 static_cast<const S*>(a.prepared), padded_k, sums);
     epilogue<T, S>(a, sums, columns, padded_k,
                    {block.n, block.h + r, block.w, step, block.columns});
@@ -142,12 +150,14 @@ struct GradSizes {
   int64_t chunks(const FilterGradArgs& a) const { return chunk_count(blocking.tasks, sum_bytes()); }
 };
 
-// A block of the image where it lies, if that is how it would be packed.
+// A block of the image where it lies, if that is how it would be packed, or, `each_row`, each of its
+// rows.
 template <typename T, typename S>
-const S* as_packed(const Source& s, const Block& block, int64_t halo, int64_t stride) {
+const S* as_packed(const Source& s, const Block& block, int64_t halo, int64_t stride,
+                   bool each_row) {
   if constexpr (std::is_same_v<T, S>)
     if (s.channels_last && !s.mask.data && halo == 0 && s.channels == stride && s.x.w == stride &&
-        (block.rows == 1 || s.x.h == block.columns * stride))
+        (each_row || block.rows == 1 || s.x.h == block.columns * stride))
       return at<T>(s.x, block.n, 0, block.h, block.w);
   return nullptr;
 }
@@ -172,9 +182,12 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
     // The gradient lies on the same grid as the packed input, with zeros where the grid has halo
     // columns.
     const int64_t pixels = block.rows * columns;
-    const S* grad = grads;
-    if (const S* there = as_packed<T, S>(grad_source, block, halo, sizes.padded_k)) {
-      grad = there;
+    Strips<S> grad{grads, columns * sizes.padded_k, sizes.padded_k};
+    const bool in_strips = few(a);
+    if (const S* there =
+            as_packed<T, S>(grad_source, block, in_strips ? 0 : halo, sizes.padded_k, in_strips)) {
+      grad.at = there;
+      grad.row = grad_source.x.h;
     } else {
       for (int64_t r = 0; r < block.rows; ++r) {
         S* row = grads + r * columns * sizes.padded_k;
@@ -184,16 +197,26 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
           row[i] = S(0);
       }
     }
-    add_rows<S>(grad, pixels, sizes.padded_k, bias);
+    if (in_strips) {
+      for (int64_t r = 0; r < block.rows; ++r)
+        add_rows<S>(grad.at + r * grad.row, block.columns, sizes.padded_k, bias);
+    } else {
+      add_rows<S>(grad.at, pixels, sizes.padded_k, bias);
+    }
     if (a.x.data == nullptr) continue;
-    for (int64_t t = 0; t < sizes.taps; ++t)
-      offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
     pack<T, S>(source_of(a), {block.n, block.h - p, block.w - p, block.rows + halo, columns},
                packed, a.in_channels);
+    if (in_strips) {
+      multiply_strips<S>({packed, columns * a.in_channels, a.in_channels}, grad, block.rows,
+                         block.columns, a.kernel, a.kernel * a.in_channels, sizes.padded_k, filter);
+      continue;
+    }
+    for (int64_t t = 0; t < sizes.taps; ++t)
+      offset[t] = (t / a.kernel * columns + t % a.kernel) * a.in_channels;
     const int64_t tail = (block.rows + halo) * columns * a.in_channels;
     for (int64_t i = 0; i < a.kernel * a.in_channels; ++i) packed[tail + i] = S(0);
-    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels, grad,
-                           sizes.padded_k, filter);
+    multiply_transposed<S>(packed, a.in_channels, pixels, offset, sizes.taps, a.in_channels,
+                           grad.at, sizes.padded_k, filter);
   }
 }
 

@@ -6,7 +6,10 @@
 // where ReLU may be leaky.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/conv/transform.h"
+#include "cpu/simd/stream.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -17,8 +20,11 @@ struct Epilogue {
   const T *residual, *residual_mask, *out_mask;
   T* out;
   double negative_slope;
-  Vec<S> low;  // of ReLU, or -infinity
-  bool leaky;
+  Vec<S> low;         // of ReLU, or -infinity
+  bool leaky, plain;  // plain: nothing but a limit
+  // Of few input channels the products are so few that stores take the time; whole lines of what is too
+  // large to be found in the cache later go past it.
+  bool past_the_cache;
 
   Epilogue(const ConvArgs& a, int64_t n, int64_t c, int64_t h, int64_t w)
       : negative_slope(a.negative_slope),
@@ -31,6 +37,12 @@ struct Epilogue {
     residual_mask = operand(a.residual_mask);
     out_mask = operand(a.out_mask);
     out = operand(a.out);
+    plain = !residual && !out_mask && !leaky;
+    past_the_cache = std::is_same_v<T, float> && vector_bytes == 64 && a.in_channels < 16 &&
+                     a.out_channels_last && a.out_channels % lanes<float> == 0 &&
+                     reinterpret_cast<uintptr_t>(a.out.data) % 64 == 0 &&
+                     (a.out.w | a.out.h | a.out.n) % lanes<float> == 0 &&
+                     a.batch * a.out_channels * a.out_height() * a.out_width() >= 3 << 19;
   }
 
   // Offsets are in elements; load_operand(pointer) loads as many lanes as there are.
@@ -63,6 +75,18 @@ template <typename T, typename S>
 inline void store_result(const ConvArgs& a, const Epilogue<T, S>& e, Vec<S> sum, int valid,
                          int64_t k, int64_t w) {
   const auto offset = [=](const View& v) { return k * v.c + w * v.w; };
+  if (e.plain) {
+    T* to = e.out + offset(a.out);
+    const Vec<S> result = clamp_min(sum, e.low);
+    if constexpr (std::is_same_v<T, float>) {
+      if (e.past_the_cache) {
+        stream_vec(to, result);
+        return;
+      }
+    }
+    store_first<S>(to, result, valid);
+    return;
+  }
   const auto first = [=](const T* x) { return load_first<S>(x, valid); };
   const Vec<S> result =
       e.apply(sum, offset(a.residual), offset(a.residual_mask), offset(a.out_mask), first);
@@ -86,6 +110,7 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
           store_result<T, S>(a, e, v, valid, k, q);
         }
       }
+      if (e.past_the_cache) stream_fence();
       continue;
     }
     for (int64_t k0 = 0; k0 < a.out_channels; k0 += L) {

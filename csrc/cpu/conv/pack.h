@@ -64,6 +64,9 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
   const int64_t channels = s.channels, height = s.height, width = s.width;
   const int64_t begin = min(block.columns, max(0, -block.w)),
                 end = max(begin, min(block.columns, width - block.w));
+  // A row of the image as it will be packed.
+  const bool in_a_row = (s.channels_last || channels == 1) && channels == stride && x.w == stride &&
+                        (!mask.data || mask.w == stride);
   for (int64_t r = 0; r < block.rows; ++r, out += block.columns * stride) {
     const int64_t h = standing_at(block.h + r, height, s.reflected);
     if (h < 0) {
@@ -72,6 +75,18 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
     }
     for (int64_t i = 0; i < begin * stride; ++i) out[i] = S(0);
     for (int64_t i = end * stride; i < block.columns * stride; ++i) out[i] = S(0);
+    if (in_a_row) {
+      const T* from = at<T>(x, block.n, 0, h, block.w + begin);
+      const T* g = mask.data ? at<T>(mask, block.n, 0, h, block.w + begin) : nullptr;
+      const int64_t count = (end - begin) * stride;
+      for (int64_t i = 0; i < count; i += L) {
+        const int valid = int(min(L, count - i));
+        Vec<S> v = load_first<S>(from + i, valid);
+        if (g) v = masked(v, load_first<S>(g + i, valid));
+        store_first<S>(out + begin * stride + i, v, valid);
+      }
+      continue;
+    }
     if (s.channels_last) {
       for (int64_t q = begin; q < end; ++q) {
         const T* from = at<T>(x, block.n, 0, h, block.w + q);

@@ -2,8 +2,8 @@
 //
 // Implementations of one table: `direct` serves every case; `narrow` (to a few output channels) and, in
 // float32 arithmetic, `winograd_tiles` and `winograd_panels` (3 x 3 filters; many tiles, many channels),
-// `winograd_large` (7 x 7, 11 x 11, …), `winograd_5x5` and `winograd_2x2` are faster where they apply, from
-// 16 channels on, `winograd_few_5x5` and `winograd_few_7x7` with 2 to 4 input channels.
+// `winograd_large` (7 x 7, 11 x 11, …), `winograd_5x5` and `winograd_2x2`, and from a few input channels
+// `first_3x3`, `first_5x5`, `first_large` and, of contiguous images, `planes` are faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -78,12 +78,14 @@ struct OutlierKernels {
 FASTDA_DECLARE_KERNELS(OutlierKernels, outliers)
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, narrow)
+FASTDA_DECLARE_KERNELS(ConvKernels, planes)
+FASTDA_DECLARE_KERNELS(ConvKernels, first_3x3)
+FASTDA_DECLARE_KERNELS(ConvKernels, first_5x5)
+FASTDA_DECLARE_KERNELS(ConvKernels, first_large)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_tiles)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_2x2)
-FASTDA_DECLARE_KERNELS(ConvKernels, winograd_few_5x5)
-FASTDA_DECLARE_KERNELS(ConvKernels, winograd_few_7x7)
 
 }  // namespace fastda::cpu

@@ -18,6 +18,7 @@ namespace {
 // Interpolation at 0, +-a, +-b, infinity with a = sqrt(1/2), b = sqrt(2): a b = 1 makes most
 // constants 1, and the error is half that of 0, +-1, +-2.
 struct Winograd43 {
+  static constexpr int tile = 4, taps = 3, points = 6;
   static constexpr float a = 0.70710678118654752440f, b = 1.41421356237309504880f;
 
   //        |  1    0   -5/2   0    1   0 |
@@ -404,6 +405,75 @@ constexpr FilterMatrix<Winograd52>::FilterMatrix()
          {1.0 / 6, 1.0 / 6 * Winograd52::b},
          {1.0 / 6, -1.0 / 6 * Winograd52::b},
          {0, 1}} {}
+#if FASTDA_SIMD
+template <>
+constexpr FilterMatrix<Winograd43>::FilterMatrix()
+    : at{{1, 0, 0},
+         {-2.0 / 3, -2.0 / 3 * Winograd52::a, -1.0 / 3},
+         {-2.0 / 3, 2.0 / 3 * Winograd52::a, -1.0 / 3},
+         {1.0 / 6, 1.0 / 6 * Winograd52::b, 1.0 / 3},
+         {1.0 / 6, -1.0 / 6 * Winograd52::b, 1.0 / 3},
+         {0, 0, 1}} {}
+#endif
+
+// A filter larger than `taps` is cut into pieces x pieces of taps x taps; piece i begins at tap i / pieces *
+// taps, i % pieces * taps. G piece G' of the channel c and of a vector of outputs from k on, `row` floats
+// from row to row of points, `step` from one to the next; zeros past the last output.
+template <typename W, typename T>
+void filter_points(const ConvArgs& a, int64_t pieces, int64_t i, int64_t c, int64_t k, float* to,
+                   int64_t row, int64_t step) {
+  constexpr int L = lanes<float>;
+  constexpr FilterMatrix<W> G{};
+  double half[W::points][W::taps][L] = {};
+  for (int y = 0; y < W::taps; ++y) {
+    for (int x = 0; x < W::taps; ++x) {
+      const int64_t h = i / pieces * W::taps + y, w = i % pieces * W::taps + x;
+      double g[L] = {};
+      for (int64_t j = 0; j < min(L, a.out_channels - k); ++j)
+        if (h < a.kernel && w < a.kernel && c < a.in_channels)
+          g[j] = double(load(at<T>(a.filter, k + j, c, h, w)));
+      for (int p = 0; p < W::points; ++p)
+        for (int j = 0; j < L; ++j) half[p][x][j] += G.at[p][y] * g[j];
+    }
+  }
+  for (int p = 0; p < W::points * W::points; ++p) {
+    for (int j = 0; j < L; ++j) {
+      double u = 0;
+      for (int x = 0; x < W::taps; ++x) u += G.at[p % W::points][x] * half[p / W::points][x][j];
+      to[p / W::points * row + p % W::points * step + j] = float(u);
+    }
+  }
+}
+
+// The transpose: d_filter of that piece from add(point, sums), which adds the point's gradient. False
+// where something is not finite.
+template <typename W, typename T, typename F>
+bool store_piece(const FilterGradArgs& a, int64_t pieces, int64_t i, int64_t c, int64_t k,
+                 F&& add) {
+  constexpr int L = lanes<float>;
+  constexpr FilterMatrix<W> G{};
+  bool finite = true;
+  double half[W::taps][W::points][L] = {};
+  for (int p = 0; p < W::points * W::points; ++p) {
+    double u[L] = {};
+    add(p, u);
+    for (int y = 0; y < W::taps; ++y)
+      for (int j = 0; j < L; ++j) half[y][p % W::points][j] += G.at[p / W::points][y] * u[j];
+  }
+  for (int y = 0; y < W::taps; ++y) {
+    for (int x = 0; x < W::taps; ++x) {
+      const int64_t h = i / pieces * W::taps + y, w = i % pieces * W::taps + x;
+      if (h >= a.kernel || w >= a.kernel) continue;
+      for (int64_t j = 0; j < min(L, a.out_channels - k); ++j) {
+        double g = 0;
+        for (int p = 0; p < W::points; ++p) g += G.at[p][x] * half[y][p][j];
+        finite &= g - g == 0;
+        store(const_cast<T*>(at<T>(a.d_filter, k + j, c, h, w)), float(g));
+      }
+    }
+  }
+  return finite;
+}
 
 }  // namespace
 }  // namespace fastda::cpu::FASTDA_ISA

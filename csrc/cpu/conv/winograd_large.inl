@@ -14,7 +14,6 @@
 //   -> sums [pixel][channel] -> epilogue
 #include "cpu/conv/epilogue.h"
 #include "cpu/conv/gemm.h"
-#include "cpu/conv/winograd_filter.h"
 
 namespace fastda::cpu::FASTDA_ISA {
 namespace {
@@ -179,17 +178,25 @@ struct Pieces {
   }
   // [point][panel][piece][c][k in panel]
   template <typename T>
-  static void transform(const ConvArgs& a, float* out) {
+  static void transform_filter(const ConvArgs& a, float* out) {
+    constexpr int L = lanes<float>;
     const Layout layout(a);
-    transform_filter<W, T>(
-        a, layout.pieces, layout.c, [&](int p, int64_t vector, int64_t piece, int64_t c) {
-          const PanelColumn column =
-              panel_column(vector, layout.k / lanes<float>, layout.taps() * layout.c);
-          return out + p * layout.filter() + column.offset + (piece * layout.c + c) * column.stride;
-        });
+    const int64_t vectors = layout.k / L;
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      const PanelColumn column = panel_column(vector, vectors, layout.taps() * layout.c);
+      const int64_t k = vector * L;
+      for (int64_t i = 0; i < layout.taps(); ++i) {
+        for (int64_t c = 0; c < layout.c; ++c) {
+          float* to = out + column.offset + (i * layout.c + c) * column.stride;
+          filter_points<W, T>(a, layout.pieces, i, c, k, to, POINTS * layout.filter(),
+                              layout.filter());
+        }
+      }
+    }
   }
   static void prepare(const ConvArgs& a, void* prepared) {
-    with_float_type(a.dtype, [&]<typename T>() { transform<T>(a, static_cast<float*>(prepared)); });
+    with_float_type(a.dtype,
+                    [&]<typename T>() { transform_filter<T>(a, static_cast<float*>(prepared)); });
   }
 
   static int64_t conv_scratch_bytes(const ConvArgs& a) {
@@ -327,18 +334,32 @@ struct Pieces {
 
   template <typename T>
   static bool combine_chunks(const FilterGradArgs& a, const char* sums, T* d_bias) {
+    constexpr int L = lanes<float>;
     const Layout layout(a);
     const int64_t count = chunks(a), bytes = sum_bytes(a);
-    const bool finite = combine_filter<W, T>(
-        a, layout.pieces, count, [&](int64_t n, int p, int64_t vector, int64_t piece, int64_t c) {
-          return reinterpret_cast<const float*>(sums + n * bytes) + p * layout.filter() +
-                 (piece * layout.c + c) * layout.k + vector * lanes<float>;
-        });
-    const int64_t offset = Arena::bytes<float>(POINTS * POINTS * layout.filter());
-    if (d_bias)
-      combine_bias(a.out_channels, count, d_bias, [&](int64_t n) {
-        return reinterpret_cast<const double*>(sums + n * bytes + offset);
-      });
+    bool finite = true;
+    for (int64_t i = 0; i < layout.taps(); ++i) {
+      for (int64_t c = 0; c < a.in_channels; ++c) {
+        for (int64_t k = 0; k < a.out_channels; k += L) {
+          finite &= store_piece<W, T>(a, layout.pieces, i, c, k, [&](int p, double* u) {
+            for (int64_t n = 0; n < count; ++n) {
+              const float* part = reinterpret_cast<const float*>(sums + n * bytes) +
+                                  p * layout.filter() + (i * layout.c + c) * layout.k + k;
+              for (int j = 0; j < L; ++j) u[j] += double(part[j]);
+            }
+          });
+        }
+      }
+    }
+    if (d_bias) {
+      const int64_t offset = Arena::bytes<float>(POINTS * POINTS * layout.filter());
+      for (int64_t k = 0; k < a.out_channels; ++k) {
+        double sum = 0;
+        for (int64_t n = 0; n < count; ++n)
+          sum += reinterpret_cast<const double*>(sums + n * bytes + offset)[k];
+        store(d_bias + k, float(sum));
+      }
+    }
     return finite;
   }
   static bool combine(const FilterGradArgs& a, const void* sums, void* d_bias) {

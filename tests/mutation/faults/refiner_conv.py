@@ -76,8 +76,18 @@ FAULTS = (
     ),
     fault(
         "epilogue: contiguous images get the first channels' bias", CPU,
-        "load(bias + k0 + k)", "load(bias + k)",
+        "v += broadcast(S(load(bias + k0 + k)))", "v += broadcast(S(load(bias + k)))",
         "test_conv_same_matches_reference",
+    ),
+    fault(
+        "planes: every output gets the first channels' bias", CPU,
+        "bias ? S(load(bias + k0 + k)) : S(0)", "bias ? S(load(bias + k)) : S(0)",
+        "test_refiner_conv_first::test_matches_reference",
+    ),
+    fault(
+        "first layers: one channel's tiles serve all", CPU,
+        "at<T>(source_of(a).x, 0, c, 0, 0)", "at<T>(source_of(a).x, 0, 0, 0, 0)",
+        "test_refiner_conv_first::test_matches_reference",
     ),
     fault(
         "wide images: blocks of columns overlap", CPU,
