@@ -70,7 +70,7 @@ def test_what_is_no_pair(make):
 
 INPUTS = {
     "no batch": lambda: torch.randn(4, 6, 5),
-    "too small": lambda: torch.randn(2, 4, 1, 5),
+    "too small": lambda: torch.randn(2, 4, 1, 5, requires_grad=True),
     "channels": lambda: torch.randn(2, 3, 6, 5),
     "double": lambda: torch.randn(2, 4, 6, 5).double(),
     "half": lambda: torch.randn(2, 4, 6, 5).bfloat16(),
