@@ -123,13 +123,13 @@ abi-check: wheel build $(VENV)-abi/.torch ## the wheel verifies on the oldest to
 	rm -rf build/abi build/abi-source && mkdir -p build/abi
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --target build/abi dist/*.whl
 	for python in $(BIN)/python $(ABI); do \
-	  (cd build/abi && export PYTHONPATH=$$PWD FASTDA_AUTOGRAD_EXTENSION=0 && \
+	  (cd build/abi && export PYTHONPATH=$$PWD FASTDA_AUTOGRAD_EXTENSION=0 OMP_NUM_THREADS=1 && \
 	   $$python -W error:fastda -c 'import fastda, os, torch; file = fastda.backend.native.__file__; \
 	     print(torch.__version__, file); assert file.startswith(os.getcwd())' && \
 	   $$python -m fastda verify --backend cpp); \
 	done
 	FASTDA_REQUIRE_NATIVE=1 FASTDA_CUDA=0 $(ABI) setup.py -q build --build-lib build/abi-source
-	cd build/abi-source && export PYTHONPATH=$$PWD && $(ABI) -W error:fastda -c 'import fastda, os; \
+	cd build/abi-source && export PYTHONPATH=$$PWD OMP_NUM_THREADS=1 && $(ABI) -W error:fastda -c 'import fastda, os; \
 	  assert fastda.backend.autograd_module.__file__.startswith(os.getcwd())' && $(ABI) -m fastda verify --backend cpp
 
 $(VENV)-abi/.torch:

@@ -12,19 +12,25 @@ namespace fastda::harness {
 
 inline int checks = 0, failures = 0;
 
-// Relative to the norm of what is expected.
+// Relative to the norm of what is expected, or of `magnitudes`, where the few sums that are expected
+// may cancel.
 inline void compare(const char* what, const std::vector<double>& got,
-                    const std::vector<double>& expected, double tolerance) {
+                    const std::vector<double>& expected, double tolerance,
+                    const std::vector<double>& magnitudes) {
   double error = 0, norm = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double d = got[i] - expected[i];
     error += d * d;
-    norm += expected[i] * expected[i];
+    norm += magnitudes[i] * magnitudes[i];
   }
   ++checks;
   if (got.size() == expected.size() && std::sqrt(error) <= tolerance * std::sqrt(norm)) return;
   ++failures;
   std::printf("%s: relative error %.2e, allowed %.2e\n", what, std::sqrt(error / norm), tolerance);
+}
+inline void compare(const char* what, const std::vector<double>& got,
+                    const std::vector<double>& expected, double tolerance) {
+  compare(what, got, expected, tolerance, expected);
 }
 inline void require(const char* what, bool right) {
   ++checks;
