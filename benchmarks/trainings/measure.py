@@ -30,7 +30,9 @@ from fastda.tools.bench import keep_freed_memory
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # In float32 some of many gates fall to the other side: gradients differ by more than rounding.
-TOLERANCES = {torch.float32: (1e-3, 5e-2), torch.float64: (1e-6, 1e-6)}  # losses, gradients
+# Of losses and gradients. In float32 rounding turns gates over, layer by layer: gradients of PyTorch's own two
+# layouts are 0.11 apart in a step of adaptsegnet.
+TOLERANCES = {torch.float32: (1e-3, 1e-1), torch.float64: (1e-6, 1e-6)}
 
 
 @dataclass(frozen=True)
