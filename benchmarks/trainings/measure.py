@@ -30,8 +30,8 @@ from fastda.tools.bench import keep_freed_memory
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # In float32 some of many gates fall to the other side: gradients differ by more than rounding.
-# Of losses and gradients. In float32 rounding turns gates over, layer by layer: gradients of PyTorch's own two
-# layouts are 0.11 apart in a step of adaptsegnet.
+# Of losses and gradients. In float32 rounding turns gates over, layer by layer: gradients of PyTorch's own
+# two layouts are 0.11 apart in a step of adaptsegnet.
 TOLERANCES = {torch.float32: (1e-3, 1e-1), torch.float64: (1e-6, 1e-6)}
 
 
