@@ -42,6 +42,20 @@ def results(function, arguments, seed=0):
     return verify.evaluate(function, arguments, wanted(arguments), seed)
 
 
+def assert_same_bits_with_threads(function, arguments, counts=(1, 2, 3)):
+    """Every output and gradient, with each of these numbers of threads in turn."""
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            runs.append(results(function, arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for what, value in runs[0].items():
+            assert torch.equal(run[what], value), what
+
+
 def assert_results(op, actual, expected, dtype=None):
     """Every output and gradient within the tolerance of `op`."""
     assert actual.keys() == expected.keys()

@@ -5,7 +5,7 @@ import torch
 
 import fastda
 from fastda import reference
-from tests.common import assert_results, check_against_reference, results
+from tests.common import assert_results, assert_same_bits_with_threads, check_against_reference, results
 from tests.ops.refiner_conv import LAYOUTS, images_as
 from tests.ops.test_refiner_conv_padding import case
 
@@ -56,16 +56,7 @@ def test_what_is_not_finite_stays_in_its_window(sizes, padding, value, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_bits_do_not_depend_on_threads(layout):
     arguments = images_as(case((5, 70, 2, 3, 41, 40), 1, relu=False), LAYOUTS[layout])
-    threads, runs = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            runs.append(results(fastda.conv2d, arguments))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        for what, value in runs[0].items():
-            assert torch.equal(run[what], value), what
+    assert_same_bits_with_threads(fastda.conv2d, arguments)
 
 
 def test_one_gradient_at_a_time():

@@ -9,6 +9,7 @@ import fastda
 from fastda import reference
 from fastda.ops.refiner_conv import checked_refiner_block
 from tests.common import (
+    assert_same_bits_with_threads,
     check_against_reference,
     results,
     wanted,
@@ -137,17 +138,7 @@ def test_block_carries_nan_like_the_reference():
 def test_bits_do_not_depend_on_threads_or_run(shape, kernel, memory_format):
     n, c, h, w = shape
     arguments = images_as(block((n, c, kernel, h, w)), lambda t: t.contiguous(memory_format=memory_format))
-    threads = torch.get_num_threads()
-    runs = []
-    try:
-        for count in (1, 2, 2, 1, 3):
-            torch.set_num_threads(count)
-            runs.append(results(fastda.refiner_block, arguments))
-    finally:
-        torch.set_num_threads(threads)
-    for run in runs[1:]:
-        for what, value in runs[0].items():
-            assert torch.equal(run[what], value), what
+    assert_same_bits_with_threads(fastda.refiner_block, arguments, (1, 2, 2, 1, 3))
 
 
 def test_weights_changed_in_place_take_effect():

@@ -6,7 +6,7 @@ from torch import nn
 
 import fastda
 from tests.optimize.helpers import outcome, served
-from tests.optimize.norm import NORMS, Own, assert_same, image, twins
+from tests.optimize.twins import NORMS, Own, assert_same, image, twins
 
 pytestmark = pytest.mark.isa_independent
 ACTIVATIONS = {

@@ -27,9 +27,6 @@ namespace {
 // second-level cache of 1 MiB.
 constexpr int64_t block_budget = 640 << 10;
 
-// Fewer input channels than a vector of float has lanes where it is widest.
-bool few(const ConvProblem& p) { return p.in_channels < 16; }
-
 template <typename S>
 Blocking direct_blocking(const ConvArgs& a) {
   const int64_t bytes = (a.in_channels + padded<S>(a.out_channels)) * int64_t(sizeof(S));
@@ -74,7 +71,7 @@ void conv_block(const ConvArgs& a, const Block& block, const DirectSizes<S>& siz
   int64_t* offset = scratch.take<int64_t>(sizes.taps);
   const int64_t p = a.padding, halo = a.kernel - 1, columns = block.columns + halo;
   // A row of taps in one where they have few channels, which lie side by side.
-  const int64_t together = few(a) ? a.kernel : 1, depth = together * a.in_channels;
+  const int64_t together = few_inputs(a) ? a.kernel : 1, depth = together * a.in_channels;
   const int64_t taps = sizes.taps / together;
   for (int64_t i = 0; i < taps; ++i) {
     const int64_t t = i * together;
@@ -183,7 +180,7 @@ void grad_direct(const FilterGradArgs& a, int64_t chunk, void* sums_memory, void
     // columns.
     const int64_t pixels = block.rows * columns;
     Strips<S> grad{grads, columns * sizes.padded_k, sizes.padded_k};
-    const bool in_strips = few(a);
+    const bool in_strips = few_inputs(a);
     if (const S* there =
             as_packed<T, S>(grad_source, block, in_strips ? 0 : halo, sizes.padded_k, in_strips)) {
       grad.at = there;

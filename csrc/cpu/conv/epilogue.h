@@ -38,7 +38,7 @@ struct Epilogue {
     out_mask = operand(a.out_mask);
     out = operand(a.out);
     plain = !residual && !out_mask && !leaky;
-    past_the_cache = std::is_same_v<T, float> && vector_bytes == 64 && a.in_channels < 16 &&
+    past_the_cache = std::is_same_v<T, float> && vector_bytes == 64 && few_inputs(a) &&
                      a.out_channels_last && a.out_channels % lanes<float> == 0 &&
                      reinterpret_cast<uintptr_t>(a.out.data) % 64 == 0 &&
                      (a.out.w | a.out.h | a.out.n) % lanes<float> == 0 &&

@@ -19,6 +19,9 @@ int64_t padded(int64_t channels) {
   return round_up(channels, lanes<S>);
 }
 
+// Fewer input channels than a vector of float has lanes where it is widest.
+inline bool few_inputs(const ConvProblem& p) { return p.in_channels < 16; }
+
 template <typename T>
 const T* at(const View& v, int64_t n, int64_t c, int64_t h, int64_t w) {
   return static_cast<const T*>(v.data) + n * v.n + c * v.c + h * v.h + w * v.w;

@@ -42,6 +42,15 @@ Source source_of(const Args& a) {
   }
   return s;
 }
+// One channel of an image.
+template <typename T>
+Source channel_of(const Source& s, int64_t c) {
+  Source one = s;
+  one.channels = 1;
+  one.x.data = const_cast<T*>(at<T>(s.x, 0, c, 0, 0));
+  if (s.mask.data) one.mask.data = const_cast<T*>(at<T>(s.mask, 0, c, 0, 0));
+  return one;
+}
 inline Source grad_source_of(const FilterGradArgs& a) {
   return {.x = a.grad,
           .mask = a.grad_mask,

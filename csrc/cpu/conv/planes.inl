@@ -64,15 +64,11 @@ struct Sizes {
 template <typename T, typename S, typename Args>
 void pack_planes(const Args& a, const Block& block, S* packed, int64_t plane) {
   const int64_t halo = a.kernel - 1;
-  const Source whole = source_of(a);
-  Source source = whole;
-  source.channels = 1;
+  const Source source = source_of(a);
   const Block input{block.n, block.h - a.padding, block.w - a.padding, block.rows + halo,
                     block.columns + halo};
   for (int64_t c = 0; c < a.in_channels; ++c, packed += plane) {
-    source.x.data = const_cast<T*>(at<T>(whole.x, 0, c, 0, 0));
-    if (whole.mask.data) source.mask.data = const_cast<T*>(at<T>(whole.mask, 0, c, 0, 0));
-    pack<T, S>(source, input, packed, 1);
+    pack<T, S>(channel_of<T>(source, c), input, packed, 1);
     for (int64_t i = input.rows * input.columns; i < plane; ++i) packed[i] = S(0);
   }
 }
@@ -248,7 +244,7 @@ void add_block(const FilterGradArgs& a, const Block& block, const S* packed, int
                S* sums, double* bias) {
   constexpr int L = lanes<S>, K = outputs_with(Taps);
   const int64_t columns = block.columns + a.kernel - 1, taps = a.kernel * a.kernel;
-  const Source whole = grad_source_of(a);
+  const Source source = grad_source_of(a);
   for (int64_t k0 = 0; k0 < a.out_channels; k0 += K) {
     const int64_t count = min(K, a.out_channels - k0);
     Rows<S> grad{room, block.columns, block.rows * block.columns};
@@ -263,11 +259,7 @@ void add_block(const FilterGradArgs& a, const Block& block, const S* packed, int
         for (int64_t i = 0; i < grad.plane; ++i) to[i] = S(0);
         continue;
       }
-      Source source = whole;
-      source.channels = 1;
-      source.x.data = const_cast<T*>(at<T>(whole.x, 0, k0 + k, 0, 0));
-      if (whole.mask.data) source.mask.data = const_cast<T*>(at<T>(whole.mask, 0, k0 + k, 0, 0));
-      pack<T, S>(source, block, to, 1);
+      pack<T, S>(channel_of<T>(source, k0 + k), block, to, 1);
     }
     for (int64_t k = 0; k < count; ++k) {
       Vec<S> sum = {};

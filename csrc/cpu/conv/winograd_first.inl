@@ -99,17 +99,12 @@ struct FirstLayer {
       const Block block{tiles.n, TILE * tiles.h - a.padding, TILE * tiles.w - a.padding,
                         TILE * grid_rows, TILE * columns};
       const int64_t count = block.rows * block.columns;
-      Source source = source_of(a);
+      const Source source = source_of(a);
       if (source.channels_last) {
         pack<T, float>(source, block, packed, channels);
       } else {
-        source.channels = 1;
-        for (int64_t c = 0; c < channels; ++c) {
-          source.x.data = const_cast<T*>(at<T>(source_of(a).x, 0, c, 0, 0));
-          if (source.mask.data)
-            source.mask.data = const_cast<T*>(at<T>(source_of(a).mask, 0, c, 0, 0));
-          pack<T, float>(source, block, packed + c * count, 1);
-        }
+        for (int64_t c = 0; c < channels; ++c)
+          pack<T, float>(channel_of<T>(source, c), block, packed + c * count, 1);
       }
       const int64_t total = count * channels, whole = total / L * L;
       note(source.range, packed, whole, tiles.n);
@@ -185,9 +180,8 @@ struct FirstLayer {
   static bool serves(const ConvProblem& p) {
     const bool full = TAPS == 4 ? p.kernel >= 7 && p.kernel % TAPS == TAPS - 1 : p.kernel == TAPS;
     // Of one channel there are so few products that the transforms outweigh what they save.
-    return full && p.dtype != DType::f64 && p.in_channels >= (TAPS == 4 ? 1 : 2) &&
-           p.in_channels < 16 && p.out_channels >= 16 &&
-           min(p.out_height(), p.out_width()) >= 2 * TILE;
+    return full && p.dtype != DType::f64 && p.in_channels >= (TAPS == 4 ? 1 : 2) && few_inputs(p) &&
+           p.out_channels >= 16 && min(p.out_height(), p.out_width()) >= 2 * TILE;
   }
   static Tile tile(const ConvProblem& p) {
     return {TILE, TILE * ceil_div(p.kernel, TAPS) + TAPS - 1};

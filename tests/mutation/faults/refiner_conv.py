@@ -86,7 +86,7 @@ FAULTS = (
     ),
     fault(
         "first layers: one channel's tiles serve all", CPU,
-        "at<T>(source_of(a).x, 0, c, 0, 0)", "at<T>(source_of(a).x, 0, 0, 0, 0)",
+        "channel_of<T>(source, c), block", "channel_of<T>(source, 0), block",
         "test_refiner_conv_first::test_matches_reference",
     ),
     fault(
