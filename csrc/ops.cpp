@@ -45,6 +45,12 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   // The same with any padding from 0 to k - 1 and any k, on the CPU.
   m.def("conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int padding, bool relu, float negative_slope=0.0) -> Tensor");
   m.def("conv2d_backward(Tensor grad, Tensor x, Tensor weight, Tensor? output, int padding, bool need_x, bool need_weight, bool need_bias, float negative_slope=0.0) -> (Tensor, Tensor, Tensor)");
+  // (rectified) max-pool, with windows of size x size side by side, of conv(x, weight) + bias; indices as of
+  // relu_max_pool, channels_last
+  // -> output, indices (empty unless keep_indices)
+  m.def("conv2d_max_pool(Tensor x, Tensor weight, Tensor? bias, int padding, int size, bool relu, bool keep_indices) -> (Tensor, Tensor)");
+  // -> gradients of x, weight, bias
+  m.def("conv2d_max_pool_backward(Tensor grad, Tensor indices, Tensor x, Tensor weight, int padding, int size, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // -> output, inner activation (empty unless keep_inner)
   m.def("refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner, bool tf32=False, float negative_slope=0.0) -> (Tensor, Tensor)");
   // inner None: computed again, with bias1

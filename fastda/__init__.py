@@ -12,13 +12,14 @@ from fastda.ops.patch_loss import (
     self_regularization,
 )
 from fastda.ops.pool import relu_max_pool
-from fastda.ops.refiner_conv import conv2d, conv_same, refiner_block
+from fastda.ops.refiner_conv import conv2d, conv2d_max_pool, conv_same, refiner_block
 from fastda.optimize import optimize
 
 __version__ = "0.1.0"
 __all__ = [
     "batch_norm_act",
     "conv2d",
+    "conv2d_max_pool",
     "conv_same",
     "grad_reverse",
     "grad_reverse_linear",

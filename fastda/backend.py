@@ -93,6 +93,7 @@ autograd_module, autograd_error = _load_autograd()
 # The backends that have kernels of an operator, where not all have; what they lack the reference serves.
 _ONLY = {
     "conv2d": ("cpp",),
+    "conv2d_max_pool": ("cpp",),
     "conv_same with padding_mode='reflect'": ("cpp",),
 }
 _forced: str | None = None

@@ -31,6 +31,13 @@ struct Range {
   uint8_t* beyond = nullptr;   // [batch]: 1 where an image has such a value
 };
 
+// Of the gradient of a max-pool's result that stands for the gradient of what was pooled: the places of
+// the entries that have it, as in common/pool.h, of windows of size x size side by side.
+struct Winners {
+  const uint8_t* places = nullptr;  // [batch, height, width, channels]; null: nothing was pooled
+  int64_t size = 0, height = 0, width = 0;
+};
+
 // out = mask(out_mask, act(conv(mask(x_mask, x), filter) + bias + mask(residual_mask, residual))).
 // act is ReLU, or leaky ReLU with a negative slope above 0. mask(g, v) is its backward, read off its
 // output g: v where g > 0, else 0 (ReLU, which keeps v where g is NaN) or negative_slope v. The data
@@ -39,6 +46,7 @@ struct Range {
 struct ConvArgs : ConvProblem {
   bool x_channels_last, out_channels_last;  // of x and x_mask; of the other activations
   View x, x_mask, filter;
+  Winners x_winners;  // x is then [batch, channels, its height, its width], channels_last, unmasked
   const void* prepared;  // by the device, where it prepares anything
   Range range;           // of x, masked
   const void* bias;      // [out_channels] or null
@@ -46,6 +54,7 @@ struct ConvArgs : ConvProblem {
   bool relu;  // whether there is an activation
   double negative_slope;
   View out_mask, out;
+  bool by_one_thread;  // all tasks of it
 };
 
 // d filter[k, c, i, j] = sum over n, h, w of mask(grad_mask, grad)[n, k, h, w] * x[n, c, h + i - p,
@@ -53,6 +62,7 @@ struct ConvArgs : ConvProblem {
 struct FilterGradArgs : ConvProblem {
   bool x_channels_last, grad_channels_last;
   View x, grad, grad_mask;
+  Winners grad_winners;  // likewise
   double negative_slope;
   const void* prepared;     // as above
   Range range, grad_range;  // likewise

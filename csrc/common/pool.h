@@ -16,6 +16,7 @@ namespace fastda {
 struct PoolProblem {
   DType dtype;
   bool channels_last;
+  bool out_contiguous;  // forward: of channels_last alone, whose indices stay so
   bool relu;
   int64_t images, channels, height, width;  // of the input
   int64_t out_height, out_width;

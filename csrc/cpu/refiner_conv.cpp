@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "cpu/conv/problem.h"
-#include "cpu/device.h"
+#include "cpu/pool.h"
 
 namespace fastda::cpu {
 namespace {
@@ -152,6 +152,7 @@ struct RefinerConv : Device {
   static constexpr bool inner_channels_last = true;  // the kernels need not turn it
   static constexpr bool has_window = true;
   static constexpr bool reflects = true;
+  using Pool = cpu::Pool;
 
   static void check(const ConvProblem&, const char*) {}
 
@@ -176,6 +177,79 @@ struct RefinerConv : Device {
       mend(args, kernels.tile(args), beyond, like);
     }
   }
+
+  // The pooled result of a convolution: by images, so many of which a thread makes at once that what it pools
+  // is still in its cache. y: [batch, out_height, out_width, channels], or contiguous, as `pool` says.
+  void convolve_pooled(ConvArgs args, const PoolProblem& pool, void* y, uint8_t* indices,
+                       const Tensor& like) const {
+    const int64_t size = size_of(args.dtype), image = pool.height * pool.width * pool.channels,
+                  pooled = pool.out_height * pool.out_width * pool.channels;
+    const int64_t fit = std::max<int64_t>(1, in_cache / (image * size)),
+                  shared = std::min(fit, (args.batch + least_parts - 1) / least_parts);
+    const ConvKernels& kernels = kernels_for(args);
+    // Which prepare all of x, not the filter.
+    const bool whole = &kernels == &winograd_panels_kernels();
+    const int64_t together = whole ? args.batch : shared;
+    // f(images, their results) for images from the first on.
+    const auto part = [&](ConvArgs& some, int64_t first, void* result) {
+      some.batch = std::min(together, args.batch - first);
+      some.x.data = static_cast<char*>(args.x.data) + first * args.x.n * size;
+      some.out = {result, image, 1, pool.width * pool.channels, pool.channels};
+      if (args.range.beyond) some.range.beyond = args.range.beyond + first;
+    };
+    const auto pool_part = [&](int64_t first, int64_t images, const void* result, void* scratch) {
+      PoolProblem p = pool;
+      p.images = images;
+      pool_kernels().forward(p, result, static_cast<char*>(y) + first * pooled * size,
+                             indices ? indices + first * pooled : nullptr, 0, images * p.out_height,
+                             scratch);
+    };
+    Beyond beyond(args.batch);
+    if (whole) std::fill(beyond.images.begin(), beyond.images.end(), 1);
+    const Tensor prepared = whole ? nothing(like) : prepare(kernels, args, like);
+    if (kernels.tile && !whole) {
+      args.range.beyond = beyond.images.data();
+      outliers_kernels().set_range(args);
+    }
+    ConvArgs most = args;
+    most.by_one_thread = true;
+    part(most, 0, nullptr);
+    const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
+    const int64_t result_bytes = aligned(together * image * size),
+                  conv_bytes = aligned(kernels.conv_scratch_bytes(most));
+    const int64_t parts = whole ? 0 : (args.batch + together - 1) / together;
+    each_task(parts, result_bytes + conv_bytes + pool_kernels().scratch_bytes(pool),
+              [&](int64_t i, char* scratch) {
+                const int64_t first = i * together;
+                ConvArgs some = most;
+                part(some, first, scratch);
+                bool right = true;
+                for (int64_t task = 0; task < kernels.conv_tasks(some); ++task)
+                  right &= kernels.conv(some, task, scratch + result_bytes);
+                pool_part(first, some.batch, scratch, scratch + result_bytes + conv_bytes);
+                for (int64_t n = first; !right && n < first + some.batch; ++n)
+                  beyond.images[size_t(n)] = 1;
+                return right;
+              });
+    if (!beyond.any()) return;
+    // Those are made by themselves, with all that convolve() looks at.
+    for (int64_t first = 0; first < args.batch; first += together) {
+      const int64_t images = std::min(together, args.batch - first);
+      const auto from = beyond.images.begin() + first;
+      if (std::find(from, from + images, 1) == from + images) continue;
+      const Tensor result = workspace_of(like, images * image * size),
+                   scratch = workspace_of(like, pool_kernels().scratch_bytes(pool));
+      ConvArgs some = args;
+      part(some, first, result.mutable_data_ptr());
+      some.range = {};
+      convolve(some, like);
+      pool_part(first, images, result.const_data_ptr(), scratch.mutable_data_ptr());
+    }
+  }
+  static constexpr int64_t in_cache = 512 << 10, least_parts = 16;
+
+  static bool reads_winners(const ConvArgs& args) { return kernels_for(args).reads_winners; }
+  static bool reads_winners(const FilterGradArgs& args) { return kernels_for(args).reads_winners; }
 
   void mend(ConvArgs args, Tile tile, const Beyond& beyond, const Tensor& like) const {
     const OutlierKernels& outliers = outliers_kernels();
@@ -271,6 +345,8 @@ FASTDA_CPU_LIBRARY(m) {
   register_refiner_conv<RefinerConv>(m);
   m.impl("conv2d", TORCH_BOX(&conv2d<RefinerConv>));
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward<RefinerConv>));
+  m.impl("conv2d_max_pool", TORCH_BOX(&conv2d_max_pool<RefinerConv>));
+  m.impl("conv2d_max_pool_backward", TORCH_BOX(&conv2d_max_pool_backward<RefinerConv>));
 }
 
 }  // namespace fastda::cpu

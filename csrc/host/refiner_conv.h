@@ -19,6 +19,7 @@
 #include <utility>
 
 #include "common/conv.h"
+#include "host/pool.h"
 #include "host/tensor.h"
 
 namespace fastda {
@@ -310,6 +311,94 @@ std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Ten
                                                    bool need_bias, double negative_slope) {
   return convolution_backward<Kernels>("conv2d_backward", grad, x, weight, output, padding, need_x,
                                        need_weight, need_bias, false, negative_slope, false);
+}
+
+// A convolution of `s` and what a max-pool of its result leaves, in windows of size x size side by side;
+// within, both are channels_last.
+inline PoolProblem pool_of(const char* op, const ConvProblem& s, int64_t size) {
+  PoolProblem p = pool_problem(op, s.dtype, s.batch, s.out_channels,
+                               {s.out_height(), s.out_width()}, {size, size}, {size, size}, {0, 0});
+  p.channels_last = true;
+  p.out_height = p.height / size;
+  p.out_width = p.width / size;
+  FASTDA_CHECK(p.out_height > 0 && p.out_width > 0, op,
+               ": the convolution's result must hold a window at least");
+  return p;
+}
+template <typename Kernels>
+std::tuple<Tensor, Tensor> conv2d_max_pool(const Tensor& x_any, const Tensor& weight,
+                                           const MaybeTensor& bias, int64_t padding, int64_t size,
+                                           bool relu, bool keep_indices) {
+  const char* op = "conv2d_max_pool";
+  const Kernels kernels(op, false, x_any, weight, bias);
+  const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
+  PoolProblem p = pool_of(op, s, size);
+  const bool channels_last = prefers_channels_last(x_any);
+  p.relu = relu;
+  p.out_contiguous = !channels_last;
+  const Tensor x = laid_out<Kernels>(x_any, channels_last);
+  Fusion fusion;
+  fusion.bias = check_bias(bias, x, s.out_channels, op);
+  const std::initializer_list<int64_t> pooled = {s.batch, s.out_channels, p.out_height,
+                                                 p.out_width};
+  const Tensor y = empty(x, pooled, x.scalar_type(), channels_last);
+  const Tensor indices =
+      keep_indices ? empty(x, pooled, ScalarType::Byte, true) : nothing(x, ScalarType::Byte);
+  if (y.numel() > 0)
+    kernels.convolve_pooled(
+        conv_args(x, view_of(x), channels_last, weight, false, fusion, {}, true, padding), p,
+        y.mutable_data_ptr(), keep_indices ? data<uint8_t>(indices) : nullptr, x);
+  return {y, indices};
+}
+
+template <typename Kernels>
+std::tuple<Tensor, Tensor, Tensor> conv2d_max_pool_backward(
+    const Tensor& grad_any, const Tensor& indices_any, const Tensor& x_any, const Tensor& weight,
+    int64_t padding, int64_t size, bool need_x, bool need_weight, bool need_bias) {
+  const char* op = "conv2d_max_pool_backward";
+  const Kernels kernels(op, false, x_any, grad_any, indices_any, weight);
+  const ConvProblem s = check<Kernels>(x_any, weight, op, padding);
+  const PoolProblem p = pool_of(op, s, size);
+  for (const Tensor* t : {&grad_any, &indices_any})
+    FASTDA_CHECK(t->dim() == 4 && t->size(0) == s.batch && t->size(1) == s.out_channels &&
+                     t->size(2) == p.out_height && t->size(3) == p.out_width,
+                 op, ": grad and indices must have the shape of the pool's result");
+  FASTDA_CHECK(grad_any.scalar_type() == x_any.scalar_type() &&
+                   indices_any.scalar_type() == ScalarType::Byte,
+               op, ": grad must have the dtype of x, indices uint8");
+  const bool channels_last = prefers_channels_last(x_any);
+  const Tensor grad = pool_layout(grad_any, p), indices = pool_layout(indices_any, p);
+  const View pooled{const_cast<void*>(grad.const_data_ptr()),
+                    p.out_height * p.out_width * s.out_channels, 1, p.out_width * s.out_channels,
+                    s.out_channels};
+  const Winners winners{const_data<uint8_t>(indices), size, p.out_height, p.out_width};
+  const Tensor x = laid_out<Kernels>(x_any, channels_last);
+  Tensor d_x = need_x ? empty_image(x, s.in_channels, channels_last) : nothing(x);
+  Tensor d_weight = empty_filter(weight, need_weight);
+  Tensor d_bias = empty_bias(x, s.out_channels, need_bias);
+  ConvArgs to_x = conv_args(grad, pooled, true, weight, true, {}, need_x ? view_of(d_x) : View{},
+                            channels_last, s.kernel - 1 - padding);
+  to_x.height = p.height;
+  to_x.width = p.width;
+  to_x.x_winners = winners;
+  FilterGradArgs to_filter =
+      filter_grad_args(x, channels_last, pooled, {}, 0, true, s.out_channels, d_weight, padding);
+  to_filter.grad_winners = winners;
+  if (!need_weight) {  // as in filter_gradient()
+    to_filter.height = p.height;
+    to_filter.width = p.width;
+  }
+  const bool to_be_summed = need_weight || need_bias;
+  if (grad.numel() == 0 || (need_x && !kernels.reads_winners(to_x)) ||
+      (to_be_summed && !kernels.reads_winners(to_filter))) {
+    const Tensor whole = relu_max_pool_backward<typename Kernels::Pool>(
+        grad, indices, {p.height, p.width}, channels_last, {size, size}, {size, size}, {0, 0});
+    return convolution_backward<Kernels>(op, whole, x, weight, std::nullopt, padding, need_x,
+                                         need_weight, need_bias, false, 0, false);
+  }
+  if (need_x) kernels.convolve(to_x, grad);
+  if (to_be_summed) kernels.filter_gradient(to_filter, d_bias, x);
+  return {d_x, d_weight, d_bias};
 }
 
 template <typename Kernels>

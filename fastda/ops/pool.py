@@ -50,7 +50,7 @@ def _check(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair,
         )
 
 
-def _spread(
+def spread_winners(
     grad: Tensor,
     indices: Tensor,
     size: Sequence[int],
@@ -96,7 +96,7 @@ class _ReLUMaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         served = backend.kernels(ctx.serving).relu_max_pool_backward
-        d_x = (_spread if torch.is_grad_enabled() else served)(grad, indices, *ctx.geometry)
+        d_x = (spread_winners if torch.is_grad_enabled() else served)(grad, indices, *ctx.geometry)
         return d_x, None, None, None, None, None, None
 
 

@@ -20,6 +20,7 @@ from fastda.ops.common import (
     laid_out_as,
     recordable,
 )
+from fastda.ops.pool import relu_max_pool, spread_winners
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -126,6 +127,45 @@ class _Conv2d(torch.autograd.Function):
             laid_out_as(weight, d_weight) if needs[1] else None,
             d_bias if needs[2] else None,
             grad if needs[3] else None,
+            *[None] * 4,
+        )
+
+
+class _Conv2dMaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        padding: int,
+        size: int,
+        relu: bool,
+        serving: str,
+    ) -> Tensor:
+        raw = backend.kernels(serving)
+        y, indices = raw.conv2d_max_pool(x, weight, bias, padding, size, relu, True)
+        ctx.padding, ctx.size, ctx.serving = padding, size, serving
+        ctx.save_for_backward(x, weight, indices)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, indices = ctx.saved_tensors
+        needs, size = ctx.needs_input_grad, ctx.size
+        if torch.is_grad_enabled():
+            pooled = [n + 2 * ctx.padding + 1 - weight.shape[2] for n in x.shape[2:]]
+            spread = spread_winners(grad, indices, pooled, False, (size, size), (size, size), (0, 0))
+            convolve = functools.partial(reference.conv2d, padding=ctx.padding)
+            grads = composite_backward(convolve, (x, weight), needs[:2], spread)
+            return (*grads, spread.sum((0, 2, 3)) if needs[2] else None, *[None] * 4)
+        raw = backend.kernels(ctx.serving)
+        given = (grad, indices, x, weight, ctx.padding, size, *needs[:3])
+        d_x, d_weight, d_bias = raw.conv2d_max_pool_backward(*given)
+        return (
+            d_x if needs[0] else None,
+            laid_out_as(weight, d_weight) if needs[1] else None,
+            d_bias if needs[2] else None,
             *[None] * 4,
         )
 
@@ -386,6 +426,66 @@ def conv2d(
         )
     slope = _slope("conv2d", relu, negative_slope)
     return _convolve("conv2d", x, weight, bias, residual, padding, padding_mode, dilation, slope)
+
+
+def conv2d_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    kernel_size: int = 2,
+    relu: bool = True,
+) -> Tensor:
+    """`F.max_pool2d(F.relu(F.conv2d(x, weight, bias, padding=padding)), kernel_size)` in one pass.
+
+    Without the ReLU where `relu` is False; behind the pool it would be the same. What lies between never
+    reaches memory: images are pooled while they are in the cache, and in backward the gradient of what was
+    pooled is read off the result's.
+
+    Shapes: x (N, C, H, W); weight (K, C, k, k); bias (K,); the result (N, K, H' // kernel_size,
+    W' // kernel_size) with H' = H + 2 padding - k + 1, in the memory format of x. padding: less than the
+    filter is wide. kernel_size: 1 to 15, of windows side by side. Dtypes as for `conv_same`; float32 and
+    float64 go in one pass, the others by `conv2d` and `relu_max_pool`. Ties and NaN as in `relu_max_pool`,
+    large values as in `conv_same`.
+
+    Saved for backward: x, weight and a byte for every entry of the result. Double backward works; torch.func
+    transforms and other devices take PyTorch's operators.
+
+    Raises ValueError for shapes, devices and a padding that do not fit, TypeError for dtypes.
+    Source: the networks for digits of DANN, arXiv 1505.07818, appendix.
+    """
+    if is_symbolic(x):
+        options: Any = dict(padding=padding, kernel_size=kernel_size, relu=relu)
+        return handle_torch_function(conv2d_max_pool, (x,), x, weight, bias, **options)
+    op = "conv2d_max_pool"
+    _check_tensor(op, "x", x)
+    x, weight, bias = autocast(x, weight, bias)
+    _check(op, x, "weight", weight, odd=False)
+    _check_like(op, x, "weight", weight, None)
+    _check_like(op, x, "bias", bias, (weight.shape[0],))
+    for name, value in (("padding", padding), ("kernel_size", kernel_size)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    reach = weight.shape[2] - 1
+    if not 0 <= padding <= reach:
+        raise ValueError(f"{op}: padding must be from 0 to {reach} for this weight, got {padding}")
+    if not 1 <= kernel_size <= 15:
+        raise ValueError(f"{op}: kernel_size must be from 1 to 15, got {kernel_size}")
+    if min(x.shape[2:]) + 2 * padding < reach + kernel_size:
+        raise ValueError(f"{op}: x must be large enough for a window, got {tuple(x.shape)}")
+    serving = backend.select(x, op)
+    if serving == "reference":
+        options = dict(padding=padding, kernel_size=kernel_size, relu=relu)
+        return reference.conv2d_max_pool(x, weight, bias, **options)
+    if x.dtype not in (torch.float32, torch.float64):
+        return relu_max_pool(conv2d(x, weight, bias, padding=padding), kernel_size, relu=relu)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return _Conv2dMaxPool.apply(*recordable(x, weight, bias), padding, kernel_size, relu, serving)
+    raw = backend.kernels(serving)
+    return raw.conv2d_max_pool(x, weight, bias, padding, kernel_size, relu, False)[0]
 
 
 def _convolve(

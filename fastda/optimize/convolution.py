@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from fastda import _torch
-from fastda.ops.refiner_conv import conv2d, conv_same
+from fastda.ops.refiner_conv import conv2d, conv2d_max_pool, conv_same
+from fastda.optimize import norm
+from fastda.optimize import pool as pooling
 from fastda.optimize.stand_in import (
     PLAIN,
     Found,
@@ -32,6 +34,8 @@ LEAST_CHANNELS, LEAST_CHANNELS_DILATED = 16, 64
 # Fewer channels: in first layers, by the kernel the least of them and of output channels; in last layers.
 MOST_OF_FEW, FIRST_LAYERS, LAST_LAYERS = 4, {5: (3, 32), 7: (2, 16)}, (3, 5, 7)
 LEAST_SIZE = 4
+# Filters with which a max-pooling behind them is faster in one.
+POOLED = (3, 5, 7)
 # They go by tiles of 4×4 pixels, of which one pixel in so many must be wanted. And they have a fixed cost:
 # a call must be of so many products of a tap.
 WANTED_OF = 2
@@ -49,14 +53,13 @@ LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 400, 32
 def find(module: nn.Module) -> Iterator[Found]:
     """A convolution's stand-in, or why it is left."""
     if isinstance(module, nn.Conv2d) and "_conv_forward" not in vars(module):
-        reason = _reason(module)
-        if reason is None:
-            yield Found("convolution → conv_same", Convolution(module))
+        if left := reason(module):
+            yield Found(left)
         else:
-            yield Found(reason)
+            yield Found("convolution → conv_same", Convolution(module))
 
 
-def _reason(conv: nn.Conv2d) -> str | None:
+def reason(conv: nn.Conv2d) -> str | None:
     """Why this layer is left. Its weight is not looked at: reading a parametrised one may change it."""
     if isinstance(conv, nn.LazyConv2d):
         return "has no weight yet: call the model once before fastda.optimize"
@@ -70,9 +73,9 @@ def _reason(conv: nn.Conv2d) -> str | None:
     if own := copies_of_its_own(kind, nn.Conv2d):
         return f"its class has a {own} of its own"
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
-    reason = _refusal(conv, shape) or not_on_cpu(conv)
+    refusal = _refusal(conv, shape) or not_on_cpu(conv)
     dtypes = {parameter.dtype for parameter in conv.parameters()}
-    return reason or next((f"no faster in {dtype}" for dtype in dtypes if dtype not in _DTYPES), None)
+    return refusal or next((f"no faster in {dtype}" for dtype in dtypes if dtype not in _DTYPES), None)
 
 
 def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
@@ -152,6 +155,20 @@ class Convolution(StandIn):
             return None
         self.count(True)
         return conv_same(x, weight, bias, padding_mode="reflect")
+
+    def pool(self, x: Any, size: int, relu: bool) -> Tensor | None:
+        """The convolution of x, (rectified,) and its max-pooling in windows side by side; None as above."""
+        conv = self.module
+        weight, bias = conv.weight, conv.bias
+        padding = self._padding(conv, x, weight, bias)
+        if padding is None or conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+            return None
+        k = weight.shape[2]
+        least = min(x.shape[2:]) + 2 * padding + 1 - k
+        if k not in POOLED or not 1 <= size <= 15 or least < size:
+            return None
+        self.count(True)
+        return conv2d_max_pool(x, weight, bias, padding=padding, kernel_size=size, relu=relu)
 
     def _padding(self, conv: Any, x: Any, weight: Any, bias: Any, mirrored: int = 0) -> int | None:
         """The layer's padding, if this call gains and its result is torch's; None if not.
@@ -285,3 +302,29 @@ def pair(pad: Any, conv: Any, x: Any) -> Tensor | None:
         and F.pad is _PAD
     )
     return stand_in.mirror(x, padding[0]) if plain else None
+
+
+def can_pool(conv: nn.Conv2d, pool: nn.Module) -> bool:
+    """Whether `pooled` may serve these layers as they are now."""
+    return reason(conv) is None and pooling.side_by_side(pool) is not None
+
+
+def pooled(conv: Any, *behind: Any) -> Tensor | None:
+    """An input, the last argument, through a convolution, a ReLU that may be there, and a max-pooling in one
+    operator; None, with nothing done, where each is to be called."""
+    *activations, pool, x = behind
+    stand_in = vars(conv).get("_conv_forward")
+    plain = (
+        type(x) in PLAIN
+        and isinstance(stand_in, Convolution)
+        and stand_in.module is conv
+        and "forward" not in vars(conv)
+        and as_torch_has_it(conv, nn.Conv2d)
+        and is_alone(conv)
+        and all(norm.slope_of(relu) == 0.0 for relu in activations)
+    )
+    size = pooling.windows(pool) if plain else None
+    y = None if size is None else stand_in.pool(x, size, bool(activations))
+    if y is not None:
+        vars(pool)["forward"].count(True)
+    return y

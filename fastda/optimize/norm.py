@@ -196,7 +196,7 @@ def pair(norm: Any, activation: Any, x: Any) -> Tensor | None:
     """Both of x in one operator; None, with nothing done, where each is to be called."""
     if type(x) not in PLAIN or x.numel() < LEAST_ELEMENTS:  # a small call is to lose little
         return None
-    slope, stand_in = _slope(activation), vars(norm).get("forward")
+    slope, stand_in = slope_of(activation), vars(norm).get("forward")
     if slope is None or not isinstance(stand_in, Norm) or stand_in.module is not norm or not is_alone(norm):
         return None
     y = stand_in.serve(x, slope)
@@ -205,7 +205,7 @@ def pair(norm: Any, activation: Any, x: Any) -> Tensor | None:
     return y
 
 
-def _slope(module: Any) -> float | None:
+def slope_of(module: Any) -> float | None:
     """The slope below zero of a (leaky) ReLU; None if the module is or does something else."""
     kind: Any = type(module)
     if kind is nn.ReLU:

@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 
 from fastda import _torch
 from fastda.ops.pool import NO_INDEX, relu_max_pool
-from fastda.optimize.stand_in import PLAIN, Found, StandIn, is_torchs, not_on_cpu
+from fastda.optimize.stand_in import PLAIN, Found, StandIn, is_alone, is_torchs, not_on_cpu
 
 _FORWARD, _MAX_POOL2D = nn.MaxPool2d.forward, F.max_pool2d
 # Where it was measured to be faster, on the CPU: from so many elements on, and up to this stride.
@@ -49,6 +49,24 @@ def _pair(value: Any) -> tuple[int, int] | None:
         return value, value
     plain = type(value) in (tuple, list) and len(value) == 2 and all(type(v) is int for v in value)
     return (value[0], value[1]) if plain else None
+
+
+def side_by_side(pool: Any) -> int | None:
+    """The size of its windows, where they are square and lie side by side."""
+    if type(pool) is not nn.MaxPool2d or (settings := _settings(pool)) is None:
+        return None
+    kernel, stride, padding, ceil_mode = settings
+    plain = kernel[0] == kernel[1] and stride == kernel and padding == (0, 0) and not ceil_mode
+    return kernel[0] if plain else None
+
+
+def windows(pool: Any) -> int | None:
+    """The same, where nothing but its stand-in is called for it."""
+    stand_in = vars(pool).get("forward")
+    if not isinstance(stand_in, Pool) or stand_in.module is not pool or not is_alone(pool):
+        return None
+    torchs = type(pool).forward is _FORWARD and F.max_pool2d is _MAX_POOL2D
+    return side_by_side(pool) if torchs else None
 
 
 class Pool(StandIn):

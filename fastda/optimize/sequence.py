@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,29 +13,49 @@ from fastda import _torch
 from fastda.optimize import convolution, norm
 from fastda.optimize.stand_in import PLAIN, Found, StandIn, as_torch_has_it
 
-_Pair = tuple[str, tuple[type, ...], Callable[[Any, Any, Any], Any]]
-_ACTIVATED: _Pair = ("normalisation + activation", (nn.ReLU, nn.LeakyReLU), norm.pair)
-# By the first module: what the pair is, what the second may be, and what both make of an input; None, with
+_Run = tuple[str, tuple[tuple[type, ...], ...], Callable[..., Any]]
+_ACTIVATED: _Run = ("normalisation + activation", ((nn.ReLU, nn.LeakyReLU),), norm.pair)
+_PADDED: _Run = ("reflection padding + convolution", ((nn.Conv2d,),), convolution.pair)
+_POOLED = "convolution + max-pooling"
+# By the first module: what the run is, what the others may be, and what all make of an input; None, with
 # nothing done, where each is to be called.
-_PAIRS: dict[type, _Pair] = {
-    nn.BatchNorm2d: _ACTIVATED,
-    nn.InstanceNorm2d: _ACTIVATED,
-    nn.ReflectionPad2d: ("reflection padding + convolution", (nn.Conv2d,), convolution.pair),
+_RUNS: dict[type, tuple[_Run, ...]] = {
+    nn.BatchNorm2d: (_ACTIVATED,),
+    nn.InstanceNorm2d: (_ACTIVATED,),
+    nn.ReflectionPad2d: (_PADDED,),
+    nn.Conv2d: (
+        (_POOLED, ((nn.ReLU,), (nn.MaxPool2d,)), convolution.pooled),
+        (_POOLED, ((nn.MaxPool2d,),), convolution.pooled),
+    ),
 }
+
+
+def _run_at(modules: list[Any], i: int) -> _Run | None:
+    """The run that begins at module i, judged by types."""
+    for run in _RUNS.get(type(modules[i]), ()):
+        others = modules[i + 1 : i + 1 + len(run[1])]
+        if len(others) == len(run[1]) and all(type(m) in k for m, k in zip(others, run[1], strict=True)):
+            return run
+    return None
 
 
 def find(module: nn.Module) -> Iterator[Found]:
     """The stand-in of a Sequential that holds a pair."""
     if type(module) is nn.Sequential and "forward" not in vars(module):
-        kinds = [type(child) for child in module]
-        pairs = [_PAIRS[a] for a, b in itertools.pairwise(kinds) if a in _PAIRS and b in _PAIRS[a][1]]
-        if pairs:
-            names = ", ".join(dict.fromkeys(name for name, *_ in pairs))
+        modules = list(module)
+        runs = [
+            run
+            for i, first in enumerate(modules)
+            if (run := _run_at(modules, i))
+            and (type(first) is not nn.Conv2d or convolution.can_pool(first, modules[i + len(run[1])]))
+        ]
+        if runs:
+            names = ", ".join(dict.fromkeys(name for name, *_ in runs))
             yield Found(f"{names} → one operator, where the larger is served", Sequence(module))
 
 
 class Sequence(StandIn):
-    """`nn.Sequential.forward`, with some of two neighbours as one."""
+    """`nn.Sequential.forward`, with some neighbours as one."""
 
     method = "forward"
 
@@ -50,19 +69,15 @@ class Sequence(StandIn):
             or not as_torch_has_it(sequence, nn.Sequential)
         ):
             return type(sequence).forward(sequence, input)
-        before: Any = None
-        for module in sequence:
-            if before is not None:
-                _, seconds, together = _PAIRS[type(before)]
-                if type(module) in seconds:
-                    y = together(before, module, input)
-                    if self.count(y is not None):
-                        input, before = y, None
-                        continue
-                input = before(input)
-                before = None
-            if type(module) in _PAIRS:
-                before = module
-            else:
-                input = module(input)
-        return input if before is None else before(input)
+        modules, i = list(sequence), 0
+        while i < len(modules):
+            if run := _run_at(modules, i):
+                _, others, together = run
+                y = together(*modules[i : i + 1 + len(others)], input)
+                if self.count(y is not None):
+                    input = y
+                    i += 1 + len(others)
+                    continue
+            input = modules[i](input)
+            i += 1
+        return input

@@ -14,11 +14,12 @@ from fastda.reference.patch_loss import (
     self_regularization,
 )
 from fastda.reference.pool import relu_max_pool
-from fastda.reference.refiner_conv import conv2d, conv_same, refiner_block
+from fastda.reference.refiner_conv import conv2d, conv2d_max_pool, conv_same, refiner_block
 
 __all__ = [
     "batch_norm_act",
     "conv2d",
+    "conv2d_max_pool",
     "conv_same",
     "grad_reverse",
     "grad_reverse_linear",

@@ -27,6 +27,20 @@ def conv2d(
     return act(y, residual, 0.0 if relu else negative_slope)
 
 
+def conv2d_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    padding: int = 0,
+    kernel_size: int = 2,
+    relu: bool = True,
+) -> Tensor:
+    """The largest entries of relu(x * weight + bias) in its windows; see `fastda.conv2d_max_pool`."""
+    y = F.max_pool2d(F.conv2d(x, weight, bias, padding=padding), kernel_size)
+    return F.relu(y) if relu else y
+
+
 def conv_same(
     x: Tensor,
     weight: Tensor,

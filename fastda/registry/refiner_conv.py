@@ -85,6 +85,37 @@ def _conv2d_backward(
     return _conv_same_backward(grad, x, weight, output, need_x, need_weight, need_bias)
 
 
+def _conv2d_max_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    padding: int,
+    size: int,
+    relu: bool,
+    keep_indices: bool,
+) -> tuple[Tensor, Tensor]:
+    height, width = ((n + 2 * padding + 1 - weight.shape[2]) // size for n in x.shape[2:])
+    shape = (x.shape[0], weight.shape[0], height, width)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
+    if not keep_indices:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    return y, torch.empty_like(y, dtype=torch.uint8, memory_format=torch.channels_last)
+
+
+def _conv2d_max_pool_backward(
+    grad: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    padding: int,
+    size: int,
+    need_x: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, ...]:
+    return _conv_same_backward(grad, x, weight, None, need_x, need_weight, need_bias)
+
+
 def _conv_same_backward(
     grad: Tensor,
     x: Tensor,
@@ -169,6 +200,27 @@ def _settle_conv(a: dict[str, Any], margin: float) -> None:
         a["bias"] += clear_of_zero(convolve(**{**a, "relu": False, "negative_slope": None}), margin)
 
 
+def _settle_pool(a: dict[str, Any], margin: float) -> None:
+    """Pixels of x are shifted until no two entries of a window are so close that rounding may turn them."""
+    size, padding, k = a["kernel_size"], a["padding"], a["weight"].shape[2]
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        y = F.conv2d(a["x"], a["weight"], a["bias"], padding=padding)
+        windows = y.unfold(2, size, size).unfold(3, size, size).flatten(4)
+        first = windows.topk(min(2, windows.shape[4]), dim=4).values
+        close = (first[..., 0] - first[..., -1] < margin / 10).any(1) & (size > 1)
+        if not close.any():
+            break
+        n, h, w = close.nonzero().T
+        height, width = a["x"].shape[2:]
+        h = (h * size + k // 2 - padding).clamp(0, height - 1)
+        w = (w * size + k // 2 - padding).clamp(0, width - 1)
+        shift = torch.randn((len(n), a["x"].shape[1]), dtype=y.dtype, generator=generator)
+        a["x"][n, :, h, w] += shift.to(y.device)
+    if a.get("relu", True):
+        a["bias"] += clear_of_zero(F.max_pool2d(y, size), margin)
+
+
 def _settle_block(a: dict[str, Any], margin: float) -> None:
     a["bias1"] += clear_of_zero(reference.conv_same(a["x"], a["weight1"], a["bias1"]), margin)
     slope = a.get("negative_slope", 0.0)
@@ -224,6 +276,27 @@ OPERATORS = (
         large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),
         large_options={"relu": True},
         settle=_settle_conv,
+        magnitudes=_unit_terms,
+    ),
+    Operator(
+        "conv2d_max_pool",
+        tensors=_conv_shapes,
+        sizes=(
+            *((1, 1, 1, 4, 5, 5), (2, 3, 5, 3, 7, 9), (1, 7, 4, 2, 5, 3), (2, 3, 33, 5, 17, 14)),
+            *((2, 17, 33, 5, 11, 13), (1, 16, 20, 5, 37, 8), (1, 20, 16, 3, 12, 9)),
+        ),
+        tolerances=TOLERANCES,
+        raw={"conv2d_max_pool": _conv2d_max_pool, "conv2d_max_pool_backward": _conv2d_max_pool_backward},
+        # Where rounding is coarser, it picks the winners.
+        dtypes=(F32, F64),
+        options=(
+            *({"padding": 0, "kernel_size": 2}, {"padding": 1, "kernel_size": 2, "relu": False}),
+            {"padding": 1, "kernel_size": 3},
+            {"bias": None, "padding": 0, "kernel_size": 1, "relu": False},
+        ),
+        large=((16, 3, 32, 5, 28, 28), (16, 32, 48, 5, 14, 14), (2, 64, 64, 3, 35, 55)),
+        large_options={"padding": 1, "kernel_size": 2},
+        settle=_settle_pool,
         magnitudes=_unit_terms,
     ),
     Operator(

@@ -174,7 +174,7 @@ class _DannNet(nn.Module):
     def features(self, x: Tensor) -> Tensor:
         for conv in (self.conv1, self.conv2):
             if self.fused:
-                x = fastda.relu_max_pool(fastda.conv2d(x, conv.weight, conv.bias), 2)
+                x = fastda.conv2d_max_pool(x, conv.weight, conv.bias)
             else:
                 # ReLU after pooling gives the same values as before it, for a quarter of the work.
                 x = F.max_pool2d(F.relu(conv(x)), 2) if self.usual else F.relu(F.max_pool2d(conv(x), 2))
@@ -208,7 +208,8 @@ class DannStep:
 
     Args:
         sizes: (batch, channels, height, width), the batch of both domains together; digits are 3×28×28.
-        fused: by fastda's convolutions, poolings and reversal within the domain classifier's first layer.
+        fused: by fastda's convolutions with poolings, and reversal within the domain classifier's first
+            layer.
         usual: as it is usually written, a pass for each domain and ReLU before pooling. Otherwise the best
             that is known: one pass, ReLU after pooling.
         compiled: the network with its losses by torch.compile.

@@ -196,6 +196,10 @@ OPERATORS = {
     ),
     "conv2d": operator("conv2d", lambda: (*image(4)(), *filters()[:2])),
     "conv2d, padded": operator("conv2d", lambda: (*image(4)(), *filters()[:2]), padding=2, relu=True),
+    "conv2d_max_pool": operator("conv2d_max_pool", lambda: (*image(4)(), *filters()[:2])),
+    "conv2d_max_pool, no ReLU": operator(
+        "conv2d_max_pool", lambda: (*last(), *filters()[:2]), padding=1, relu=False
+    ),
     "refiner_block": operator("refiner_block", lambda: (*image(4)(), *filters())),
     "refiner_block, leaky": operator("refiner_block", lambda: (*image(4)(), *filters()), negative_slope=0.1),
     "patch_discriminator_loss": operator("patch_discriminator_loss", pair, return_accuracy=True),

@@ -153,8 +153,8 @@ template <typename T, typename S>
 const S* as_packed(const Source& s, const Block& block, int64_t halo, int64_t stride,
                    bool each_row) {
   if constexpr (std::is_same_v<T, S>)
-    if (s.channels_last && !s.mask.data && halo == 0 && s.channels == stride && s.x.w == stride &&
-        (each_row || block.rows == 1 || s.x.h == block.columns * stride))
+    if (s.channels_last && !s.mask.data && !s.winners.places && halo == 0 && s.channels == stride &&
+        s.x.w == stride && (each_row || block.rows == 1 || s.x.h == block.columns * stride))
       return at<T>(s.x, block.n, 0, block.h, block.w);
   return nullptr;
 }
@@ -349,6 +349,7 @@ const OutlierKernels outliers = {
 extern const ConvKernels direct;
 const ConvKernels direct = {
     .serves = serves,
+    .reads_winners = true,
     .prepared_bytes = prepared_bytes,
     .prepare = prepare,
     .conv_scratch_bytes = conv_scratch_bytes,

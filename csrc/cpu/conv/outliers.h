@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/pool.h"
 #include "cpu/conv/pack.h"
 
 namespace fastda::cpu::FASTDA_ISA {
@@ -50,17 +51,23 @@ float usual_magnitude(const Source& s, int64_t batch) {
   constexpr int64_t drawn = 64, enough = 16, at_most = 1 << 16;
   float found[drawn];
   int64_t count = 0;
-  const int64_t total = batch * s.channels * s.height * s.width;
+  const Winners& winners = s.winners;
+  const int64_t height = winners.places ? winners.height : s.height,
+                width = winners.places ? winners.width : s.width;
+  const int64_t total = batch * s.channels * height * width;
   double place = 0;
   for (int64_t i = 0; i < at_most && count < drawn && (i < drawn || count < enough); ++i) {
     const int64_t index = min(int64_t(place * double(total)), total - 1);
     place += 0.6180339887498949;  // multiples of the golden ratio lie evenly in [0, 1)
     if (place >= 1) place -= 1;
-    const int64_t row = index / s.width, w = index % s.width;
-    const int64_t plane = row / s.height, h = row % s.height;
+    const int64_t row = index / width, w = index % width;
+    const int64_t plane = row / height, h = row % height;
     const int64_t n = plane / s.channels, c = plane % s.channels;
     float x = load(at<T>(s.x, n, c, h, w));
     if (s.mask.data && load(at<T>(s.mask, n, c, h, w)) <= 0) x *= float(s.negative_slope);
+    if (winners.places &&
+        winners.places[((n * height + h) * width + w) * s.channels + c] == no_index)
+      continue;
     if (x == 0) continue;
     found[count++] = x == x ? std::fabs(x) : __builtin_inff();
   }

@@ -1,4 +1,4 @@
-// Reading images and filters: masked, widened, zero outside. Images come either into a packed block
+// Reading images and filters: masked, widened, zero outside, or spread over the windows of a max-pool. Images come either into a packed block
 // (direct and large filters), or column by column into registers (tiles). Internal linkage
 // throughout: see common/dtype.h.
 #pragma once
@@ -17,6 +17,7 @@ struct Source {
   Range range;
   int64_t padding;    // pixels on each side of the image that outputs see
   int64_t reflected;  // of these mirror others; zeros, else
+  Winners winners;
 };
 // The row or column of `size` that stands at i; -1: zeros.
 inline int64_t standing_at(int64_t i, int64_t size, int64_t reflected) {
@@ -35,9 +36,11 @@ Source source_of(const Args& a) {
            .width = a.width,
            .range = a.range,
            .padding = a.padding,
-           .reflected = a.reflect ? a.padding : 0};
+           .reflected = a.reflect ? a.padding : 0,
+           .winners = {}};
   if constexpr (requires { a.x_mask; }) {
     s.mask = a.x_mask;
+    s.winners = a.x_winners;
     s.negative_slope = a.negative_slope;
   }
   return s;
@@ -61,7 +64,8 @@ inline Source grad_source_of(const FilterGradArgs& a) {
           .width = a.out_width(),
           .range = a.grad_range,
           .padding = 0,
-          .reflected = 0};
+          .reflected = 0,
+          .winners = a.grad_winners};
 }
 
 // out[(r * columns + q)][0, stride) = mask(g, x)[block.n, :, block.h + r, block.w + q], zero
@@ -151,8 +155,39 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
   }
 }
 
+// As pack(), of a pooled gradient: every entry of a window that did not win is zero.
+template <typename T, typename S>
+void pack_winners(const Source& s, const Block& block, S* out, int64_t stride) {
+  constexpr int L = lanes<S>;
+  const Winners& w = s.winners;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    const int64_t h = block.h + r, y = h / w.size;
+    for (int64_t q = 0; q < block.columns; ++q, out += stride) {
+      const int64_t column = block.w + q, x = column / w.size;
+      if (h < 0 || column < 0 || y >= w.height || x >= w.width) {
+        for (int64_t c = 0; c < stride; ++c) out[c] = S(0);
+        continue;
+      }
+      const int place = int((h - y * w.size) * w.size + column - x * w.size);
+      const T* from = at<T>(s.x, block.n, 0, y, x);
+      const uint8_t* places = w.places + ((block.n * w.height + y) * w.width + x) * s.channels;
+      int64_t c = 0;
+      for (; c + L <= s.channels; c += L) {
+        const IntVec<S> won = load_bytes<S>(places + c, L) == place;
+        store_vec(out + c, won ? load_first<S>(from + c, L) : Vec<S>{});
+      }
+      if (c == stride) continue;
+      const int valid = int(s.channels - c), into = int(min(L, stride - c));
+      const IntVec<S> won = load_bytes<S>(places + c, valid) == place;
+      store_first<S>(out + c, won ? load_first<S>(from + c, valid) : Vec<S>{}, into);
+      for (c += into; c < stride; ++c) out[c] = S(0);
+    }
+  }
+}
+
 template <typename T, typename S>
 void pack(const Source& s, const Block& block, S* out, int64_t stride) {
+  if (s.winners.places) return pack_winners<T, S>(s, block, out, stride);
   with_relu_mask<S>(s.negative_slope, [&](auto mask) { pack<T, S>(s, mask, block, out, stride); });
   for (int64_t q = 0; s.reflected > 0 && q < block.columns; ++q) {
     const int64_t from = standing_at(block.w + q, s.width, s.reflected);

@@ -25,6 +25,9 @@ struct ConvKernels {
   // Null: every output is made by itself. Else the ranges of the operands are noted (outliers.h).
   Tile (*tile)(const ConvProblem&) = nullptr;
 
+  // Whether gradients are read with the winners of a pool.
+  bool reads_winners = false;
+
   // What all tasks share is made first: the filter, or the input, as the kernels want it.
   int64_t (*prepared_bytes)(const ConvArgs&);
   void (*prepare)(const ConvArgs&, void* prepared);

@@ -424,7 +424,7 @@ struct FirstLayer {
       const Source source = grad_source_of(a);
       // Read where it lies, but for the tiles that it does not fill.
       const bool in_place = std::is_same_v<T, float> && source.channels_last && !source.mask.data &&
-                            a.out_channels == l.k;
+                            !source.winners.places && a.out_channels == l.k;
       const int64_t tasks = l.blocking.tasks, parts = chunks(a);
       for (int64_t task = tasks * chunk / parts; task < tasks * (chunk + 1) / parts; ++task) {
         const auto work = Work<FilterGradArgs>::template make<T>(a, l, task, memory);
@@ -494,6 +494,7 @@ struct FirstLayer {
   static constexpr ConvKernels kernels = {
       .serves = serves,
       .tile = tile,
+      .reads_winners = true,
       .prepared_bytes = prepared_bytes,
       .prepare = prepare,
       .conv_scratch_bytes = conv_scratch_bytes,

@@ -51,7 +51,9 @@ struct Pieces {
       if (pieces == 1 && blocking.per_column * blocking.per_row == 1) {
         const int64_t fit =
             budget / (high * wide * POINTS * POINTS * (c + k) * int64_t(sizeof(float)));
-        group = max(1, min(fit, a.batch / 16));
+        int64_t most = a.batch / 16;
+        if constexpr (requires { a.by_one_thread; }) most = a.by_one_thread ? a.batch : most;
+        group = max(1, min(fit, most));
       }
     }
     static constexpr int64_t budget = 1600 << 10;
@@ -371,6 +373,7 @@ struct Pieces {
   static constexpr ConvKernels kernels = {
       .serves = serves,
       .tile = tile,
+      .reads_winners = true,
       .prepared_bytes = prepared_bytes,
       .prepare = prepare,
       .conv_scratch_bytes = conv_scratch_bytes,

@@ -73,14 +73,31 @@ struct Sizes {
   int64_t stride_w() const { return step ? step : p.stride_w; }
 };
 
+// lines[column][channel], `stride` from column to column, to out[channel][column], `plane` from channel
+// to channel.
+template <typename S, typename T>
+void store_turned(const S* lines, int64_t stride, int64_t channels, int columns, T* out,
+                  int64_t plane) {
+  constexpr int L = lanes<S>;
+  for (int64_t c = 0; c < channels; c += L) {
+    Vec<S> tile[L];
+    for (int i = 0; i < L; ++i) tile[i] = i < columns ? load_vec(lines + i * stride + c) : Vec<S>{};
+    transpose<S>(tile);
+    for (int64_t k = c; k < channels && k < c + L; ++k)
+      store_first<S>(out + k * plane, tile[k - c], columns);
+  }
+}
+
 template <typename T, int kernel, int step>
 void forward_pixels(const PoolProblem& p, const T* x, T* y, uint8_t* indices, int64_t begin,
-                    int64_t end) {
+                    int64_t end, void* scratch) {
   using S = typename Acc<T>::type;
   constexpr int L = lanes<S>;
   const Sizes<kernel, step> s{p};
   const int64_t c = p.channels, line = p.width * c;
-  const bool relu = p.relu;
+  const bool relu = p.relu, turned = p.out_contiguous;
+  const int64_t padded_c = (c + L - 1) / L * L;
+  S* lines = static_cast<S*>(scratch);  // of L columns
   for (int64_t row = begin; row < end; ++row) {
     const int64_t oh = row % p.out_height;
     const T* image = x + row / p.out_height * p.height * line;
@@ -101,8 +118,10 @@ void forward_pixels(const PoolProblem& p, const T* x, T* y, uint8_t* indices, in
                                       largest.see(load_lanes<S>(window + i * line + j * c + at, n),
                                                   int(i * s.kernel_w() + j));
                                   }
-                                  store_lanes<S>(y + out + at, largest.value, n);
                                   if (indices) store_bytes<S>(indices + out + at, largest.index, n);
+                                  if (!turned)
+                                    return store_lanes<S>(y + out + at, largest.value, n);
+                                  store_vec(lines + ow % L * padded_c + at, largest.value);
                                 };
       int64_t at = 0;
       if (kernel && kh.end - kh.begin + kw.end - kw.begin == 2 * kernel) {
@@ -111,6 +130,10 @@ void forward_pixels(const PoolProblem& p, const T* x, T* y, uint8_t* indices, in
         for (; at + L <= c; at += L) channels(kh, kw, at, Known<L>{});
       }
       if (at < c) channels(kh, kw, at, int(c - at));
+      if (turned && (ow % L == L - 1 || ow + 1 == p.out_width))
+        store_turned(lines, padded_c, c, int(ow % L + 1),
+                     y + (row / p.out_height * c * p.out_height + oh) * p.out_width + ow / L * L,
+                     p.out_height * p.out_width);
     }
   }
 }
@@ -316,7 +339,7 @@ void with_sizes(const PoolProblem& p, F&& f) {
 }
 
 int64_t scratch_bytes(const PoolProblem& p) {
-  if (p.channels_last) return 0;
+  if (p.channels_last) return !p.out_contiguous ? 0 : (p.channels + 63) / 64 * 64 * vector_bytes;
   const int64_t lines = p.kernel_h * p.stride_w + 1, kept = 2 * (p.kernel_h / p.stride_h + 1);
   const int64_t most = lines > kept ? lines : kept;
   return p.dtype == DType::f64 ? most * line_length<double>(p) * 8
@@ -329,7 +352,9 @@ void forward(const PoolProblem& p, const void* x, void* y, uint8_t* indices, int
     const T* from = static_cast<const T*>(x);
     T* to = static_cast<T*>(y);
     with_sizes(p, [&]<int kernel, int step>() {
-      if (p.channels_last) return forward_pixels<T, kernel, step>(p, from, to, indices, begin, end);
+      if (p.channels_last) {
+        return forward_pixels<T, kernel, step>(p, from, to, indices, begin, end, scratch);
+      }
       forward_planes<T, kernel, step>(p, from, to, indices, begin, end, scratch);
     });
   });

@@ -66,9 +66,7 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor, domain: int) -> Tensor:
         for conv, norm in ((self.conv1, self.norm1), (self.conv2, self.norm2)):
-            # Of three channels PyTorch's own convolution is the faster one.
-            x = conv(x) if conv is self.conv1 else fastda.conv2d(x, conv.weight, conv.bias)
-            x = fastda.relu_max_pool(x, 2, relu=norm is None)
+            x = fastda.conv2d_max_pool(x, conv.weight, conv.bias, relu=norm is None)
             if norm is not None:
                 x = F.relu(norm(x, domain))
         return x.flatten(1)

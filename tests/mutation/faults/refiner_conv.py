@@ -387,4 +387,47 @@ FAULTS = (
         "if needs[3] and y is not None:", "if False:",
         "test_only_needed_gradients_are_computed",
     ),
+    fault(
+        "conv2d_max_pool: the results of all images go to the first ones", CPU,
+        "static_cast<char*>(y) + first * pooled * size", "static_cast<char*>(y) + 0 * pooled * size",
+        "test_refiner_conv_pool::test_matches_reference",
+    ),
+    fault(
+        "conv2d_max_pool: what is not finite is not made again", CPU,
+        "!right && n < first + some.batch", "false",
+        "test_what_is_not_finite",
+    ),
+    fault(
+        "conv2d_max_pool: images with large values are not looked at", CPU,
+        "if (args.range.beyond) some.range.beyond = args.range.beyond + first;",
+        "some.range.beyond = nullptr;",
+        "test_a_large_value_costs_its_neighbours_no_more_than_promised",
+    ),
+    fault(
+        "a pooled gradient goes to all of its window", CPU,
+        "load_bytes<S>(places + c, L) == place", "load_bytes<S>(places + c, L) != place - 999",
+        "test_refiner_conv_pool::test_matches_reference",
+    ),
+    fault(
+        "a pooled gradient is that of the first rows that no window has", CPU,
+        "y >= w.height", "y > w.height",
+        "test_refiner_conv_pool::test_matches_reference",
+    ),
+    fault(
+        "first layers read a pooled gradient as if it were whole", CPU,
+        "!source.winners.places", "true",
+        "test_refiner_conv_pool::test_matches_reference",
+    ),
+    fault(
+        "a contiguous pooled result has the columns of the vector before", CPU,
+        "store_vec(lines + ow % L * padded_c + at, largest.value);",
+        "store_vec(lines + (ow & ~1) % L * padded_c + at, largest.value);",
+        "test_refiner_conv_pool::test_matches_reference",
+    ),
+    fault(
+        "conv2d_max_pool: second derivatives of a bias", "fastda/ops",
+        "return (*grads, spread.sum((0, 2, 3)) if needs[2] else None, *[None] * 4)",
+        "return (*grads, spread.sum((0, 2, 3)) * 0 if needs[2] else None, *[None] * 4)",
+        "test_derivatives_of_a_pooled_convolution_and_compilers",
+    ),
 )  # fmt: skip
