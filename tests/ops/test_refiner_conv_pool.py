@@ -88,9 +88,13 @@ def test_ties_and_nothing_positive_are_pytorchs(channels, layout):
 
 @pytest.mark.parametrize("channels", [3, 20])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_what_is_not_finite(channels, value):
+@pytest.mark.parametrize("of", ["image", "filter"])
+def test_what_is_not_finite(of, channels, value):
     x, weight = torch.randn(4, channels, 20, 20), torch.randn(32, channels, 5, 5)
-    x[2, 1, 9, 8] = value
+    if of == "image":
+        x[2, 1, 9, 8] = value
+    else:
+        weight[5, 1, 2, 3] = value
     for relu in (True, False):
         y = fastda.conv2d_max_pool(x, weight, relu=relu)
         expected = reference.conv2d_max_pool(x, weight, relu=relu)
