@@ -191,7 +191,8 @@ def ptx_of(csrc: Path, folder: Path) -> Path:
 def passes(csrc: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """By kernel and kind of access: passes over the banks, and the least that so many bytes take."""
     with tempfile.TemporaryDirectory() as folder:
-        executed = on_the_cpu(PASSES, FASTDA_TEST_PTX=str(ptx_of(csrc, Path(folder))))
+        ptx = build.PTX if csrc == CUDA.parent else ptx_of(csrc, Path(folder))  # of here, it is there
+        executed = on_the_cpu(PASSES, FASTDA_TEST_PTX=str(ptx))
     found = {}
     for name, symbol in zip(demangled(list(executed)), executed, strict=True):
         kinds = found.setdefault(name, {})
@@ -223,20 +224,16 @@ def faults(row: dict) -> list[str]:
 def matrix_instructions() -> list[str]:
     """Kernels whose PTX lacks the matrix instructions that were meant, or has others."""
     wrong = []
-    for source in sorted(CUDA.glob("refiner*.cu")):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "out.ptx")
-            nvcc("-ptx", "-o", str(path), "-arch=compute_80", f"-I{CUDA.parent}", str(source))
-            entries = re.split(r"\.entry ", path.read_text())[1:]
-        for entry, name in zip(entries, demangled([re.match(r"\w+", e)[0] for e in entries]), strict=True):
-            kernel, _, arguments = name.partition(" ")
-            dtype, exact = [*arguments.split(", "), ""][:2]
-            meant = kernel in ("conv", "filter_grad", "refiner_block") and exact != "true"
-            found = set(re.findall(r"mma\.sync[\w.]+", entry))
-            if found != ({MMA[dtype]} if meant else set()):
-                wrong.append(f"{name}: {sorted(found) or 'no matrix instruction'}")
-            elif meant:
-                print(f"{name:30}{entry.count(MMA[dtype]):5} × {MMA[dtype]}")
+    entries = re.split(r"\.entry ", build.PTX.read_text())[1:]
+    for entry, name in zip(entries, demangled([re.match(r"\w+", e)[0] for e in entries]), strict=True):
+        kernel, _, arguments = name.partition(" ")
+        dtype, exact = [*arguments.split(", "), ""][:2]
+        meant = kernel in ("conv", "filter_grad", "refiner_block") and exact != "true"
+        found = set(re.findall(r"mma\.sync[\w.]+", entry))
+        if found != ({MMA[dtype]} if meant else set()):
+            wrong.append(f"{name}: {sorted(found) or 'no matrix instruction'}")
+        elif meant:
+            print(f"{name:30}{entry.count(MMA[dtype]):5} × {MMA[dtype]}")
     return wrong
 
 

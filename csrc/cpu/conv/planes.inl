@@ -107,6 +107,20 @@ int64_t conv_tasks(const ConvArgs& args) {
                     [&]<typename T, typename S>() { return Sizes<S, ConvArgs>(a).blocking.tasks; });
 }
 
+// sums [outputs][V] to one row from column w on. Outputs one after another and not inlined: an epilogue for
+// every register would be most of this file's code.
+template <typename T, typename S, int V>
+[[gnu::noinline]] void store_row(const ConvArgs& a, const Epilogue<T, S>& e,
+                                 const Vec<S> (*sums)[V], int64_t k0, int64_t w, int64_t left) {
+  constexpr int L = lanes<S>;
+  for (int64_t k = k0; k < min(k0 + outputs, a.out_channels); ++k, ++sums)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const int valid = int(min(L, left - v * L));
+      if (valid > 0) store_result<T, S>(a, e, (*sums)[v], valid, k, w + v * L);
+    }
+}
+
 // Columns [w, w + V vectors) of one row of `outputs` outputs.
 template <typename T, typename S, int V>
 void sum_row(const ConvArgs& a, const Epilogue<T, S>& e, const S* x, int64_t plane, int64_t columns,
@@ -129,16 +143,22 @@ void sum_row(const ConvArgs& a, const Epilogue<T, S>& e, const S* x, int64_t pla
         }
       }
   const T* bias = static_cast<const T*>(a.bias);
+  Vec<S> done[outputs][V];
 #pragma GCC unroll 8
   for (int k = 0; k < outputs; ++k) {
     if (k0 + k >= a.out_channels) break;
     const Vec<S> b = broadcast(bias ? S(load(bias + k0 + k)) : S(0));
+    T* const out = e.out + (k0 + k) * a.out.c + w;
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       const int valid = int(min(L, left - v * L));
-      if (valid > 0) store_result<T, S>(a, e, sum[k][v] + b, valid, k0 + k, w + v * L);
+      if (!e.plain)
+        done[k][v] = sum[k][v] + b;
+      else if (valid > 0)
+        store_first<S>(out + v * L, clamp_min(sum[k][v] + b, e.low), valid);
     }
   }
+  if (!e.plain) store_row<T, S, V>(a, e, done, k0, w, left);
 }
 
 bool conv(const ConvArgs& args, int64_t task, void* memory) {

@@ -23,7 +23,8 @@ namespace {
 
 constexpr int block_entries = 2048, pivot_entries = 256;
 constexpr int block_rows = 128, pivot_rows = 16;
-constexpr int panel = 256;  // channels whose sums are kept at once
+constexpr int panel = 256;        // channels whose sums are kept at once
+constexpr int few_channels = 64;  // of rows that are written four at a time
 
 template <typename S, typename T>
 FASTDA_INLINE Vec<S> load_whole(const T* p) {
@@ -42,6 +43,7 @@ FASTDA_INLINE void store_whole(T* p, Vec<S> v) {
 // A whole vector, or the first n lanes of one.
 template <typename S, bool Whole, typename T>
 FASTDA_INLINE Vec<S> load_some(const T* p, int n) {
+  if (n > lanes<S>) __builtin_unreachable();  // or GCC 12 warns
   if constexpr (Whole)
     return load_whole<S>(p);
   else
@@ -71,20 +73,26 @@ inline double sum_lanes(Vec<S> v) {
     for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
   return double(lane[0]);
 }
-template <Activation A, typename S>
-FASTDA_INLINE Vec<S> activate(Vec<S> v, S slope) {
-  if constexpr (A == Activation::relu) return relu_mask(v, v);
-  if constexpr (A == Activation::leaky_relu) return leaky_relu_mask(v, v, broadcast(slope));
-  return v;
-}
-// The gradient of what goes into the activation, read off its result (or off what goes in, which has
-// the same sign).
-template <Activation A, typename S>
-FASTDA_INLINE Vec<S> activate_back(Vec<S> grad, Vec<S> output, S slope) {
-  if constexpr (A == Activation::relu) return relu_mask(grad, output);
-  if constexpr (A == Activation::leaky_relu) return leaky_relu_mask(grad, output, broadcast(slope));
-  return grad;
-}
+// What follows a normalisation. Which it is, is a branch a few vectors, always taken alike.
+template <typename S>
+struct Activated {
+  Activation activation;
+  S slope;
+  explicit Activated(const Norm& norm)
+      : activation(norm.activation), slope(S(norm.negative_slope)) {}
+  // The gradients of what goes into the activation, read off its results (or off what goes in, which
+  // has the same sign); of values by themselves, the activation.
+  template <int R>
+  [[gnu::always_inline]] void apply(Vec<S>* grad, const Vec<S>* output) const {
+    if (activation == Activation::relu) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) grad[r] = relu_mask(grad[r], output[r]);
+    } else if (activation == Activation::leaky_relu) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) grad[r] = leaky_relu_mask(grad[r], output[r], broadcast(slope));
+    }
+  }
+};
 
 // f.template operator()<Whole>(index, lanes) for the vectors of [0, n).
 template <typename S, typename F>
@@ -194,12 +202,12 @@ struct PanelSums {
   alignas(64) S first[panel + lanes<S>] = {}, second[panel + lanes<S>] = {};
 };
 
-// f.template operator()<Whole, Rows>(row, channel, lanes): the vectors of four rows at a time, then of
-// single ones.
+// f.template operator()<Whole, Rows>(row, channel, lanes): the vectors of the first `grouped` rows,
+// four at a time, then of single ones.
 template <typename S, typename F>
-FASTDA_INLINE void for_row_groups(int rows, int channels, F&& f) {
-  int r = 0;
-  for (; r + 4 <= rows; r += 4)
+FASTDA_INLINE void for_row_groups(int64_t rows, int64_t grouped, int64_t channels, F&& f) {
+  int64_t r = 0;
+  for (; r + 4 <= grouped; r += 4)
     for_vectors<S>(channels, [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
       f.template operator()<Whole, 4>(r, c, n);
     });
@@ -218,27 +226,29 @@ template <typename T, typename S>
 void moments_of_rows(const T* x, int rows, int64_t stride, int channels, S* pivots,
                      PanelSums<S>& sums) {
   const int few = rows < pivot_rows ? rows : pivot_rows;
-  const auto row = [&](int r, int64_t c) { return x + r * stride + c; };
-  for_row_groups<S>(few, channels,
-                    [&]<bool Whole, int R>(int r, int64_t c, int n) __attribute__((always_inline)) {
-                      Vec<S> v[R];
+  const auto row = [&](int64_t r, int64_t c) { return x + r * stride + c; };
+  for_row_groups<S>(few, few, channels,
+                    [&]<bool Whole, int R>(int64_t r, int64_t c, int n)
+                        __attribute__((always_inline)) {
+                          Vec<S> v[R];
 #pragma GCC unroll 4
-                      for (int i = 0; i < R; ++i) v[i] = load_some<S, Whole>(row(r + i, c), n);
-                      store_vec(pivots + c, load_vec(pivots + c) + sum_of<R>(v));
-                    });
+                          for (int i = 0; i < R; ++i) v[i] = load_some<S, Whole>(row(r + i, c), n);
+                          store_vec(pivots + c, load_vec(pivots + c) + sum_of<R>(v));
+                        });
   for (int c = 0; c < channels; ++c) pivots[c] *= S(1) / S(few);
-  for_row_groups<S>(rows, channels,
-                    [&]<bool Whole, int R>(int r, int64_t c, int n) __attribute__((always_inline)) {
-                      const Vec<S> pivot = load_vec(pivots + c);
-                      Vec<S> d[R], square[R];
+  for_row_groups<S>(rows, rows, channels,
+                    [&]<bool Whole, int R>(int64_t r, int64_t c, int n)
+                        __attribute__((always_inline)) {
+                          const Vec<S> pivot = load_vec(pivots + c);
+                          Vec<S> d[R], square[R];
 #pragma GCC unroll 4
-                      for (int i = 0; i < R; ++i) {
-                        d[i] = load_some<S, Whole>(row(r + i, c), n) - pivot;
-                        square[i] = d[i] * d[i];
-                      }
-                      store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(d));
-                      store_vec(sums.second + c, load_vec(sums.second + c) + sum_of<R>(square));
-                    });
+                          for (int i = 0; i < R; ++i) {
+                            d[i] = load_some<S, Whole>(row(r + i, c), n) - pivot;
+                            square[i] = d[i] * d[i];
+                          }
+                          store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(d));
+                          store_vec(sums.second + c, load_vec(sums.second + c) + sum_of<R>(square));
+                        });
 }
 
 template <typename T, typename S>
@@ -282,159 +292,190 @@ struct Constant {
   }
 };
 
-// f.template operator()<Whole>(entry, channel, lanes): the vectors of a run. Planes from the last,
-// which the cache still has, each from where whole vectors of `out` are aligned, if there is one.
+// f.template operator()<Whole, R>(entry, step, channel, lanes): R vectors of a run, `step` apart.
+// Planes from the last, which the cache still has, each from where whole vectors of `out` are
+// aligned, if there is one.
 template <typename S, bool Rows, typename T, typename F>
 FASTDA_INLINE void for_run(const NormRun& run, const T* out, F&& f) {
   constexpr int L = lanes<S>;
   if constexpr (Rows) {
-    for (int64_t row = 0; row < run.positions; ++row)
-      for_vectors<S>(run.channels,
-                     [&]<bool Whole>(int64_t c, int n) __attribute__((always_inline)) {
-                       f.template operator()<Whole>(run.begin + row * run.channels + c, c, n);
-                     });
+    for_row_groups<S>(
+        run.positions, run.channels <= few_channels ? run.positions : 0, run.channels,
+        [&]<bool Whole, int R>(int64_t row, int64_t c, int n) __attribute__((always_inline)) {
+          f.template operator()<Whole, R>(run.begin + row * run.channels + c, run.channels, c, n);
+        });
   } else {
     for (int64_t p = run.planes - 1; p >= 0; --p) {
       const int64_t plane = run.begin + p * run.stride;
       const int off = out ? int(reinterpret_cast<uintptr_t>(out + plane) / sizeof(T) % L) : 0;
-      int64_t head = off == 0 ? 0 : L - off;
-      if (head > run.positions) head = run.positions;
-      if (head > 0) f.template operator()<false>(plane, 0, int(head));
-      for_vectors<S>(run.positions - head,
-                     [&]<bool Whole>(int64_t i, int n) __attribute__((always_inline)) {
-                       f.template operator()<Whole>(plane + head + i, 0, n);
-                     });
+      int64_t i = off == 0 ? 0 : L - off;
+      if (i > run.positions) i = run.positions;
+      if (i > 0) f.template operator()<false, 1>(plane, 0, 0, int(i));
+      for (; i + 4 * L <= run.positions; i += 4 * L)
+        f.template operator()<true, 4>(plane + i, L, 0, L);
+      for (; i + L <= run.positions; i += L) f.template operator()<true, 1>(plane + i, 0, 0, L);
+      if (i < run.positions)
+        f.template operator()<false, 1>(plane + i, 0, 0, int(run.positions - i));
     }
   }
 }
 
-template <typename T, typename S, bool Rows, Activation A, bool Residual>
+template <typename T, typename S, bool Rows>
 void normalize_of(const Norm& norm, const NormRun& run) {
   const T* x = static_cast<const T*>(norm.x);
   const T* residual = static_cast<const T*>(norm.residual);
   T* y = static_cast<T*>(norm.y);
-  const S slope = S(norm.negative_slope);
   const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
       shifts(norm.shift, run);
+  const Activated<S> activated(norm);
   const bool past = norm.past_the_cache;
   for_run<S, Rows>(run, past ? y : nullptr,
-                   [&]<bool Whole>(int64_t i, int64_t c, int n) __attribute__((always_inline)) {
+                   [&]<bool Whole, int R>(int64_t at, int64_t step, int64_t c,
+                                          int n) __attribute__((always_inline)) {
                      const Vec<S> center = centers.template at<Whole>(c, n);
                      const Vec<S> scale = scales.template at<Whole>(c, n);
                      const Vec<S> shift = shifts.template at<Whole>(c, n);
-                     Vec<S> v = (load_some<S, Whole>(x + i, n) - center) * scale + shift;
-                     if constexpr (Residual) v += load_some<S, Whole>(residual + i, n);
-                     write_some<S, Whole>(y + i, activate<A, S>(v, slope), n, past);
+                     Vec<S> v[R];
+#pragma GCC unroll 4
+                     for (int r = 0; r < R; ++r)
+                       v[r] = (load_some<S, Whole>(x + at + r * step, n) - center) * scale + shift;
+                     if (residual)
+#pragma GCC unroll 4
+                       for (int r = 0; r < R; ++r)
+                         v[r] += load_some<S, Whole>(residual + at + r * step, n);
+                     activated.template apply<R>(v, v);
+#pragma GCC unroll 4
+                     for (int r = 0; r < R; ++r)
+                       write_some<S, Whole>(y + at + r * step, v[r], n, past);
                    });
 }
 
-// What passes the activation, of one vector.
-template <typename T, typename S, Activation A, bool Output>
+// What passes the activation, of R vectors `step` apart, and x - center where that is wanted.
+template <typename T, typename S, bool Rows>
 struct Back {
   const T *x, *grad, *output;
-  S slope;
-  explicit Back(const Norm& norm)
+  Activated<S> activated;
+  bool reads_x;
+  Constant<S, Rows> centers, scales, shifts;
+  Back(const Norm& norm, const NormRun& run, bool want_x)
       : x(static_cast<const T*>(norm.x)),
         grad(static_cast<const T*>(norm.grad)),
         output(static_cast<const T*>(norm.output)),
-        slope(S(norm.negative_slope)) {}
-  template <bool Whole>
-  [[gnu::always_inline]] Vec<S> operator()(int64_t i, int n, Vec<S> centered, Vec<S> scale,
-                                           Vec<S> shift) const {
-    const Vec<S> g = load_some<S, Whole>(grad + i, n);
-    if constexpr (A == Activation::none) return g;
-    if constexpr (Output) return activate_back<A, S>(g, load_some<S, Whole>(output + i, n), slope);
-    return activate_back<A, S>(g, centered * scale + shift, slope);
+        activated(norm),
+        reads_x(want_x || (activated.activation != Activation::none && !output)),
+        centers(norm.center, run),
+        scales(norm.scale, run),
+        shifts(norm.shift, run) {}
+  template <bool Whole, int R>
+  [[gnu::always_inline]] void operator()(int64_t at, int64_t step, int64_t c, int n, Vec<S>* passed,
+                                         Vec<S>* centered) const {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) passed[r] = load_some<S, Whole>(grad + at + r * step, n);
+    const Vec<S> center = centers.template at<Whole>(c, n);
+    if (reads_x)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) centered[r] = load_some<S, Whole>(x + at + r * step, n) - center;
+    if (activated.activation == Activation::none) return;
+    Vec<S> y[R];
+    if (output) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) y[r] = load_some<S, Whole>(output + at + r * step, n);
+    } else {
+      const Vec<S> scale = scales.template at<Whole>(c, n), shift = shifts.template at<Whole>(c, n);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) y[r] = centered[r] * scale + shift;
+    }
+    activated.template apply<R>(passed, y);
   }
 };
 
-template <typename T, typename S, bool Rows, Activation A, bool Output>
+template <typename T, typename S, bool Rows>
 void input_gradient_of(const Norm& norm, const NormRun& run) {
-  const Back<T, S, A, Output> back(norm);
+  const Back<T, S, Rows> back(norm, run, norm.through_statistics);
   T* d_x = static_cast<T*>(norm.d_x);
-  const Constant<S, Rows> centers(norm.center, run), scales(norm.scale, run),
-      shifts(norm.shift, run), slopes(norm.slope, run), offsets(norm.offset, run);
+  const Constant<S, Rows> slopes(norm.slope, run), offsets(norm.offset, run);
   const bool through = norm.through_statistics;
   const bool past = norm.past_the_cache;
   for_run<S, Rows>(run, past ? d_x : nullptr,
-                   [&]<bool Whole>(int64_t i, int64_t c, int n) __attribute__((always_inline)) {
-                     const Vec<S> center = centers.template at<Whole>(c, n);
-                     const Vec<S> scale = scales.template at<Whole>(c, n);
-                     const Vec<S> shift = shifts.template at<Whole>(c, n);
-                     const Vec<S> slope = slopes.template at<Whole>(c, n);
-                     const Vec<S> offset = offsets.template at<Whole>(c, n);
-                     const Vec<S> centered = load_some<S, Whole>(back.x + i, n) - center;
-                     const Vec<S> g = back.template operator()<Whole>(i, n, centered, scale, shift);
-                     const Vec<S> direct = g * scale;
-                     write_some<S, Whole>(
-                         d_x + i, through ? centered * slope + (direct + offset) : direct, n, past);
-                   });
+                   [&]<bool Whole, int R>(int64_t at, int64_t step, int64_t c, int n)
+                       __attribute__((always_inline)) {
+                         Vec<S> v[R], centered[R] = {};
+                         back.template operator()<Whole, R>(at, step, c, n, v, centered);
+                         const Vec<S> scale = back.scales.template at<Whole>(c, n);
+                         const Vec<S> slope = slopes.template at<Whole>(c, n);
+                         const Vec<S> offset = offsets.template at<Whole>(c, n);
+#pragma GCC unroll 4
+                         for (int r = 0; r < R; ++r) {
+                           const Vec<S> direct = v[r] * scale;
+                           v[r] = through ? centered[r] * slope + (direct + offset) : direct;
+                         }
+#pragma GCC unroll 4
+                         for (int r = 0; r < R; ++r)
+                           write_some<S, Whole>(d_x + at + r * step, v[r], n, past);
+                       });
 }
 
-template <typename T, typename S, Activation A, bool Output>
+template <typename T, typename S>
 void sums_of_channel(const Norm& norm, const NormRun& run, double& grads, double& products) {
   constexpr int L = lanes<S>, group = 4;
-  const Back<T, S, A, Output> back(norm);
+  const Back<T, S, false> back(norm, run, true);
   T* d_residual = static_cast<T*>(norm.d_residual);
-  const Constant<S, false> centers(norm.center, run), scales(norm.scale, run),
-      shifts(norm.shift, run);
-  const Vec<S> center = centers.template at<true>(0, L), scale = scales.template at<true>(0, L),
-               shift = shifts.template at<true>(0, L);
   for_blocks(run, [&](int64_t begin, int n, int planes) __attribute__((always_inline)) {
     Vec<S> sum[group] = {}, product[group] = {};
-    const auto add = [&]<bool Whole>(int v, int64_t at, int count) __attribute__((always_inline)) {
-      const Vec<S> centered = load_some<S, Whole>(back.x + at, count) - center;
-      const Vec<S> g = back.template operator()<Whole>(at, count, centered, scale, shift);
-      if (d_residual) store_some<S, Whole>(d_residual + at, g, count);
-      sum[v] += g;
-      product[v] += g * centered;
-    };
+    const auto add = [&]<bool Whole, int R>(int first, int64_t at, int count)
+                         __attribute__((always_inline)) {
+                           Vec<S> g[R], centered[R];
+                           back.template operator()<Whole, R>(at, L, 0, count, g, centered);
+                           if (d_residual)
+#pragma GCC unroll 4
+                             for (int r = 0; r < R; ++r)
+                               store_some<S, Whole>(d_residual + at + r * L, g[r], count);
+#pragma GCC unroll 4
+                           for (int r = 0; r < R; ++r) {
+                             sum[first + r] += g[r];
+                             product[first + r] += g[r] * centered[r];
+                           }
+                         };
     for (int q = 0; q < planes; ++q) {
       const int64_t plane = begin + q * run.stride;
       int i = 0;
       for (; i + group * L <= n; i += group * L)
-#pragma GCC unroll 4
-        for (int v = 0; v < group; ++v) add.template operator()<true>(v, plane + i + v * L, L);
-      for (; i + L <= n; i += L) add.template operator()<true>(0, plane + i, L);
+        add.template operator()<true, group>(0, plane + i, L);
+      for (; i + L <= n; i += L) add.template operator()<true, 1>(0, plane + i, L);
       // Lanes past the end have a gradient of 0, whatever the mask.
-      if (i < n) add.template operator()<false>(1, plane + i, n - i);
+      if (i < n) add.template operator()<false, 1>(1, plane + i, n - i);
     }
     grads += sum_lanes<S>((sum[0] + sum[1]) + (sum[2] + sum[3]));
     products += sum_lanes<S>((product[0] + product[1]) + (product[2] + product[3]));
   });
 }
 
-template <typename T, typename S, Activation A, bool Output, bool Residual>
+template <typename T, typename S>
 void sums_of_rows(const Norm& norm, const NormRun& run, int64_t begin, int rows, int64_t channel,
                   int channels, PanelSums<S>& sums) {
-  const Back<T, S, A, Output> back(norm);
+  const Back<T, S, true> back(norm, run, true);
   T* d_residual = static_cast<T*>(norm.d_residual);
-  const Constant<S, true> centers(norm.center, run), scales(norm.scale, run),
-      shifts(norm.shift, run);
-  for_row_groups<S>(rows, channels,
-                    [&]<bool Whole, int R>(int r, int64_t c, int n) __attribute__((always_inline)) {
-                      const Vec<S> center = centers.template at<Whole>(channel + c, n);
-                      const Vec<S> scale = scales.template at<Whole>(channel + c, n);
-                      const Vec<S> shift = shifts.template at<Whole>(channel + c, n);
-                      Vec<S> grad[R], product[R];
+  for_row_groups<S>(
+      rows, rows, channels,
+      [&]<bool Whole, int R>(int64_t row, int64_t c, int n) __attribute__((always_inline)) {
+        const int64_t at = begin + row * run.channels + channel + c;
+        Vec<S> g[R], product[R];
+        back.template operator()<Whole, R>(at, run.channels, channel + c, n, g, product);
+        if (d_residual)
 #pragma GCC unroll 4
-                      for (int i = 0; i < R; ++i) {
-                        const int64_t at = begin + (r + i) * run.channels + channel + c;
-                        const Vec<S> centered = load_some<S, Whole>(back.x + at, n) - center;
-                        grad[i] = back.template operator()<Whole>(at, n, centered, scale, shift);
-                        if constexpr (Residual)
-                          write_some<S, Whole>(d_residual + at, grad[i], n, norm.past_the_cache);
-                        product[i] = grad[i] * centered;
-                      }
-                      store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(grad));
-                      store_vec(sums.second + c, load_vec(sums.second + c) + sum_of<R>(product));
-                    });
+          for (int r = 0; r < R; ++r)
+            write_some<S, Whole>(d_residual + at + r * run.channels, g[r], n, norm.past_the_cache);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) product[r] *= g[r];
+        store_vec(sums.first + c, load_vec(sums.first + c) + sum_of<R>(g));
+        store_vec(sums.second + c, load_vec(sums.second + c) + sum_of<R>(product));
+      });
 }
 
-template <typename T, typename S, bool Rows, Activation A, bool Output>
+template <typename T, typename S, bool Rows>
 void sums_of(const Norm& norm, const NormRun& run, double* grads, double* products) {
   if constexpr (!Rows) {
-    sums_of_channel<T, S, A, Output>(norm, run, *grads, *products);
+    sums_of_channel<T, S>(norm, run, *grads, *products);
   } else {
     for (int64_t first = 0; first < run.positions; first += block_rows) {
       const int rows = int(run.positions - first < block_rows ? run.positions - first : block_rows);
@@ -442,10 +483,7 @@ void sums_of(const Norm& norm, const NormRun& run, double* grads, double* produc
       for (int64_t c = 0; c < run.channels; c += panel) {
         const int taken = int(run.channels - c < panel ? run.channels - c : panel);
         PanelSums<S> part;
-        if (norm.d_residual)
-          sums_of_rows<T, S, A, Output, true>(norm, run, begin, rows, c, taken, part);
-        else
-          sums_of_rows<T, S, A, Output, false>(norm, run, begin, rows, c, taken, part);
+        sums_of_rows<T, S>(norm, run, begin, rows, c, taken, part);
         for (int i = 0; i < taken; ++i) {
           grads[c + i] += double(part.first[i]);
           products[c + i] += double(part.second[i]);
@@ -455,20 +493,12 @@ void sums_of(const Norm& norm, const NormRun& run, double* grads, double* produc
   }
 }
 
-// Calls f.template operator()<T, S, Rows, A>().
+// Calls f.template operator()<T, S, Rows>().
 template <typename F>
 void specialize(const Norm& norm, const NormRun& run, F&& f) {
   dispatch(norm.dtype, [&]<typename T>() {
     using S = typename Acc<T>::type;
-    const auto with = [&]<Activation A>() {
-      run.channels == 1 ? f.template operator()<T, S, false, A>()
-                        : f.template operator()<T, S, true, A>();
-    };
-    switch (norm.activation) {
-      case Activation::relu: return with.template operator()<Activation::relu>();
-      case Activation::leaky_relu: return with.template operator()<Activation::leaky_relu>();
-      default: return with.template operator()<Activation::none>();
-    }
+    run.channels == 1 ? f.template operator()<T, S, false>() : f.template operator()<T, S, true>();
   });
 }
 
@@ -478,16 +508,13 @@ void moments(const Norm& norm, const NormRun& run, double* mean, double* squares
   });
 }
 void normalize(const Norm& norm, const NormRun& run) {
-  specialize(norm, run, [&]<typename T, typename S, bool Rows, Activation A>() {
-    norm.residual ? normalize_of<T, S, Rows, A, true>(norm, run)
-                  : normalize_of<T, S, Rows, A, false>(norm, run);
-  });
+  specialize(norm, run,
+             [&]<typename T, typename S, bool Rows>() { normalize_of<T, S, Rows>(norm, run); });
   if (norm.past_the_cache) stream_fence();
 }
 void sums(const Norm& norm, const NormRun& run, double* grads, double* products) {
-  specialize(norm, run, [&]<typename T, typename S, bool Rows, Activation A>() {
-    norm.output ? sums_of<T, S, Rows, A, true>(norm, run, grads, products)
-                : sums_of<T, S, Rows, A, false>(norm, run, grads, products);
+  specialize(norm, run, [&]<typename T, typename S, bool Rows>() {
+    sums_of<T, S, Rows>(norm, run, grads, products);
   });
   if (norm.past_the_cache) stream_fence();
 }
@@ -498,10 +525,8 @@ void input_gradient(const Norm& norm, const NormRun& run) {
     n.activation = Activation::none;
     n.output = nullptr;
   }
-  specialize(n, run, [&]<typename T, typename S, bool Rows, Activation A>() {
-    n.output ? input_gradient_of<T, S, Rows, A, true>(n, run)
-             : input_gradient_of<T, S, Rows, A, false>(n, run);
-  });
+  specialize(n, run,
+             [&]<typename T, typename S, bool Rows>() { input_gradient_of<T, S, Rows>(n, run); });
   if (norm.past_the_cache) stream_fence();
 }
 

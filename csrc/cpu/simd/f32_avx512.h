@@ -87,6 +87,22 @@ template <typename T>
 FASTDA_INLINE void store_vec(T* p, F32 x, Mask m) {
   _mm256_mask_storeu_epi16(p, m, narrow(x, T{}));
 }
+template <>
+inline F32 load_first<float, bf16>(const bf16* p, int n) {
+  return load_vec(p, Mask((1u << n) - 1));
+}
+template <>
+inline F32 load_first<float, f16>(const f16* p, int n) {
+  return load_vec(p, Mask((1u << n) - 1));
+}
+template <>
+inline void store_first<float, bf16>(bf16* p, F32 x, int n) {
+  store_vec(p, x, Mask((1u << n) - 1));
+}
+template <>
+inline void store_first<float, f16>(f16* p, F32 x, int n) {
+  store_vec(p, x, Mask((1u << n) - 1));
+}
 FASTDA_INLINE F32 load_vec(const bf16* p) { return load_half(p); }
 FASTDA_INLINE F32 load_vec(const f16* p) { return load_half(p); }
 FASTDA_INLINE void store_vec(bf16* p, F32 x) { store_half(p, x); }

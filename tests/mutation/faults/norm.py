@@ -15,13 +15,13 @@ FAULTS = (
     ),
     fault(
         "norm: leaky ReLU's mask passes zero", CPU,
-        "return leaky_relu_mask(grad, output, broadcast(slope));",
-        "return output >= Vec<S>{} ? grad : grad * slope;",
+        "leaky_relu_mask(grad[r], output[r], broadcast(slope))",
+        "output[r] >= Vec<S>{} ? grad[r] : grad[r] * slope",
         "test_the_mask_where_a_result_is_zero_or_nan",
     ),
     fault(
         "norm: the gradient leaves the mean out", CPU,
-        "centered * slope + (direct + offset)", "centered * slope + direct",
+        "centered[r] * slope + (direct + offset)", "centered[r] * slope + direct",
         "test_values_and_gradients[norm_act]",
     ),
     fault(
