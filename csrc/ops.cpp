@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(fastda, m) {
   m.def("conv2d_max_pool(Tensor x, Tensor weight, Tensor? bias, int padding, int size, bool relu, bool keep_indices) -> (Tensor, Tensor)");
   // -> gradients of x, weight, bias
   m.def("conv2d_max_pool_backward(Tensor grad, Tensor indices, Tensor x, Tensor weight, int padding, int size, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
+  // conv(x, weight) + bias with 4x4 filters and a stride of 2, float32, on the CPU.
+  m.def("conv2d_stride2(Tensor x, Tensor weight, Tensor? bias, int padding) -> Tensor");
+  m.def("conv2d_stride2_backward(Tensor grad, Tensor x, Tensor weight, int padding, bool need_x, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)");
   // -> output, inner activation (empty unless keep_inner)
   m.def("refiner_block(Tensor x, Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, bool keep_inner, bool tf32=False, float negative_slope=0.0) -> (Tensor, Tensor)");
   // inner None: computed again, with bias1

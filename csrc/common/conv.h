@@ -20,8 +20,9 @@ struct ConvProblem {
   DType dtype;
   int64_t batch, in_channels, out_channels, height, width, kernel, padding;
   bool reflect = false;
-  int64_t out_height() const { return height + 2 * padding - (kernel - 1); }
-  int64_t out_width() const { return width + 2 * padding - (kernel - 1); }
+  int64_t stride = 1;
+  int64_t out_height() const { return (height + 2 * padding - kernel) / stride + 1; }
+  int64_t out_width() const { return (width + 2 * padding - kernel) / stride + 1; }
 };
 
 // Images of an operand with values so large that they may spoil what others come to (the CPU's

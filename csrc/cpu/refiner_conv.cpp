@@ -156,23 +156,36 @@ struct RefinerConv : Device {
 
   static void check(const ConvProblem&, const char*) {}
 
+  // False: see ConvKernels::conv.
+  static bool run(const ConvKernels& kernels, ConvArgs args, const Tensor& like) {
+    const Tensor prepared = prepare(kernels, args, like);
+    return each_task(
+        kernels.conv_tasks(args), kernels.conv_scratch_bytes(args),
+        [&](int64_t task, char* scratch) { return kernels.conv(args, task, scratch); });
+  }
+  static bool run(const ConvKernels& kernels, FilterGradArgs args, const Tensor& d_bias,
+                  const Tensor& like) {
+    const Tensor prepared =
+        workspace_of(like, kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0);
+    if (kernels.prepare_grad) kernels.prepare_grad(args, prepared.mutable_data_ptr());
+    args.prepared = prepared.const_data_ptr();
+    return sum_chunks(kernels, args, kernels.filter_grad_scratch_bytes(args), d_bias, like,
+                      [&](int64_t chunk, void* sum, void* scratch) {
+                        kernels.filter_grad(args, chunk, sum, scratch);
+                      });
+  }
+
   void convolve(ConvArgs args, const Tensor& like) const {
-    const auto run = [&](const ConvKernels& kernels) {
-      const Tensor prepared = prepare(kernels, args, like);
-      return each_task(
-          kernels.conv_tasks(args), kernels.conv_scratch_bytes(args),
-          [&](int64_t task, char* scratch) { return kernels.conv(args, task, scratch); });
-    };
     const ConvKernels& kernels = kernels_for(args);
     if (kernels.tile == nullptr) {
-      run(kernels);
+      run(kernels, args, like);
       return;
     }
     Beyond beyond(args.batch);
     args.range.beyond = beyond.images.data();
     outliers_kernels().set_range(args);
-    if (!run(kernels)) {
-      run(direct_kernels());
+    if (!run(kernels, args, like)) {
+      run(direct_kernels(), args, like);
     } else if (beyond.any()) {
       mend(args, kernels.tile(args), beyond, like);
     }
@@ -261,20 +274,10 @@ struct RefinerConv : Device {
   }
 
   void filter_gradient(FilterGradArgs args, const Tensor& d_bias, const Tensor& like) const {
-    const auto run = [&](const ConvKernels& kernels, const Tensor& d_bias) {
-      const Tensor prepared =
-          workspace_of(like, kernels.prepare_grad ? kernels.grad_prepared_bytes(args) : 0);
-      if (kernels.prepare_grad) kernels.prepare_grad(args, prepared.mutable_data_ptr());
-      args.prepared = prepared.const_data_ptr();
-      return sum_chunks(kernels, args, kernels.filter_grad_scratch_bytes(args), d_bias, like,
-                        [&](int64_t chunk, void* sum, void* scratch) {
-                          kernels.filter_grad(args, chunk, sum, scratch);
-                        });
-    };
     const ConvKernels& kernels = kernels_for(args);
     if (kernels.chunks == nullptr) {
       if (args.x.data == nullptr || args.grad_mask.data != nullptr || args.reflect) {
-        run(direct_kernels(), d_bias);
+        run(direct_kernels(), args, d_bias, like);
         return;
       }
       if (d_bias.numel() > 0) filter_gradient(bias_alone(args), d_bias, like);
@@ -282,15 +285,15 @@ struct RefinerConv : Device {
       return;
     }
     if (kernels.tile == nullptr) {
-      run(kernels, d_bias);
+      run(kernels, args, d_bias, like);
       return;
     }
     Beyond beyond(args.batch);
     args.range.beyond = args.grad_range.beyond = beyond.images.data();
     outliers_kernels().set_ranges(args, kernels.tile(args));
-    const bool right = run(kernels, d_bias);
+    const bool right = run(kernels, args, d_bias, like);
     if (!right || (beyond.any() && !keeps_promise(args, kernels.tile(args), beyond)))
-      run(direct_kernels(), d_bias);
+      run(direct_kernels(), args, d_bias, like);
   }
 
   bool keeps_promise(const FilterGradArgs& args, Tile tile, const Beyond& beyond) const {
@@ -339,6 +342,136 @@ struct RefinerConv : Device {
   }
 };
 
+// --- 4 x 4 filters with a stride of 2. Where the kernels do not serve, where a result is not finite or
+// some value is so large that it might break the promise of outliers.h, PyTorch's own convolution does.
+
+using Ints = std::vector<int64_t>;
+using Flags = torch::headeronly::HeaderOnlyArrayRef<bool>;
+using torch::stable::detail::from;
+
+ConvProblem check_stride2(const Tensor& x, const Tensor& weight, int64_t padding, const char* op) {
+  ConvProblem problem = check<RefinerConv>(x, weight, op, padding);
+  FASTDA_CHECK(problem.kernel == 4 && problem.dtype == DType::f32, op,
+               ": weight must be (K, C, 4, 4), in float32");
+  problem.stride = 2;
+  return problem;
+}
+bool served(const ConvProblem& p) {
+  const ConvKernels& kernels = winograd_stride2_kernels();
+  return p.batch > 0 && kernels.serves && kernels.serves(p);
+}
+Tensor as_laid_out(const Tensor& t, bool channels_last) {
+  return torch::stable::contiguous(
+      t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+// False where PyTorch's is wanted. `read`: the image that x is.
+bool convolve_stride2(const ConvKernels& kernels, ConvArgs args, const ConvProblem& read,
+                      const Tensor& like) {
+  Beyond beyond(args.batch);
+  ConvArgs range = args;
+  static_cast<ConvProblem&>(range) = read;
+  outliers_kernels().set_range(range);
+  args.range = range.range;
+  args.range.beyond = beyond.images.data();
+  return RefinerConv::run(kernels, args, like) && !beyond.any();
+}
+
+Tensor conv2d_stride2(const Tensor& x_any, const Tensor& weight, const MaybeTensor& bias_any,
+                      int64_t padding) {
+  const char* op = "conv2d_stride2";
+  const RefinerConv device(op, false, x_any, weight, bias_any);
+  const ConvProblem problem = check_stride2(x_any, weight, padding, op);
+  const bool channels_last = prefers_channels_last(x_any);
+  const MaybeTensor bias = check_bias(bias_any, x_any, problem.out_channels, op);
+  if (served(problem)) {
+    const Tensor x = laid_out<RefinerConv>(x_any, channels_last);
+    const Tensor out =
+        empty(x, {problem.batch, problem.out_channels, problem.out_height(), problem.out_width()},
+              x.scalar_type(), channels_last);
+    Fusion fusion;
+    fusion.bias = bias;
+    ConvArgs args = conv_args(x, view_of(x), channels_last, weight, false, fusion, view_of(out),
+                              channels_last, padding);
+    args.stride = problem.stride;
+    if (convolve_stride2(winograd_stride2_kernels(), args, args, x)) return out;
+  }
+  StableIValue stack[] = {from(x_any),
+                          from(weight),
+                          from(bias),
+                          from(Ints{2, 2}),
+                          from(Ints{padding, padding}),
+                          from(Ints{1, 1}),
+                          from(false),
+                          from(Ints{0, 0}),
+                          from(int64_t(1))};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack, TORCH_ABI_VERSION));
+  return as_laid_out(torch::stable::detail::to<Tensor>(stack[0]), channels_last);
+}
+
+std::tuple<Tensor, Tensor, Tensor> conv2d_stride2_backward(const Tensor& grad_any,
+                                                           const Tensor& x_any,
+                                                           const Tensor& weight, int64_t padding,
+                                                           bool need_x, bool need_weight,
+                                                           bool need_bias) {
+  const char* op = "conv2d_stride2_backward";
+  const RefinerConv device(op, false, x_any, grad_any, weight);
+  const ConvProblem problem = check_stride2(x_any, weight, padding, op);
+  check_image(grad_any, x_any, problem, problem.out_channels, op);
+  const bool channels_last = prefers_channels_last(x_any);
+  Tensor grads[] = {nothing(x_any), nothing(x_any), nothing(x_any)};
+  bool wanted[] = {need_x, need_weight, need_bias};
+  if (served(problem)) {
+    const Tensor grad = laid_out<RefinerConv>(grad_any, channels_last);
+    if (need_x) {
+      const Tensor d_x = empty_image(x_any, problem.in_channels, channels_last);
+      ConvArgs args = conv_args(x_any, view_of(grad), channels_last, weight, false, {},
+                                view_of(d_x), channels_last, padding);
+      args.stride = problem.stride;
+      ConvProblem read = problem;
+      read.in_channels = problem.out_channels;
+      read.height = problem.out_height();
+      read.width = problem.out_width();
+      if (convolve_stride2(winograd_stride2_data_kernels(), args, read, grad)) {
+        grads[0] = d_x;
+        wanted[0] = false;
+      }
+    }
+    if (need_weight) {
+      const Tensor x = laid_out<RefinerConv>(x_any, channels_last);
+      const Tensor d_weight = empty_filter(weight, true);
+      const Tensor d_bias = empty_bias(x, problem.out_channels, need_bias);
+      const ConvKernels& kernels = winograd_stride2_kernels();
+      FilterGradArgs args = filter_grad_args(x, channels_last, view_of(grad), {}, 0, channels_last,
+                                             problem.out_channels, d_weight, padding);
+      args.stride = problem.stride;
+      Beyond beyond(args.batch);
+      args.range.beyond = args.grad_range.beyond = beyond.images.data();
+      outliers_kernels().set_ranges(args, kernels.tile(args));
+      if (RefinerConv::run(kernels, args, d_bias, x) && !beyond.any()) {
+        grads[1] = d_weight;
+        grads[2] = d_bias;
+        wanted[1] = wanted[2] = false;
+      }
+    }
+  }
+  if (wanted[0] || wanted[1] || wanted[2]) {
+    StableIValue stack[] = {from(grad_any),        from(x_any),
+                            from(weight),          from(std::optional(Ints{problem.out_channels})),
+                            from(Ints{2, 2}),      from(Ints{padding, padding}),
+                            from(Ints{1, 1}),      from(false),
+                            from(Ints{0, 0}),      from(int64_t(1)),
+                            from(Flags(wanted, 3))};
+    TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher("aten::convolution_backward", "", stack, TORCH_ABI_VERSION));
+    for (int i = 0; i < 3; ++i) {
+      const Tensor made = torch::stable::detail::to<Tensor>(stack[i]);
+      if (wanted[i]) grads[i] = i == 2 ? made : as_laid_out(made, i == 0 && channels_last);
+    }
+  }
+  return {grads[0], grads[1], grads[2]};
+}
+
 }  // namespace
 
 FASTDA_CPU_LIBRARY(m) {
@@ -347,6 +480,8 @@ FASTDA_CPU_LIBRARY(m) {
   m.impl("conv2d_backward", TORCH_BOX(&conv2d_backward<RefinerConv>));
   m.impl("conv2d_max_pool", TORCH_BOX(&conv2d_max_pool<RefinerConv>));
   m.impl("conv2d_max_pool_backward", TORCH_BOX(&conv2d_max_pool_backward<RefinerConv>));
+  m.impl("conv2d_stride2", TORCH_BOX(&conv2d_stride2));
+  m.impl("conv2d_stride2_backward", TORCH_BOX(&conv2d_stride2_backward));
 }
 
 }  // namespace fastda::cpu

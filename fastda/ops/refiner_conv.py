@@ -170,6 +170,36 @@ class _Conv2dMaxPool(torch.autograd.Function):
         )
 
 
+class _Stride2(torch.autograd.Function):
+    """4x4 filters with a stride of 2, in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: int, serving: str
+    ) -> Tensor:
+        ctx.serving, ctx.padding = serving, padding
+        ctx.save_for_backward(x, weight)
+        return backend.kernels(serving).conv2d_stride2(x, weight, bias, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            convolve = functools.partial(reference.conv2d, stride=2, padding=ctx.padding)
+            grads = composite_backward(convolve, (x, weight), needs[:2], grad)
+            return (*grads, grad.sum((0, 2, 3)) if needs[2] else None, None, None)
+        raw = backend.kernels(ctx.serving)
+        d_x, d_weight, d_bias = raw.conv2d_stride2_backward(grad, x, weight, ctx.padding, *needs[:3])
+        return (
+            d_x if needs[0] else None,
+            laid_out_as(weight, d_weight) if needs[1] else None,
+            d_bias if needs[2] else None,
+            None,
+            None,
+        )
+
+
 class _Reflected(torch.autograd.Function):
     """`conv_same` with the padding that mirrors x: the kernels read it where it lies."""
 
@@ -373,6 +403,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    stride: int = 1,
     padding: int = 0,
     padding_mode: str = "zeros",
     dilation: int = 1,
@@ -380,17 +411,20 @@ def conv2d(
     relu: bool = False,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """Convolution with stride 1 and padding, then `+ bias`, `+ residual`, (leaky) ReLU, in one pass.
+    """Convolution with stride and padding, then `+ bias`, `+ residual`, (leaky) ReLU, in one pass.
 
     Shapes: x (N, C, H, W); weight (K, C, k, k); bias (K,); residual and the result (N, K, H', W') with
-    H' = H + 2 padding - dilation (k - 1), the result in the memory format of x. Dtypes as for `conv_same`,
-    which is this with odd k, padding k // 2 and dilation 1; negative_slope and padding_mode too. padding: on
-    each side, less than the filter is wide, dilation (k - 1) + 1.
+    H' = (H + 2 padding - dilation (k - 1) - 1) // stride + 1, the result in the memory format of x. Dtypes as
+    for `conv_same`, which is this with odd k, padding k // 2, stride and dilation 1; negative_slope and
+    padding_mode too. padding: on each side, less than the filter is wide, dilation (k - 1) + 1.
 
     The kernels are the CPU's, where 5x5 filters of 16 channels and more take Winograd F(3x3, 5x5); on other
     devices PyTorch's own convolutions serve, but for what `conv_same` serves. With a dilation d and a padding
     of d (k // 2), k odd, d * d images of every d-th pixel go through `conv_same`; all else is PyTorch's. Of
     large values the kernels promise what those of `conv_same` do.
+
+    With a stride of 2, filters of 4x4 and 16 channels or more take Winograd F(4x4, 2x2) in float32, forward
+    and backward; residual and activation follow in passes of their own. All other strides are PyTorch's.
 
     Saved for backward: x, weight and, with an activation, the result. Double backward works; torch.func
     transforms take the reference.
@@ -400,6 +434,7 @@ def conv2d(
     """
     if is_symbolic(x):
         options: Any = dict(
+            stride=stride,
             padding=padding,
             padding_mode=padding_mode,
             dilation=dilation,
@@ -411,11 +446,12 @@ def conv2d(
     _check_tensor("conv2d", "x", x)
     x, weight, bias, residual = autocast(x, weight, bias, residual)
     _check("conv2d", x, "weight", weight, odd=False)
-    for name, value in (("padding", padding), ("dilation", dilation)):
+    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"conv2d: {name} must be an int, got {value!r}")
-    if dilation < 1:
-        raise ValueError(f"conv2d: dilation must be at least 1, got {dilation}")
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        if value < 1:
+            raise ValueError(f"conv2d: {name} must be at least 1, got {value}")
     reach = dilation * (weight.shape[2] - 1)
     if not 0 <= padding <= reach:
         raise ValueError(f"conv2d: padding must be from 0 to {reach} for this weight, got {padding}")
@@ -425,7 +461,7 @@ def conv2d(
             f"and {padding}, got {tuple(x.shape)}"
         )
     slope = _slope("conv2d", relu, negative_slope)
-    return _convolve("conv2d", x, weight, bias, residual, padding, padding_mode, dilation, slope)
+    return _convolve("conv2d", x, weight, bias, residual, padding, padding_mode, dilation, slope, stride)
 
 
 def conv2d_max_pool(
@@ -498,6 +534,7 @@ def _convolve(
     padding_mode: str,
     dilation: int,
     slope: float | None,
+    stride: int = 1,
 ) -> Tensor:
     if padding_mode not in ("zeros", "reflect"):
         raise ValueError(f"{op}: padding_mode must be 'zeros' or 'reflect', got {padding_mode!r}")
@@ -509,12 +546,16 @@ def _convolve(
     out_channels, more = weight.shape[0], 2 * padding - dilation * (weight.shape[2] - 1)
     _check_like(op, x, "weight", weight, None)
     _check_like(op, x, "bias", bias, (out_channels,))
-    _check_like(op, x, "residual", residual, (x.shape[0], out_channels, x.shape[2] + more, x.shape[3] + more))
-    same = more == 0 and dilation == 1
+    height, width = ((size + more - 1) // stride + 1 for size in x.shape[2:])
+    _check_like(op, x, "residual", residual, (x.shape[0], out_channels, height, width))
+    same = more == 0 and dilation == stride == 1
     served = "conv_same with padding_mode='reflect'" if reflect else "conv_same"
     serving = backend.select(x, served if same else "conv2d")
-    if serving == "reference" or (dilation > 1 and (more or reflect)):
-        options: Any = dict(padding_mode=padding_mode, dilation=dilation, negative_slope=slope)
+    of_pytorch = dilation > 1 and (more or reflect)
+    if stride > 1:
+        of_pytorch = (stride, weight.shape[2], dilation, x.dtype) != (2, 4, 1, torch.float32)
+    if serving == "reference" or of_pytorch:
+        options: Any = dict(stride=stride, padding_mode=padding_mode, dilation=dilation, negative_slope=slope)
         return reference.conv2d(x, weight, bias, padding=padding, residual=residual, **options)
     if reflect and not same:
         x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
@@ -524,6 +565,12 @@ def _convolve(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     )
+    if stride > 1:
+        if recorded:
+            y = _Stride2.apply(*recordable(x, weight, bias), padding, serving)
+        else:
+            y = backend.kernels(serving).conv2d_stride2(x, weight, bias, padding)
+        return reference.common.act(y, residual, slope)
     if reflect and same:
         if recorded:
             return _Reflected.apply(*recordable(x, weight, bias, residual), slope, serving)

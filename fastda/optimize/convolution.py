@@ -48,6 +48,8 @@ LEAST_SIZE_OF_7 = 16
 # at most may come to one pixel.
 LEAST_SIZE_OF_5, SMALL_OF_5, MANY_OF_5, LARGE_OF_5 = 8, 10, 2048, 16
 LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 400, 32
+# 4×4 with a stride of 2, in float32: so many filters at most, and tiles of the result at least.
+MOST_FILTERS_OF_STRIDE_2, LEAST_TILES = 1 << 15, 64
 
 
 def find(module: nn.Module) -> Iterator[Found]:
@@ -74,22 +76,30 @@ def reason(conv: nn.Conv2d) -> str | None:
         return f"its class has a {own} of its own"
     shape = (conv.out_channels, conv.in_channels // conv.groups, *conv.kernel_size)
     refusal = _refusal(conv, shape) or not_on_cpu(conv)
+    fast = _DTYPES if conv.stride == (1, 1) else (torch.float32,)
     dtypes = {parameter.dtype for parameter in conv.parameters()}
-    return refusal or next((f"no faster in {dtype}" for dtype in dtypes if dtype not in _DTYPES), None)
+    return refusal or next((f"no faster in {dtype}" for dtype in dtypes if dtype not in fast), None)
 
 
 def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
-    """Why `conv_same` does not serve this layer with a weight of this shape; None if it does."""
+    """Why `conv2d` does not serve this layer with a weight of this shape; None if it does."""
     out_channels, in_channels, k, width = weight
-    if k != width or k % 2 == 0:
+    halves = k == width == 4 and _is_pair_of(conv.stride, 2)
+    if not halves and (k != width or k % 2 == 0):
         return f"kernel ({k}, {width}) is not square and odd"
-    if not _is_pair_of(conv.stride, 1):
+    if not halves and not _is_pair_of(conv.stride, 1):
         return f"stride {conv.stride}"
-    if not _is_pair_of(conv.dilation) or conv.dilation[0] == 0:
+    if not _is_pair_of(conv.dilation) or conv.dilation[0] == 0 or (halves and conv.dilation[0] > 1):
         return f"dilation {conv.dilation}"
     if type(conv.groups) is not int or conv.groups != 1:
         return f"groups {conv.groups}"
     dilation, padding = conv.dilation[0], _padding(conv, k)
+    if halves and (min(out_channels, in_channels) < LEAST_CHANNELS or padding is None or padding >= k):
+        return f"no faster from {in_channels} to {out_channels} channels with a padding of {conv.padding}"
+    if halves and out_channels * in_channels > MOST_FILTERS_OF_STRIDE_2:
+        return f"no faster with a stride of 2 from {in_channels} to {out_channels} channels"
+    if halves:
+        return None
     if dilation > 1 and (k != 3 or padding != dilation or conv.padding_mode != "zeros"):
         return f"dilation {conv.dilation} of another kernel than 3×3, or without zeros up to the same size"
     if padding is None or padding > dilation * (k // 2):
@@ -161,7 +171,7 @@ class Convolution(StandIn):
         conv = self.module
         weight, bias = conv.weight, conv.bias
         padding = self._padding(conv, x, weight, bias)
-        if padding is None or conv.padding_mode != "zeros" or conv.dilation != (1, 1):
+        if padding is None or conv.padding_mode != "zeros" or not conv.stride == conv.dilation == (1, 1):
             return None
         k = weight.shape[2]
         least = min(x.shape[2:]) + 2 * padding + 1 - k
@@ -227,6 +237,8 @@ class Convolution(StandIn):
             )
         ):
             return None
+        if conv.stride[0] == 2:
+            return padding if _pays_halving(x.shape, padding, dtype) else None
         dilation = conv.dilation[0]
         border = dilation * (shape[2] // 2) - padding - mirrored
         return padding if _pays(x.shape, shape, border, dtype, dilation) else None
@@ -264,15 +276,25 @@ def _pays(
     return not any(map(_torch.known, small) if is_compiling() else small)
 
 
+def _pays_halving(x: tuple[int, ...], padding: int, dtype: torch.dtype) -> bool:
+    """As `_pays`, with a stride of 2."""
+    n, _, height, width = x
+    h, w = (height + 2 * padding) // 2 - 1, (width + 2 * padding) // 2 - 1
+    tiles = n * (-(-h // 4)) * (-(-w // 4))
+    small: tuple[Any, ...] = (dtype != torch.float32, h < LEAST_SIZE, w < LEAST_SIZE)
+    small += (WANTED_OF * n * h * w < 16 * tiles, tiles < LEAST_TILES)
+    return not any(map(_torch.known, small) if is_compiling() else small)
+
+
 def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:
     """The layer's result."""
-    same = padding and padding == weight.shape[2] // 2
+    same = padding and padding == weight.shape[2] // 2 and conv.stride[0] == 1
     if same and conv.padding_mode == "reflect" and _reads_border(x, weight):
         return conv_same(x, weight, bias, padding_mode="reflect")
     if padding and conv.padding_mode != "zeros":
         x = F.pad(x, (padding,) * 4, mode=conv.padding_mode)
         padding = 0
-    return conv2d(x, weight, bias, padding=padding, dilation=conv.dilation[0])
+    return conv2d(x, weight, bias, stride=conv.stride[0], padding=padding, dilation=conv.dilation[0])
 
 
 def _reads_border(x: Tensor, weight: Tensor) -> bool:
@@ -306,7 +328,7 @@ def pair(pad: Any, conv: Any, x: Any) -> Tensor | None:
 
 def can_pool(conv: nn.Conv2d, pool: nn.Module) -> bool:
     """Whether `pooled` may serve these layers as they are now."""
-    return reason(conv) is None and pooling.side_by_side(pool) is not None
+    return conv.stride == (1, 1) and reason(conv) is None and pooling.side_by_side(pool) is not None
 
 
 def pooled(conv: Any, *behind: Any) -> Tensor | None:

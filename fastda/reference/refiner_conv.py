@@ -13,6 +13,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
+    stride: int = 1,
     padding: int = 0,
     padding_mode: str = "zeros",
     dilation: int = 1,
@@ -20,10 +21,10 @@ def conv2d(
     relu: bool = False,
     negative_slope: float | None = None,
 ) -> Tensor:
-    """act(x * weight + bias + residual), with stride 1; see `fastda.conv2d`."""
+    """act(x * weight + bias + residual); see `fastda.conv2d`."""
     if padding_mode == "reflect":
         x, padding = F.pad(x, (padding,) * 4, mode="reflect"), 0
-    y = F.conv2d(x, weight, bias, padding=padding, dilation=dilation)
+    y = F.conv2d(x, weight, bias, stride=stride, padding=padding, dilation=dilation)
     return act(y, residual, 0.0 if relu else negative_slope)
 
 

@@ -116,6 +116,18 @@ def _conv2d_max_pool_backward(
     return _conv_same_backward(grad, x, weight, None, need_x, need_weight, need_bias)
 
 
+def _conv2d_stride2(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    height, width = ((size + 2 * padding) // 2 - 1 for size in x.shape[2:])
+    shape = (x.shape[0], weight.shape[0], height, width)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_torch.memory_format(x))
+
+
+def _conv2d_stride2_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: int, need_x: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, ...]:
+    return _conv_same_backward(grad, x, weight, None, need_x, need_weight, need_bias)
+
+
 def _conv_same_backward(
     grad: Tensor,
     x: Tensor,
@@ -183,8 +195,8 @@ def _conv_shapes(options: Options, n: int, c: int, k: int, size: int, h: int, w:
     if options.get("bias", True):
         shapes["bias"] = (k,)
     if options.get("residual"):
-        more = 2 * options.get("padding", size // 2) + 1 - size
-        shapes["residual"] = (n, k, h + more, w + more)
+        more, stride = 2 * options.get("padding", size // 2) - size, options.get("stride", 1)
+        shapes["residual"] = (n, k, (h + more) // stride + 1, (w + more) // stride + 1)
     return shapes
 
 
@@ -261,10 +273,15 @@ OPERATORS = (
         tensors=_conv_shapes,
         sizes=(
             *((1, 1, 1, 4, 4, 4), (2, 3, 5, 3, 7, 9), (1, 7, 4, 2, 5, 3)),
-            *((2, 17, 33, 5, 11, 13), (1, 16, 20, 5, 37, 6), (1, 20, 16, 7, 12, 9)),
+            *((2, 17, 33, 5, 11, 13), (1, 16, 20, 5, 37, 6), (1, 20, 16, 7, 12, 9), (2, 17, 20, 4, 19, 22)),
         ),
         tolerances=TOLERANCES,
-        raw={"conv2d": _conv2d, "conv2d_backward": _conv2d_backward},
+        raw={
+            "conv2d": _conv2d,
+            "conv2d_backward": _conv2d_backward,
+            "conv2d_stride2": _conv2d_stride2,
+            "conv2d_stride2_backward": _conv2d_stride2_backward,
+        },
         options=[
             {"bias": None},
             *({"padding": 1, "relu": True}, {"residual": True, "padding": 0}),
@@ -272,6 +289,8 @@ OPERATORS = (
             {"residual": True, "negative_slope": 0.2, "padding": 1},
             {"padding": 1, "padding_mode": "reflect"},
             {"dilation": 2, "padding": 2, "relu": True},
+            {"stride": 2, "padding": 1},
+            {"stride": 2, "padding": 1, "residual": True, "negative_slope": 0.2},
         ],
         large=((16, 32, 48, 5, 18, 18), (1, 64, 64, 5, 56, 56)),
         large_options={"relu": True},
@@ -338,7 +357,11 @@ def _conv2d_workload(variant: str, sizes: tuple[Sizes, ...], what: str, **option
         formulas={"eager": F.conv2d},
         modes=("forward", "backward"),
         flops=lambda n, c, k, size, h, w: convolution_flops(
-            n, c, k, size, *(s + 2 * options["padding"] - options["dilation"] * (size - 1) for s in (h, w))
+            *(n, c, k, size),
+            *(
+                (s + 2 * options["padding"] - options["dilation"] * (size - 1) - 1) // options["stride"] + 1
+                for s in (h, w)
+            ),
         ),
         shown="{0}×{1}×{4}×{5} → {2}, {3}×{3}",
     )
@@ -364,6 +387,7 @@ WORKLOADS = (
             *((1, 256, 256, 3, 66, 66), (2, 64, 64, 7, 118, 118)),
         ),
         "convolution without padding",
+        stride=1,
         padding=0,
         dilation=1,
     ),
@@ -371,7 +395,16 @@ WORKLOADS = (
         "dilated",
         ((1, 256, 256, 3, 45, 80), (1, 64, 64, 3, 128, 128)),
         "convolution of every other pixel",
+        stride=1,
         padding=2,
         dilation=2,
+    ),
+    _conv2d_workload(
+        "strided",
+        ((1, 64, 128, 4, 128, 128), (32, 64, 128, 4, 64, 64), (1, 128, 256, 4, 64, 64)),
+        "convolution with a stride of 2",
+        stride=2,
+        padding=1,
+        dilation=1,
     ),
 )

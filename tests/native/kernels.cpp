@@ -53,6 +53,18 @@ int main() {
           }
     }
   }
+  const ConvProblem strided[] = {{DType::f32, 2, 17, 33, 19, 22, 4, 1, false, 2},
+                                 {DType::f32, 1, 16, 16, 30, 41, 4, 0, false, 2},
+                                 {DType::f32, 1, 18, 70, 21, 17, 4, 3, false, 2}};
+  for (const ConvProblem& p : strided)
+    for (const bool x_last : {false, true}) {
+      check_data_gradient(p, x_last);
+      for (const bool out_last : {false, true})
+        for (const bool fused : {false, true}) {
+          check_convolution(p, x_last, out_last, fused, x_last != out_last);
+          check_filter_gradient(p, x_last, out_last, fused);
+        }
+    }
   check_band(DType::f32);
   check_band(DType::f16);
   for (const DType dtype : dtypes) {

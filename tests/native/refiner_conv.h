@@ -15,14 +15,14 @@ inline double masked(double value, const Image* mask, int64_t n, int64_t c, int6
   return mask == nullptr || mask->at(n, c, h, w) > 0 ? value : slope * value;
 }
 
-// sum over c and taps of filter(k, c, i, j) x(n, c, h + i - p, w + j - p)
+// sum over c and taps of filter(k, c, i, j) x(n, c, s h + i - p, s w + j - p), s the stride
 template <typename F, typename X>
 inline double convolved(const ConvProblem& p, F&& filter, X&& x, int64_t n, int64_t k, int64_t h,
                         int64_t w) {
   double sum = 0;
   for (int64_t i = 0; i < p.kernel; ++i) {
     for (int64_t j = 0; j < p.kernel; ++j) {
-      const int64_t y = h + i - p.padding, z = w + j - p.padding;
+      const int64_t y = p.stride * h + i - p.padding, z = p.stride * w + j - p.padding;
       if (y < 0 || y >= p.height || z < 0 || z >= p.width) continue;
       for (int64_t c = 0; c < p.in_channels; ++c) sum += filter(k, c, i, j) * x(n, c, y, z);
     }
@@ -58,6 +58,11 @@ struct Method {
 };
 inline std::vector<Method> methods_for(const ConvProblem& p, bool contiguous) {
   std::vector<Method> serving;
+  if (p.stride > 1) {
+    const ConvKernels& kernels = winograd_stride2_kernels();
+    if (kernels.serves && kernels.serves(p)) serving.push_back({"winograd_stride2", &kernels});
+    return serving;
+  }
   for (const Method& m :
        {Method{"direct", &direct_kernels()}, Method{"winograd_tiles", &winograd_tiles_kernels()},
         Method{"winograd_panels", &winograd_panels_kernels()},
@@ -185,7 +190,7 @@ inline void check_filter_gradient(const ConvProblem& p, bool x_channels_last,
           for (int64_t c = 0; c < p.in_channels; ++c) {
             for (int64_t i = 0; i < p.kernel; ++i) {
               for (int64_t j = 0; j < p.kernel; ++j, ++to) {
-                const int64_t y = h + i - p.padding, z = w + j - p.padding;
+                const int64_t y = p.stride * h + i - p.padding, z = p.stride * w + j - p.padding;
                 if (y >= 0 && y < p.height && z >= 0 && z < p.width) *to += g * x.at(n, c, y, z);
               }
             }
@@ -206,6 +211,43 @@ inline void check_filter_gradient(const ConvProblem& p, bool x_channels_last,
     compare(what, d_filter.values(), filter, 2 * tolerance_of(p.dtype));
     compare(what, d_bias.values(), bias, tolerance_of(p.dtype), magnitudes);
   }
+}
+
+// The data gradient with a stride.
+inline void check_data_gradient(const ConvProblem& p, bool channels_last) {
+  const ConvKernels& kernels = winograd_stride2_data_kernels();
+  if (kernels.serves == nullptr || !kernels.serves(p)) return;
+  const int64_t height = p.out_height(), width = p.out_width();
+  Image grad(p.dtype, p.batch, p.out_channels, height, width, channels_last);
+  Image d_x(p.dtype, p.batch, p.in_channels, p.height, p.width, channels_last);
+  Image filter(p.dtype, p.out_channels, p.in_channels, p.kernel, p.kernel);
+  grad.fill();
+  filter.fill(1 / std::sqrt(double(p.out_channels * p.kernel * p.kernel / 4)));
+  ConvArgs args{};
+  static_cast<ConvProblem&>(args) = p;
+  args.x_channels_last = args.out_channels_last = channels_last;
+  args.x = grad.view();
+  args.filter = filter.view();
+  args.out = d_x.view();
+  std::vector<double> expected;
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t c = 0; c < p.in_channels; ++c)
+      for (int64_t h = 0; h < p.height; ++h)
+        for (int64_t w = 0; w < p.width; ++w) {
+          double sum = 0;
+          for (int64_t i = 0; i < p.kernel; ++i)
+            for (int64_t j = 0; j < p.kernel; ++j) {
+              const int64_t y = h + p.padding - i, z = w + p.padding - j;
+              if (y < 0 || z < 0 || y % 2 || z % 2 || y / 2 >= height || z / 2 >= width) continue;
+              for (int64_t k = 0; k < p.out_channels; ++k)
+                sum += grad.at(n, k, y / 2, z / 2) * filter.at(k, c, i, j);
+            }
+          expected.push_back(sum);
+        }
+  for (int64_t i = 0; i < d_x.size(); ++i) d_x.put(i, 7);
+  require("a finite data gradient came out as not finite", run(kernels, args));
+  compare("winograd_stride2_data", d_x.values(), expected, tolerance_of(p.dtype));
+  ++served["winograd_stride2_data"];
 }
 
 // What one convolution's gradient makes of another's, in a window of rows, against the two whole.

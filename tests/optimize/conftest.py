@@ -27,6 +27,7 @@ def even_where_nothing_is_gained(monkeypatch, request):
         for name in ("LEAST_SIZE_OF_7", "LEAST_SIZE_OF_5", "SMALL_OF_5", "LARGE_OF_5", "LEAST_PIXELS_OF_5"):
             monkeypatch.setattr(convolution, name, 0)
         monkeypatch.setattr(convolution, "FILTERS_OF_A_PIXEL", 1 << 30)
+        monkeypatch.setattr(convolution, "LEAST_TILES", 0)
         monkeypatch.setattr(convolution, "MOST_FILTERS", dict.fromkeys((1, 3, 5, 7), 1 << 30))
         monkeypatch.setattr(pool, "LEAST_ELEMENTS", 0)
         for name in ("ELEMENTS", "ELEMENTS_OF_ROWS", "PIXELS", "PIXELS_OF_INSTANCES"):

@@ -200,6 +200,9 @@ OPERATORS = {
     "conv2d_max_pool, no ReLU": operator(
         "conv2d_max_pool", lambda: (*last(), *filters()[:2]), padding=1, relu=False
     ),
+    "conv2d, strided": operator(
+        "conv2d", lambda: (draw(2, 16, 11, 10), draw(17, 16, 4, 4), draw(17)), stride=2
+    ),
     "refiner_block": operator("refiner_block", lambda: (*image(4)(), *filters())),
     "refiner_block, leaky": operator("refiner_block", lambda: (*image(4)(), *filters()), negative_slope=0.1),
     "patch_discriminator_loss": operator("patch_discriminator_loss", pair, return_accuracy=True),

@@ -134,8 +134,8 @@ void epilogue(const ConvArgs& a, const S* sums, int64_t columns, int64_t stride,
 #if FASTDA_SIMD
 
 // `finite` stays zero where every value of the block is finite, and becomes NaN otherwise: what is
-// not finite in the 36 points shows in the corners of the 4 x 4 pixels.
-template <typename T>
+// not finite in the points shows in the corners of the 4 x 4 pixels.
+template <typename T, typename W = Winograd43>
 void output_run(const ConvArgs& p, const Grid& grid, const Run& run, int64_t k, const Workspace& m,
                 Scratch& scratch, F32& finite) {
   const Epilogue<T, float> e(p, run.image, k, run.row * tile_size, run.column * tile_size);
@@ -152,7 +152,7 @@ void output_run(const ConvArgs& p, const Grid& grid, const Run& run, int64_t k, 
     const F32 b = bias ? load_vec(bias + k, valid) : broadcast(0.0f);
     for (int64_t q = 0; q < run.count; ++q) {
       F32 y[4][4];
-      output_tile(m.at(run.position + q, 0, k), m.slot, y, finite);
+      output_tile<W>(m.at(run.position + q, 0, k), m.slot, y, finite);
       if (channels == VL && rows == 4 && width >= q * 4 + 4) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
@@ -180,7 +180,7 @@ void output_run(const ConvArgs& p, const Grid& grid, const Run& run, int64_t k, 
     float* pixels = scratch.columns;  // [4 rows][VL pixels][VL channels]
     for (int64_t a = 0; a < min(VL / 4, run.count - q); ++a) {
       F32 y[4][4];
-      output_tile(m.at(run.position + q + a, 0, k), m.slot, y, finite);
+      output_tile<W>(m.at(run.position + q + a, 0, k), m.slot, y, finite);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
 #pragma GCC unroll 4
@@ -200,7 +200,14 @@ void output_run(const ConvArgs& p, const Grid& grid, const Run& run, int64_t k, 
         const F32 b = bias ? broadcast(load(bias + k + c)) : broadcast(0.0f);
         const F32 result = e.apply(v[c] + b, i * vr.h + x + c * vr.c, i * vm.h + x + c * vm.c,
                                    i * vo.h + x + c * vo.c, part);
-        store_vec(e.out + i * out.h + x + c * out.c, result, valid);
+        T* to = e.out + i * out.h + x * out.w + c * out.c;
+        if (out.w == 1) {
+          store_vec(to, result, valid);
+        } else {  // every second pixel
+          alignas(64) float pixel[VL];
+          store_vec(pixel, result);
+          for (int64_t j = 0; j < min(VL, width - x); ++j) store(to + j * out.w, pixel[j]);
+        }
       }
     }
   }

@@ -218,7 +218,7 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
     F32 d[R];
     // Column i, where column `from` stands.
     const auto column = [&](int64_t i, int64_t from) {
-#pragma GCC unroll 6
+#pragma GCC unroll 10
       for (int r = 0; r < R; ++r) {
         d[r] = broadcast(0.0f);
         if (from < 0 || rows[r] < 0) continue;
@@ -235,14 +235,14 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
     if (y0 >= 0 && y0 + R <= s.height && c + VL <= s.channels) {
       if (!masked) {
         for (int64_t i = first; i < last; ++i) {
-#pragma GCC unroll 6
+#pragma GCC unroll 10
           for (int r = 0; r < R; ++r) d[r] = load_vec(x + (y0 + r) * s.x.h + i * sx);
           f(i - x0, d);
         }
       } else {
         with_relu_mask<float>(s.negative_slope, [&](auto mask) __attribute__((always_inline)) {
           for (int64_t i = first; i < last; ++i) {
-#pragma GCC unroll 6
+#pragma GCC unroll 10
             for (int r = 0; r < R; ++r)
               d[r] = mask(load_vec(x + (y0 + r) * s.x.h + i * sx),
                           load_vec(g + (y0 + r) * s.mask.h + i * sg));
@@ -295,7 +295,7 @@ FASTDA_INLINE void each_column(const Source& s, int64_t image, int64_t c, int64_
     }
     for (int64_t j = 0; j < width; ++j) {
       F32 d[R];
-#pragma GCC unroll 6
+#pragma GCC unroll 10
       for (int r = 0; r < R; ++r) d[r] = load_vec(strip + (r * VL + j) * VL);
       f(i + j, d);
     }

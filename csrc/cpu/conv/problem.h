@@ -90,5 +90,9 @@ FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_2x2)
+// 4 x 4 filters with a stride of 2; and the data gradient of these, whose ConvArgs are those of the
+// convolution, but that x is the output's gradient and out the input's.
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_stride2)
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_stride2_data)
 
 }  // namespace fastda::cpu

@@ -97,6 +97,78 @@ struct Winograd43 {
   }
 };
 
+// F(4x4, 2x2): interpolation at +-a, +-b, infinity.
+struct Winograd42 {
+  static constexpr int tile = 4, taps = 2, points = 5;
+  static constexpr double a = 0.6, b = 1.6, a2 = a * a, b2 = b * b;
+  static constexpr double norm_a = 1 / (2 * a * (a2 - b2)), norm_b = 1 / (2 * b * (b2 - a2));
+
+  //        | -a b2  -b2     a    1   0 |
+  //        |  a b2  -b2    -a    1   0 |
+  //   B' = | -b a2  -a2     b    1   0 |
+  //        |  b a2  -a2    -b    1   0 |
+  //        |  a2 b2   0  -a2-b2  0   1 |
+  FASTDA_INLINE void input(const F32* d, F32* v) {
+    const F32 even_a = fnma(broadcast(float(b2)), d[0], d[2]);
+    const F32 odd_a = fnma(broadcast(float(b2)), d[1], d[3]);
+    const F32 even_b = fnma(broadcast(float(a2)), d[0], d[2]);
+    const F32 odd_b = fnma(broadcast(float(a2)), d[1], d[3]);
+    v[0] = fma(broadcast(float(a)), even_a, odd_a);
+    v[1] = fnma(broadcast(float(a)), even_a, odd_a);
+    v[2] = fma(broadcast(float(b)), even_b, odd_b);
+    v[3] = fnma(broadcast(float(b)), even_b, odd_b);
+    v[4] = fma(broadcast(float(a2 * b2)), d[0], fnma(broadcast(float(a2 + b2)), d[2], d[4]));
+  }
+
+  //        |  1   1   1   1   0 |
+  //   A' = |  a  -a   b  -b   0 |
+  //        |  a2  a2  b2  b2  0 |
+  //        |  a3 -a3  b3 -b3  1 |
+  FASTDA_INLINE void output(const F32* m, F32* y) {
+    const F32 sum_a = m[0] + m[1], difference_a = broadcast(float(a)) * (m[0] - m[1]);
+    const F32 sum_b = m[2] + m[3], difference_b = broadcast(float(b)) * (m[2] - m[3]);
+    y[0] = sum_a + sum_b;
+    y[1] = difference_a + difference_b;
+    y[2] = fma(broadcast(float(a2)), sum_a, broadcast(float(b2)) * sum_b);
+    y[3] = fma(broadcast(float(a2)), difference_a, fma(broadcast(float(b2)), difference_b, m[4]));
+  }
+
+  // A: 4 pixels -> 5 points.
+  FASTDA_INLINE void gradient(const F32* g, F32* z) {
+    const F32 even_a = fma(broadcast(float(a2)), g[2], g[0]);
+    const F32 odd_a = fma(broadcast(float(a2)), g[3], g[1]);
+    const F32 even_b = fma(broadcast(float(b2)), g[2], g[0]);
+    const F32 odd_b = fma(broadcast(float(b2)), g[3], g[1]);
+    z[0] = fma(broadcast(float(a)), odd_a, even_a);
+    z[1] = fnma(broadcast(float(a)), odd_a, even_a);
+    z[2] = fma(broadcast(float(b)), odd_b, even_b);
+    z[3] = fnma(broadcast(float(b)), odd_b, even_b);
+    z[4] = g[3];
+  }
+
+  //       |  n   a n |
+  //       | -n   a n |
+  //   G = |  m   b m |    n = norm_a, m = norm_b
+  //       | -m   b m |
+  //       |  0    1  |
+  FASTDA_INLINE void filter(const F32* w, F32* u) {
+    const F32 even_a = broadcast(float(norm_a)) * w[0], odd_a = broadcast(float(a * norm_a)) * w[1];
+    const F32 even_b = broadcast(float(norm_b)) * w[0], odd_b = broadcast(float(b * norm_b)) * w[1];
+    u[0] = odd_a + even_a;
+    u[1] = odd_a - even_a;
+    u[2] = odd_b + even_b;
+    u[3] = odd_b - even_b;
+    u[4] = w[1];
+  }
+
+  // G': 5 points -> 2 taps.
+  FASTDA_INLINE void filter_gradient(const F32* u, F32* w) {
+    w[0] = fma(broadcast(float(norm_a)), u[0] - u[1], broadcast(float(norm_b)) * (u[2] - u[3]));
+    w[1] = fma(broadcast(float(a * norm_a)), u[0] + u[1],
+               fma(broadcast(float(b * norm_b)), u[2] + u[3], u[4]));
+  }
+};
+
 // Input columns of a run, and room for what the last vector has beyond them.
 constexpr int run_columns = tile_size * longest_run + 2 + (VL - 2);
 
@@ -136,21 +208,21 @@ void transform_input_run(const Source& s, const Grid& grid, const Run& run, int6
   }
 }
 
-template <typename T>
+template <typename T, typename W = Winograd43>
 void transform_gradient_run(const Source& s, const Grid& grid, const Run& run, int64_t c,
                             const Workspace& v, double* sums, Scratch& scratch) {
   F32 sum = broadcast(0.0f);
   Peak peak;
   each_column<T, 4>(s, run.image, c, run.row * 4, run.column * 4, run.count * 4, scratch.strip,
                     [&](int64_t i, const F32* d) __attribute__((always_inline)) {
-                      F32 t[6];
+                      F32 t[W::points];
                       sum += (d[0] + d[1]) + (d[2] + d[3]);
 #pragma GCC unroll 4
                       for (int r = 0; r < 4; ++r) peak.add(d[r]);
-                      Winograd43::gradient(d, t);
+                      W::gradient(d, t);
 #pragma GCC unroll 6
-                      for (int r = 0; r < 6; ++r)
-                        store_vec(scratch.columns + (i * 6 + r) * VL, t[r]);
+                      for (int r = 0; r < W::points; ++r)
+                        store_vec(scratch.columns + (i * W::points + r) * VL, t[r]);
                     });
   peak.note(s.range, run.image);
   alignas(64) float total[VL];
@@ -158,15 +230,15 @@ void transform_gradient_run(const Source& s, const Grid& grid, const Run& run, i
   for (int k = 0; k < VL; ++k) sums[c + k] += double(total[k]);
   for (int64_t q = 0; q < run.count; ++q) {
     float* out = v.at(run.position + q, 0, c);
-    const float* in = scratch.columns + q * 4 * 6 * VL;
+    const float* in = scratch.columns + q * 4 * W::points * VL;
 #pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) {
-      F32 d[4], t[6];
+    for (int i = 0; i < W::points; ++i) {
+      F32 d[4], t[W::points];
 #pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) d[j] = load_vec(in + (j * 6 + i) * VL);
-      Winograd43::gradient(d, t);
+      for (int j = 0; j < 4; ++j) d[j] = load_vec(in + (j * W::points + i) * VL);
+      W::gradient(d, t);
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) store_vec(out + (i * 6 + j) * v.slot, t[j]);
+      for (int j = 0; j < W::points; ++j) store_vec(out + (i * W::points + j) * v.slot, t[j]);
     }
   }
 }
@@ -181,36 +253,37 @@ void transform_input_tiles(const Source& s, const Grid& grid, int64_t begin, int
                       });
 }
 
-template <typename T>
+template <typename T, typename W = Winograd43>
 void transform_gradient_tiles(const Source& s, const Grid& grid, int64_t begin, int64_t end,
                               const Workspace& v, double* sums, Scratch& scratch) {
   each_run_and_vector(s.channels_last, grid, begin, end, v.first,
                       min(s.channels, v.first + v.channels), [&](const Run& run, int64_t c) {
-                        transform_gradient_run<T>(s, grid, run, c, v, sums, scratch);
+                        transform_gradient_run<T, W>(s, grid, run, c, v, sums, scratch);
                       });
 }
 
 // The last group of the last block has fewer than six tiles: the rest are zeros.
-inline void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot) {
+inline void clear_rest(const Workspace& v, int64_t tiles, int64_t first_slot, int points = 36) {
   for (int64_t tile = tiles; tile < round_up(tiles, group_tiles); ++tile)
-    for (int t = 0; t < 36; ++t)
+    for (int t = 0; t < points; ++t)
       for (int64_t c = 0; c < v.channels; c += VL)
         store_vec(v.at(tile, first_slot + t, v.first + c), broadcast(0.0f));
 }
-// 36 points of one tile, VL channels -> 4 x 4 pixels.
+// The points of one tile, VL channels -> 4 x 4 pixels.
+template <typename W>
 FASTDA_INLINE void output_tile(const float* m, int64_t slot, F32 (*y)[4], F32& finite) {
-  F32 s[4][6];
+  F32 s[4][W::points];
 #pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    F32 d[6], t[4];
+  for (int j = 0; j < W::points; ++j) {
+    F32 d[W::points], t[4];
 #pragma GCC unroll 6
-    for (int i = 0; i < 6; ++i) d[i] = load_vec(m + (i * 6 + j) * slot);
-    Winograd43::output(d, t);
+    for (int i = 0; i < W::points; ++i) d[i] = load_vec(m + (i * W::points + j) * slot);
+    W::output(d, t);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) s[i][j] = t[i];
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) Winograd43::output(s[i], y[i]);
+  for (int i = 0; i < 4; ++i) W::output(s[i], y[i]);
   finite = fma((y[0][0] + y[0][3]) + (y[3][0] + y[3][3]), broadcast(0.0f), finite);
 }
 // out[36 points], `size` floats apart.

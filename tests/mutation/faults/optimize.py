@@ -5,14 +5,24 @@ from tests.mutation.fault import fault
 FAULTS = (
     fault(
         "optimize: a layer's padding keeps its size, whatever it is", "fastda/optimize",
-        "return conv2d(x, weight, bias, padding=padding,",
-        "return conv2d(x, weight, bias, padding=weight.shape[2] // 2,",
+        "return conv2d(x, weight, bias, stride=conv.stride[0], padding=padding,",
+        "return conv2d(x, weight, bias, stride=conv.stride[0], padding=weight.shape[2] // 2,",
         "test_every_setting",
     ),
     fault(
         "optimize: a stride is served", "fastda/optimize",
-        "if not _is_pair_of(conv.stride, 1):", "if False:",
+        "if not halves and not _is_pair_of(conv.stride, 1):", "if False:",
         "test_what_is_left_and_why",
+    ),
+    fault(
+        "optimize: with a stride, few tiles are served", "fastda/optimize",
+        "tiles < LEAST_TILES", "False",
+        "test_a_convolution_with_a_stride_of_little_work_takes_pytorchs",
+    ),
+    fault(
+        "optimize: a stride is dropped", "fastda/optimize",
+        "stride=conv.stride[0], padding=padding", "padding=padding",
+        "test_every_setting_of_a_stride",
     ),
     fault(
         "optimize: groups changed later are overlooked", "fastda/optimize",

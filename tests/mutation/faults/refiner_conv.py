@@ -117,6 +117,39 @@ FAULTS = (
         "test_nan_and_inf_go_where_the_definition_takes_them",
     ),
     fault(
+        "a stride: phases of the data gradient change places", CPU,
+        "(parity + padding) % 2", "(parity + padding + 1) % 2",
+        "test_strided_conv2d_matches_reference",
+    ),
+    fault(
+        "a stride: taps of the data gradient are not turned", CPU,
+        "rotated ? 1 - y : y", "rotated ? y : y",
+        "test_strided_conv2d_matches_reference",
+    ),
+    fault(
+        "a stride: filter gradients of the first chunk alone", CPU,
+        "u[y] = u[y] + load_vec(at + n * distance)", "u[y] = u[y] + load_vec(at + n * distance) * 0.0f",
+        "test_strided_conv2d_matches_reference",
+    ),
+    fault(
+        "a stride: outliers are not looked for", CPU,
+        "return RefinerConv::run(kernels, args, like) && !beyond.any();",
+        "return RefinerConv::run(kernels, args, like);",
+        "test_with_a_stride_an_outlier_costs_no_more_than_promised",
+    ),
+    fault(
+        "a stride: nor in the filter's gradient", CPU,
+        "RefinerConv::run(kernels, args, d_bias, x) && !beyond.any()",
+        "RefinerConv::run(kernels, args, d_bias, x)",
+        "test_with_a_stride_an_outlier_costs_no_more_than_promised",
+    ),
+    fault(
+        "a stride: sums over all channels in one", CPU,
+        "constexpr int64_t longest_sum = 64;", "constexpr int64_t longest_sum = 1 << 20;",
+        "test_strided_conv2d_matches_reference",
+        harmless="A sum of 512 products is off by more, and yet within the tolerance.",
+    ),
+    fault(
         "outliers: the windows of a tile are not looked at", CPU,
         "if (m <= most * usual) return true;", "return true;",
         "test_what_does_not_see_an_outlier_is_as_if_it_were_not_there",
