@@ -46,7 +46,9 @@ const ConvKernels& kernels_for(const ConvProblem& problem, bool contiguous) {
         &winograd_5x5_kernels(), &winograd_2x2_kernels(), &first_3x3_kernels(),
         &first_5x5_kernels(), &first_large_kernels(), &narrow_kernels()})
     if (kernels->serves && kernels->serves(problem)) return *kernels;
-  return contiguous && planes_kernels().serves(problem) ? planes_kernels() : direct_kernels();
+  for (const ConvKernels* kernels : {&planes_kernels(), &pointwise_kernels()})
+    if (contiguous && kernels->serves(problem)) return *kernels;
+  return direct_kernels();
 }
 const ConvKernels& kernels_for(const ConvArgs& args) {
   const bool contiguous = !args.x_channels_last && !args.out_channels_last;

@@ -33,7 +33,8 @@ def optimize(model: nn.Module, *, inplace: bool = True) -> Report:
     Recognised:
 
     - convolutions with stride 1 and padding up to the same size, where they were measured to be faster: on
-      the CPU, with 3×3, 5×5 or 7×7 kernels and 16 channels or more, and some first and last layers;
+      the CPU, with 3×3, 5×5 or 7×7 kernels and 16 channels or more, with 1×1 kernels and 64 channels or
+      more, and some first and last layers;
     - max-pooling of contiguous images with a stride of 1 or 2;
     - batch and instance normalisation of contiguous images;
     - with these, in an `nn.Sequential`, the (leaky) ReLU behind a norm and the `nn.ReflectionPad2d` before a

@@ -29,7 +29,7 @@ _DTYPES = (torch.float32, torch.float64)
 _CONV_FORWARD, _CONV2D, _PAD = nn.Conv2d._conv_forward, F.conv2d, F.pad
 
 # Where the convolutions were measured to be faster than PyTorch's, on the CPU (docs/performance.md).
-FAST_KERNELS = (3, 5, 7)
+FAST_KERNELS = (1, 3, 5, 7)
 LEAST_CHANNELS, LEAST_CHANNELS_DILATED = 16, 64
 # Fewer channels: in first layers, by the kernel the least of them and of output channels; in last layers.
 MOST_OF_FEW, FIRST_LAYERS, LAST_LAYERS = 4, {5: (3, 32), 7: (2, 16)}, (3, 5, 7)
@@ -50,6 +50,11 @@ LEAST_SIZE_OF_5, SMALL_OF_5, MANY_OF_5, LARGE_OF_5 = 8, 10, 2048, 16
 LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 400, 32
 # 4×4 with a stride of 2, in float32: so many filters at most, and tiles of the result at least.
 MOST_FILTERS_OF_STRIDE_2, LEAST_TILES = 1 << 15, 64
+# 1×1 go by contiguous images alone, of so many channels and products. From 16 images on, or with several
+# threads, PyTorch calls oneDNN, which is as fast on images of few pixels, and was not beaten with more
+# filters.
+LEAST_CHANNELS_OF_1, LEAST_PRODUCTS_OF_1, FILTERS_OF_A_PIXEL_OF_1 = 64, 1 << 27, 1 << 12
+LEAST_AREA_OF_1, LEAST_AREA_BESIDE_ONEDNN, MOST_FILTERS_BESIDE_ONEDNN = 49, 196, 1 << 18
 
 
 def find(module: nn.Module) -> Iterator[Found]:
@@ -108,7 +113,7 @@ def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
         )
     if k not in FAST_KERNELS:
         return f"no faster with {k}×{k} kernels"
-    least = LEAST_CHANNELS_DILATED if dilation > 1 else LEAST_CHANNELS
+    least = LEAST_CHANNELS_DILATED if dilation > 1 else LEAST_CHANNELS_OF_1 if k == 1 else LEAST_CHANNELS
     if min(out_channels, in_channels) < least and (dilation > 1 or not _is_first_or_last(weight)):
         return f"no faster with less than {least} channels" + ", dilated" * (dilation > 1)
     return None
@@ -239,6 +244,8 @@ class Convolution(StandIn):
             return None
         if conv.stride[0] == 2:
             return padding if _pays_halving(x.shape, padding, dtype) else None
+        if shape[2] == 1:
+            return None if compiling or not _pays_of_1(x, shape) else padding
         dilation = conv.dilation[0]
         border = dilation * (shape[2] // 2) - padding - mirrored
         return padding if _pays(x.shape, shape, border, dtype, dilation) else None
@@ -284,6 +291,22 @@ def _pays_halving(x: tuple[int, ...], padding: int, dtype: torch.dtype) -> bool:
     small: tuple[Any, ...] = (dtype != torch.float32, h < LEAST_SIZE, w < LEAST_SIZE)
     small += (WANTED_OF * n * h * w < 16 * tiles, tiles < LEAST_TILES)
     return not any(map(_torch.known, small) if is_compiling() else small)
+
+
+def _pays_of_1(x: Tensor, weight: tuple[int, ...]) -> bool:
+    """Whether a 1×1 convolution of x is faster than PyTorch's."""
+    n, channels, height, width = x.shape
+    area, filters = height * width, weight[0] * channels
+    least, most = LEAST_AREA_OF_1, FILTERS_OF_A_PIXEL_OF_1 * n * area
+    if n >= 16 or torch.get_num_threads() > 1:
+        least, most = LEAST_AREA_BESIDE_ONEDNN, min(most, MOST_FILTERS_BESIDE_ONEDNN)
+    return (
+        x.dtype == torch.float32
+        and x.is_contiguous()
+        and area >= least
+        and n * area * filters >= LEAST_PRODUCTS_OF_1
+        and filters <= most
+    )
 
 
 def _convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, padding: Any) -> Tensor:

@@ -72,7 +72,9 @@ inline std::vector<Method> methods_for(const ConvProblem& p, bool contiguous) {
         Method{"first_5x5", &first_5x5_kernels()}, Method{"first_large", &first_large_kernels()},
         Method{"narrow", &narrow_kernels()}})
     if (m.kernels->serves && m.kernels->serves(p)) serving.push_back(m);
-  if (contiguous && planes_kernels().serves(p)) serving.push_back({"planes", &planes_kernels()});
+  for (const Method& m :
+       {Method{"planes", &planes_kernels()}, Method{"pointwise", &pointwise_kernels()}})
+    if (contiguous && m.kernels->serves(p)) serving.push_back(m);
   return serving;
 }
 

@@ -314,7 +314,7 @@ def test_only_what_gains_is_replaced():
     assert [e.path for e in report.replaced] == ["1", "2", "3"]
     assert [e.what for e in report.left] == [
         "no faster with less than 16 channels",
-        "no faster with 1×1 kernels",
+        "no faster with less than 64 channels",
     ]
 
 
@@ -397,6 +397,54 @@ def test_a_convolution_with_a_stride_of_little_work_takes_pytorchs(channels, out
         report = fastda.optimize(model)
         model(torch.zeros(shape[0], channels, *shape[1:]))
     assert report.calls() == {"": (int(is_served), 1)}
+
+
+@pytest.mark.gain
+@pytest.mark.parametrize(
+    ("layer", "shape", "threads", "is_served"),
+    [
+        ((64, 128), (1, 128, 128), 1, True),
+        ((64, 128), (1, 128, 127), 1, False),
+        ((63, 256), (4, 128, 128), 1, False),
+        ((256, 63), (4, 128, 128), 1, False),
+        ((512, 2048), (6, 7, 7), 1, True),
+        ((512, 2048), (5, 7, 7), 1, False),
+        ((512, 2048), (15, 7, 6), 1, False),
+        ((512, 2048), (15, 7, 7), 2, False),
+        ((512, 2048), (16, 7, 7), 1, False),
+        ((256, 1024), (16, 14, 14), 2, True),
+        ((256, 1025), (16, 14, 14), 2, False),
+        ((2048, 2048), (20, 7, 7), 1, False),
+        ((4096, 4096), (4, 32, 32), 1, True),
+        ((4096, 4096), (1, 63, 65), 1, False),
+    ],
+)
+def test_a_1x1_convolution_of_little_work_takes_pytorchs(layer, shape, threads, is_served, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    with torch.no_grad():
+        model = nn.Conv2d(*layer, 1, bias=False)
+        report = fastda.optimize(model)
+        model(torch.zeros(shape[0], layer[0], *shape[1:]))
+    assert report.calls() == ({"": (int(is_served), 1)} if min(layer) >= 64 else {})
+
+
+@pytest.mark.gain
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "a part", "float64"])
+def test_of_1x1_convolutions_contiguous_images_in_float32_are_served(layout):
+    model = nn.Conv2d(64, 64, 1)
+    x = torch.randn(2, 64, 130, 130)
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "a part":
+        x = x[..., 1:, 1:]
+    if layout == "float64":
+        x, model = x.double(), model.double()
+    with torch.no_grad():
+        original = model(x)
+        report = fastda.optimize(model)
+        torch.testing.assert_close(model(x), original, rtol=1e-5, atol=1e-5)
+    assert model(x).stride() == original.stride()
+    assert served(report) == (2 if layout == "contiguous" else 0)
 
 
 @pytest.mark.gain

@@ -2,6 +2,8 @@
 // the arena that scratch memory is taken from. Internal linkage throughout: see common/dtype.h.
 #pragma once
 
+#include <initializer_list>
+
 #include "cpu/conv/problem.h"
 #include "cpu/simd/generic.h"
 
@@ -42,6 +44,24 @@ decltype(auto) with_float_type(DType dtype, F&& f) {
     case DType::f16: return f.template operator()<f16>();
     default: return f.template operator()<float>();
   }
+}
+
+// Pixels of images that lie in one row, where nothing is read beside them.
+template <typename Args>
+Args flat(Args a, std::initializer_list<const View*> views) {
+  bool dense = a.kernel == 1 && a.padding == 0;
+  for (const View* v : views) dense = dense && (!v->data || v->h == a.width * v->w);
+  if (dense) {
+    a.width *= a.height;
+    a.height = 1;
+  }
+  return a;
+}
+inline ConvArgs flat(const ConvArgs& a) {
+  return flat(a, {&a.x, &a.x_mask, &a.residual, &a.residual_mask, &a.out_mask, &a.out});
+}
+inline FilterGradArgs flat(const FilterGradArgs& a) {
+  return flat(a, {&a.x, &a.grad, &a.grad_mask});
 }
 
 // Scratch memory, handed out in pieces that begin at cache lines.

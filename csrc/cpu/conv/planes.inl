@@ -26,22 +26,6 @@ constexpr int outputs_with(int taps) {
   return int(min(8, (vector_registers == 32 ? 25 : 12) / taps));
 }
 
-// Pixels of images that lie in one row, where nothing is read beside them.
-template <typename Args>
-Args flat(Args a, std::initializer_list<const View*> views) {
-  bool dense = a.kernel == 1 && a.padding == 0;
-  for (const View* v : views) dense = dense && (!v->data || v->h == a.width * v->w);
-  if (dense) {
-    a.width *= a.height;
-    a.height = 1;
-  }
-  return a;
-}
-ConvArgs flat(const ConvArgs& a) {
-  return flat(a, {&a.x, &a.x_mask, &a.residual, &a.residual_mask, &a.out_mask, &a.out});
-}
-FilterGradArgs flat(const FilterGradArgs& a) { return flat(a, {&a.x, &a.grad, &a.grad_mask}); }
-
 template <typename Args>
 constexpr int64_t extra = std::is_same_v<Args, FilterGradArgs> ? 8 : 0;
 

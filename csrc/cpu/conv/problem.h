@@ -3,7 +3,8 @@
 // Implementations of one table: `direct` serves every case; `narrow` (to a few output channels) and, in
 // float32 arithmetic, `winograd_tiles` and `winograd_panels` (3 x 3 filters; many tiles, many channels),
 // `winograd_large` (7 x 7, 11 x 11, …), `winograd_5x5` and `winograd_2x2`, and from a few input channels
-// `first_3x3`, `first_5x5`, `first_large` and, of contiguous images, `planes` are faster where they apply.
+// `first_3x3`, `first_5x5`, `first_large` and, of contiguous images, `planes` and `pointwise` (1 x 1) are
+// faster where they apply.
 #pragma once
 
 #include <cstdint>
@@ -82,6 +83,7 @@ FASTDA_DECLARE_KERNELS(OutlierKernels, outliers)
 FASTDA_DECLARE_KERNELS(ConvKernels, direct)
 FASTDA_DECLARE_KERNELS(ConvKernels, narrow)
 FASTDA_DECLARE_KERNELS(ConvKernels, planes)
+FASTDA_DECLARE_KERNELS(ConvKernels, pointwise)
 FASTDA_DECLARE_KERNELS(ConvKernels, first_3x3)
 FASTDA_DECLARE_KERNELS(ConvKernels, first_5x5)
 FASTDA_DECLARE_KERNELS(ConvKernels, first_large)

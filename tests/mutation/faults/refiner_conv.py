@@ -85,6 +85,26 @@ FAULTS = (
         "test_refiner_conv_first::test_matches_reference",
     ),
     fault(
+        "1x1: every output gets the first channels' bias", CPU,
+        "S(load(&bias[k0 + k]))", "S(load(&bias[k]))",
+        "test_refiner_conv_pointwise::test_matches_reference",
+    ),
+    fault(
+        "1x1: of a long sum the last part alone", CPU,
+        "packed + c * width, width, sums, width, c > 0)", "packed + c * width, width, sums, width, false)",
+        "test_refiner_conv_pointwise::test_matches_reference",
+    ),
+    fault(
+        "1x1: the filter's gradient of a chunk's last block alone", CPU,
+        "sums + k0 * width, width, !first_block)", "sums + k0 * width, width, false)",
+        "test_refiner_conv_pointwise::test_matches_reference",
+    ),
+    fault(
+        "1x1: rows of pixels go on past their end", CPU,
+        "min(of_panel, p.width - first.w)", "of_panel",
+        "test_refiner_conv_pointwise::test_matches_reference",
+    ),
+    fault(
         "first layers: one channel's tiles serve all", CPU,
         "channel_of<T>(source, c), block", "channel_of<T>(source, 0), block",
         "test_refiner_conv_first::test_matches_reference",
