@@ -31,12 +31,14 @@ def cases(lane, op, dtype):
         yield verify.Case(op, option, sizes, dtype, layout, lane.backend, lane.device)
 
 
-def few(op, lane=None):
+def few(op, lane=None, dtype=torch.float32):
     """One of the options for each set of arguments and kind of loss, of those that `lane` has kernels of."""
     chosen = {}
     for options in op.options:
         named = [f"{op.name} with {n}={v!r}" for n, v in options.items()]
         if lane is not None and any(backend.lacking(lane.backend, name) for name in named):
+            continue
+        if dtype != torch.float32 and options.get("stride", 1) > 1:
             continue
         given = tuple(n for n, v in options.items() if v and n not in ("reduction", "return_accuracy"))
         chosen.setdefault((options.get("kind"), given), options)

@@ -32,7 +32,7 @@ def plant(x, value, where=0):
 @every_operator
 def test_one_input_that_is_not_finite(lane, op, dtype):
     wrong, sizes = [], small(op)
-    for options, value in itertools.product(few(op, lane), (NAN, INF, -INF)):
+    for options, value in itertools.product(few(op, lane, dtype), (NAN, INF, -INF)):
         for name in data(op, options, sizes):
             exact, names = verify.draw_arguments(op, options, sizes, dtype, 0)
             plant(exact[name][:, :1] if exact[name].dim() == 4 else exact[name], value)
@@ -45,7 +45,7 @@ def test_one_input_that_is_not_finite(lane, op, dtype):
 def test_infinity_minus_infinity(lane, op, dtype):
     """Every input infinite at the same places: both classes of a patch, both images of a pair."""
     wrong, sizes = [], small(op)
-    for options, value in itertools.product(few(op, lane), (INF, -INF)):
+    for options, value in itertools.product(few(op, lane, dtype), (INF, -INF)):
         exact, names = verify.draw_arguments(op, options, sizes, dtype, 0)
         for name in data(op, options, sizes):
             plant(exact[name], value)
@@ -58,7 +58,7 @@ def test_infinity_minus_infinity(lane, op, dtype):
 def test_subnormal_numbers_are_not_flushed(lane, op, dtype):
     wrong, sizes = [], small(op)
     least = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    for options in few(op, lane):
+    for options in few(op, lane, dtype):
         exact, _ = verify.draw_arguments(op, options, sizes, dtype, 0)
         for name in data(op, options, sizes):
             exact[name] = (exact[name] * torch.finfo(dtype).smallest_normal / 16).to(dtype).double()

@@ -26,8 +26,11 @@ def even_where_nothing_is_gained(monkeypatch, request):
         monkeypatch.setattr(convolution, "LEAST_PIXELS", 0)
         for name in ("LEAST_SIZE_OF_7", "LEAST_SIZE_OF_5", "SMALL_OF_5", "LARGE_OF_5", "LEAST_PIXELS_OF_5"):
             monkeypatch.setattr(convolution, name, 0)
-        monkeypatch.setattr(convolution, "FILTERS_OF_A_PIXEL", 1 << 30)
-        monkeypatch.setattr(convolution, "LEAST_TILES", 0)
+        for name in ("LEAST_AREA_OF_1", "LEAST_AREA_BESIDE_ONEDNN", "LEAST_PRODUCTS_OF_1", "LEAST_TILES"):
+            monkeypatch.setattr(convolution, name, 0)
+        monkeypatch.setattr(convolution, "LEAST_CHANNELS_OF_1", 1)
+        for name in ("FILTERS_OF_A_PIXEL", "FILTERS_OF_A_PIXEL_OF_1", "MOST_FILTERS_BESIDE_ONEDNN"):
+            monkeypatch.setattr(convolution, name, 1 << 30)
         monkeypatch.setattr(convolution, "MOST_FILTERS", dict.fromkeys((1, 3, 5, 7), 1 << 30))
         monkeypatch.setattr(pool, "LEAST_ELEMENTS", 0)
         for name in ("ELEMENTS", "ELEMENTS_OF_ROWS", "PIXELS", "PIXELS_OF_INSTANCES"):

@@ -44,7 +44,7 @@ class Refiner(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU())
-        self.down = nn.Conv2d(8, 8, 4, stride=2, padding=1)
+        self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.blocks = nn.Sequential(Block(), Block())
         self.last = nn.Conv2d(8, 1, 1)
         self.grl = GradientReverseLayer()
@@ -73,7 +73,7 @@ replaced
   grl                          GradientReverseLayer  gradient reversal GradientReverse → one pass over the \
 gradient, where it made two
 left as it was
-  down  Conv2d  kernel (4, 4) is not square and odd"""
+  down  Conv2d  stride (2, 2)"""
     )
 
 

@@ -74,7 +74,7 @@ def test_checkpoint_of_other_settings_names_them(pair, tmp_path):
 def command(trees, out, *more):
     return [
         sys.executable, "-m", "fastda", "dann", "--source", trees[0], "--target", trees[1], "--size", 16,
-        "--batch", 16, "--epochs", 20, "--methods", "dann", "--seeds", 0, "--jobs", 1, "--out", out, *more,
+        "--batch", 16, "--epochs", 60, "--methods", "dann", "--seeds", 0, "--jobs", 1, "--out", out, *more,
     ]  # fmt: skip
 
 

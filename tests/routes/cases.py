@@ -198,7 +198,7 @@ OPERATORS = {
     "conv2d, padded": operator("conv2d", lambda: (*image(4)(), *filters()[:2]), padding=2, relu=True),
     "conv2d_max_pool": operator("conv2d_max_pool", lambda: (*image(4)(), *filters()[:2])),
     "conv2d_max_pool, no ReLU": operator(
-        "conv2d_max_pool", lambda: (*last(), *filters()[:2]), padding=1, relu=False
+        "conv2d_max_pool", lambda: (*image(4)(), *filters()[:2]), padding=1, relu=False
     ),
     "conv2d, strided": operator(
         "conv2d", lambda: (draw(2, 16, 11, 10), draw(17, 16, 4, 4), draw(17)), stride=2

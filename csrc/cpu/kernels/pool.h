@@ -6,8 +6,9 @@
 
 namespace fastda::cpu {
 
-// x [N, C, H, W], y and indices [N, C, OH, OW], contiguous or all channels_last, but for a contiguous y
-// where the problem says so; indices may be null. A row is one of a plane, N * C * OH of them, or, channels_last, of all channels, N * OH.
+// x [N, C, H, W], y and indices [N, C, OH, OW], contiguous or all channels_last, but for a contiguous
+// y where the problem says so; indices may be null. A row is one of a plane, N * C * OH of them, or,
+// channels_last, of all channels, N * OH.
 struct PoolKernels {
   int64_t (*scratch_bytes)(const PoolProblem& p);  // for either direction, per thread
   // y and indices of the rows [begin, end).
