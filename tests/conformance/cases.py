@@ -38,7 +38,7 @@ def few(op, lane=None, dtype=torch.float32):
         named = [f"{op.name} with {n}={v!r}" for n, v in options.items()]
         if lane is not None and any(backend.lacking(lane.backend, name) for name in named):
             continue
-        if dtype != torch.float32 and options.get("stride", 1) > 1:
+        if op.name == "conv2d" and "stride" in options and dtype != torch.float32:
             continue
         given = tuple(n for n, v in options.items() if v and n not in ("reduction", "return_accuracy"))
         chosen.setdefault((options.get("kind"), given), options)
