@@ -60,7 +60,11 @@ def test_is_what_the_two_operators_give(sizes, padding, size, layout):
             assert value.stride() == one[what].stride() or 1 in value.shape
             # The kernels of d_weight differ where the gradient lies in the other layout.
             torch.testing.assert_close(one[what], value, rtol=1e-4, atol=1e-4)
-            assert what != "value" or torch.equal(one[what], value)
+            # Those of base, too, of images of few channels.
+            if what == "value" and not (
+                sizes[1] < 16 and backend.native and backend.native.cpu_isa() == "base"
+            ):
+                assert torch.equal(one[what], value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
