@@ -228,11 +228,14 @@ struct RefinerConv : Device {
     }
     ConvArgs most = args;
     most.by_one_thread = true;
+    const int64_t parts = whole ? 0 : (args.batch + together - 1) / together;
+    ConvArgs last = most;  // which may have fewer images
+    part(last, std::max<int64_t>(0, parts - 1) * together, nullptr);
     part(most, 0, nullptr);
     const auto aligned = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t result_bytes = aligned(together * image * size),
-                  conv_bytes = aligned(kernels.conv_scratch_bytes(most));
-    const int64_t parts = whole ? 0 : (args.batch + together - 1) / together;
+                  conv_bytes = aligned(
+                      std::max(kernels.conv_scratch_bytes(most), kernels.conv_scratch_bytes(last)));
     each_task(parts, result_bytes + conv_bytes + pool_kernels().scratch_bytes(pool),
               [&](int64_t i, char* scratch) {
                 const int64_t first = i * together;
