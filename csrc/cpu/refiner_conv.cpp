@@ -178,6 +178,13 @@ struct RefinerConv : Device {
   }
 
   void convolve(ConvArgs args, const Tensor& like) const {
+    const ConvKernels& transposed = winograd_5x5_transposed_kernels();
+    if (transposed.serves(args)) {
+      Beyond beyond(args.batch);
+      args.range.beyond = beyond.images.data();
+      outliers_kernels().set_range(args);
+      if (run(transposed, args, like) && !beyond.any()) return;
+    }
     const ConvKernels& kernels = kernels_for(args);
     if (kernels.tile == nullptr) {
       run(kernels, args, like);

@@ -44,10 +44,11 @@ LEAST_PRODUCTS = 1 << 18
 LEAST_PIXELS = 2048
 MOST_FILTERS = {3: 1 << 16, 7: 1 << 14}
 LEAST_SIZE_OF_7 = 16
-# 5×5 go by tiles of 3×3 pixels: small results must be many, those of few channels larger, and so many filters
-# at most may come to one pixel.
-LEAST_SIZE_OF_5, SMALL_OF_5, MANY_OF_5, LARGE_OF_5 = 8, 10, 2048, 16
-LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 400, 32
+# 5×5 go by tiles of 3×3 pixels. At most so many filters may come to one pixel. Without padding half of the
+# tiles' pixels must be wanted; with it more of them in small results, of which there must be many.
+LEAST_SIZE_OF_5, LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 3, 256, 32
+LEAST_SIZE_OF_PADDED_5, SMALL_OF_5, MANY_OF_5, WANTED_OF_SMALL_5, LARGE_OF_5 = 6, 10, 1024, 0.7, 16
+LEAST_PIXELS_OF_FIRST_5 = 400
 # 4×4 with a stride of 2, in float32: so many filters at most, and tiles of the result at least.
 MOST_FILTERS_OF_STRIDE_2, LEAST_TILES = 1 << 15, 64
 # 1×1 go by contiguous images alone, of so many channels and products. From 16 images on, or with several
@@ -262,19 +263,29 @@ def _pays(
     out_channels, in_channels, k, _ = weight
     h, w = height - 2 * border, width - 2 * border
     filters = out_channels * in_channels
-    small: tuple[Any, ...] = (h < LEAST_SIZE, w < LEAST_SIZE, pixels * filters < LEAST_PRODUCTS)
+    least = LEAST_SIZE_OF_5 if k == 5 and dtype == torch.float32 else LEAST_SIZE
+    small: tuple[Any, ...] = (h < least, w < least, pixels * filters < LEAST_PRODUCTS)
     small += (dtype == torch.float64 and min(out_channels, in_channels) < LEAST_CHANNELS,)
     if k == 3:
         small += (WANTED_OF * pixels < 16 * n * (-(-h // 4)) * (-(-w // 4)),)
     if k == 5 and dtype == torch.float32:
+        tiles = n * (-(-h // 3)) * (-(-w // 3))
         small += (
-            h < LEAST_SIZE_OF_5,
-            w < LEAST_SIZE_OF_5,
-            (h < SMALL_OF_5 or w < SMALL_OF_5) and pixels < MANY_OF_5,
-            min(out_channels, in_channels) < 2 * LEAST_CHANNELS and (h < LARGE_OF_5 or w < LARGE_OF_5),
+            WANTED_OF * pixels < 9 * tiles,
             pixels < LEAST_PIXELS_OF_5,
             pixels * FILTERS_OF_A_PIXEL < filters,
         )
+        channels, is_large = min(out_channels, in_channels), h >= LARGE_OF_5 and w >= LARGE_OF_5
+        if channels < LEAST_CHANNELS:
+            small += (not is_large, pixels < LEAST_PIXELS_OF_FIRST_5)
+        elif border < k // 2:
+            is_small = h < SMALL_OF_5 or w < SMALL_OF_5
+            small += (
+                h < LEAST_SIZE_OF_PADDED_5,
+                w < LEAST_SIZE_OF_PADDED_5,
+                is_small and (pixels < MANY_OF_5 or pixels < WANTED_OF_SMALL_5 * 9 * tiles),
+                channels < 2 * LEAST_CHANNELS and not is_large,
+            )
     elif k != 3 or dtype == torch.float64:
         small += pixels < LEAST_PIXELS, filters > MOST_FILTERS.get(k, 0)
     if k == 7:

@@ -68,6 +68,7 @@ inline std::vector<Method> methods_for(const ConvProblem& p, bool contiguous) {
         Method{"winograd_panels", &winograd_panels_kernels()},
         Method{"winograd_large", &winograd_large_kernels()},
         Method{"winograd_5x5", &winograd_5x5_kernels()},
+        Method{"winograd_5x5_transposed", &winograd_5x5_transposed_kernels()},
         Method{"winograd_2x2", &winograd_2x2_kernels()}, Method{"first_3x3", &first_3x3_kernels()},
         Method{"first_5x5", &first_5x5_kernels()}, Method{"first_large", &first_large_kernels()},
         Method{"narrow", &narrow_kernels()}})

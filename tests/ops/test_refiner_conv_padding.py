@@ -23,6 +23,8 @@ CASES = [
     *(((2, 17, 33, 5, 16, 21), p) for p in range(5)),
     *(((1, 18, 40, 2, 23, 12), p) for p in range(2)),
     ((53, 17, 20, 5, 9, 8), 1),  # several images to a task, and fewer to the last
+    ((53, 17, 20, 5, 9, 8), 0),  # likewise the tiles of the gradient
+    ((2, 20, 17, 5, 3, 2), 4),
     *(((1, 20, 16, 7, 17, 15), p) for p in (0, 2, 6)),
     *(((2, 20, 17, 3, 9, 11), p) for p in (0, 2)),
     *(((3, 17, 33, 3, 22, 27), p) for p in (0, 2)),
@@ -48,7 +50,7 @@ def test_matches_reference(sizes, padding):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("sizes, padding", [CASES[i] for i in (1, 6, 7, 11, 13, 14)], ids=str)
+@pytest.mark.parametrize("sizes, padding", [CASES[i] for i in (0, 1, 6, 7, 8, 9, 13, 15, 16)], ids=str)
 def test_layouts_and_views(sizes, padding, layout):
     check_against_reference("conv2d", images_as(case(sizes, padding, residual=True), LAYOUTS[layout]))
 
@@ -84,13 +86,15 @@ def test_dtypes(sizes, padding, dtype):
 
 
 @pytest.mark.parametrize(
-    "sizes, padding", [((1, 96, 144, 5, 18, 18), 0), ((1, 256, 64, 5, 20, 31), 2)], ids=str
+    "sizes, padding",
+    [((1, 96, 144, 5, 18, 18), 0), ((1, 256, 64, 5, 20, 31), 2), ((20, 144, 256, 5, 7, 7), 0)],
+    ids=str,
 )
 def test_sums_over_many_channels_keep_their_error(sizes, padding):
     check_against_reference("conv2d", case(sizes, padding, relu=False))
 
 
-@pytest.mark.parametrize("kernel, padding", [(5, 0), (5, 2), (2, 1)])
+@pytest.mark.parametrize("kernel, padding", [(5, 0), (5, 2), (5, 4), (2, 1)])
 def test_what_is_not_finite_reaches_no_further_than_its_window(kernel, padding):
     x, weight = torch.randn(1, 16, 20, 20), torch.randn(16, 16, kernel, kernel)
     for value in (torch.inf, -torch.inf, torch.nan, 3e38):
@@ -113,8 +117,9 @@ def test_no_input_channels():
 
 
 @pytest.mark.parametrize("sizes", [(3, 20, 33, 5, 40, 37), (53, 17, 20, 5, 9, 8)], ids=str)
-def test_one_and_two_threads_give_the_same_bits(sizes):
-    arguments = case(sizes, 1)
+@pytest.mark.parametrize("padding", [0, 1])
+def test_one_and_two_threads_give_the_same_bits(sizes, padding):
+    arguments = case(sizes, padding)
     one = results(fastda.conv2d, arguments)
     torch.set_num_threads(2)
     try:

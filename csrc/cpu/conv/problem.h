@@ -92,6 +92,9 @@ FASTDA_DECLARE_KERNELS(ConvKernels, winograd_panels)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_large)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5)
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_2x2)
+// Of 5 x 5 with more than half of it for padding, on small images. Where values are too large for the
+// promise of outliers.h, others serve.
+FASTDA_DECLARE_KERNELS(ConvKernels, winograd_5x5_transposed)
 // 4 x 4 filters with a stride of 2; and the data gradient of these, whose ConvArgs are those of the
 // convolution, but that x is the output's gradient and out the input's.
 FASTDA_DECLARE_KERNELS(ConvKernels, winograd_stride2)

@@ -359,6 +359,28 @@ struct Winograd7 {
     v[6] = d[6] - float(S) * d[4] + float(Q) * d[2] - float(R) * d[0];
   }
 
+  // B: 7 points -> 7 pixels.
+  static inline void spread(const F32* v, F32* d) {
+    constexpr double S = square(p[0]) + other_sum(0);
+    constexpr double Q = square(p[0]) * other_sum(0) + other_product(0);
+    constexpr double R = square(p[0]) * other_product(0);
+    d[0] = float(-R) * v[6];
+    d[1] = d[3] = d[5] = F32{};
+    d[2] = float(Q) * v[6];
+    d[4] = float(-S) * v[6];
+    d[6] = v[6];
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) {
+      const F32 even = float(p[i]) * (v[2 * i] - v[2 * i + 1]), odd = v[2 * i] + v[2 * i + 1];
+      d[0] += float(other_product(i)) * even;
+      d[1] += float(other_product(i)) * odd;
+      d[2] -= float(other_sum(i)) * even;
+      d[3] -= float(other_sum(i)) * odd;
+      d[4] += even;
+      d[5] += odd;
+    }
+  }
+
   // Columns of A' for +p, -p and infinity; the last row is that of p^(tile - 1):
   //
   //   |  1     1   0 |
@@ -495,57 +517,85 @@ constexpr FilterMatrix<Winograd43>::FilterMatrix()
 template <typename W, typename T>
 void filter_points(const ConvArgs& a, int64_t pieces, int64_t i, int64_t c, int64_t k, float* to,
                    int64_t row, int64_t step) {
-  constexpr int L = lanes<float>;
+  constexpr int D = lanes<double>;
   constexpr FilterMatrix<W> G{};
-  double half[W::points][W::taps][L] = {};
-  for (int y = 0; y < W::taps; ++y) {
+  const int64_t top = i / pieces * W::taps, left = i % pieces * W::taps;
+  for (int64_t j0 = 0; j0 < lanes<float>; j0 += D, to += D) {
+    const int64_t valid = c < a.in_channels ? max(0, min(D, a.out_channels - k - j0)) : 0;
+    Vec<double> half[W::points][W::taps];
     for (int x = 0; x < W::taps; ++x) {
-      const int64_t h = i / pieces * W::taps + y, w = i % pieces * W::taps + x;
-      double g[L] = {};
-      for (int64_t j = 0; j < min(L, a.out_channels - k); ++j)
-        if (h < a.kernel && w < a.kernel && c < a.in_channels)
-          g[j] = double(load(at<T>(a.filter, k + j, c, h, w)));
-      for (int p = 0; p < W::points; ++p)
-        for (int j = 0; j < L; ++j) half[p][x][j] += G.at[p][y] * g[j];
+      Vec<double> g[W::taps] = {};
+      for (int64_t y = 0; y < (left + x < a.kernel ? min(W::taps, a.kernel - top) : 0); ++y) {
+        const T* from = valid > 0 ? at<T>(a.filter, k + j0, c, top + y, left + x) : nullptr;
+        for (int64_t j = 0; j < valid; ++j) g[y][j] = double(load(from + j * a.filter.n));
+      }
+#pragma GCC unroll 7
+      for (int p = 0; p < W::points; ++p) {
+        half[p][x] = Vec<double>{};
+#pragma GCC unroll 5
+        for (int y = 0; y < W::taps; ++y) half[p][x] += G.at[p][y] * g[y];
+      }
     }
-  }
-  for (int p = 0; p < W::points * W::points; ++p) {
-    for (int j = 0; j < L; ++j) {
-      double u = 0;
-      for (int x = 0; x < W::taps; ++x) u += G.at[p % W::points][x] * half[p / W::points][x][j];
-      to[p / W::points * row + p % W::points * step + j] = float(u);
+    for (int p = 0; p < W::points; ++p) {
+#pragma GCC unroll 7
+      for (int q = 0; q < W::points; ++q) {
+        Vec<double> u = {};
+#pragma GCC unroll 5
+        for (int x = 0; x < W::taps; ++x) u += G.at[q][x] * half[p][x];
+        float* out = to + p * row + q * step;
+        for (int j = 0; j < D; ++j) out[j] = float(u[j]);
+      }
     }
   }
 }
 
-// The transpose: d_filter of that piece from add(point, sums), which adds the point's gradient. False
-// where something is not finite.
+// What the chunks of a filter's gradient, `bytes` apart, come to together, from element i of each.
+inline Vec<double> sum_of_chunks(const char* sums, int64_t count, int64_t bytes, int64_t i) {
+  Vec<double> sum = {};
+  for (int64_t n = 0; n < count; ++n) {
+    const float* from = reinterpret_cast<const float*>(sums + n * bytes) + i;
+    for (int j = 0; j < lanes<double>; ++j) sum[j] += double(from[j]);
+  }
+  return sum;
+}
+
+// The transpose: d_filter of that piece; point(p, j) is the gradient of a point, of as many outputs from k + j on
+// as a vector of double has. False where something is not finite.
 template <typename W, typename T, typename F>
 bool store_piece(const FilterGradArgs& a, int64_t pieces, int64_t i, int64_t c, int64_t k,
-                 F&& add) {
-  constexpr int L = lanes<float>;
+                 F&& point) {
+  constexpr int D = lanes<double>;
   constexpr FilterMatrix<W> G{};
-  bool finite = true;
-  double half[W::taps][W::points][L] = {};
-  for (int p = 0; p < W::points * W::points; ++p) {
-    double u[L] = {};
-    add(p, u);
-    for (int y = 0; y < W::taps; ++y)
-      for (int j = 0; j < L; ++j) half[y][p % W::points][j] += G.at[p / W::points][y] * u[j];
-  }
-  for (int y = 0; y < W::taps; ++y) {
-    for (int x = 0; x < W::taps; ++x) {
-      const int64_t h = i / pieces * W::taps + y, w = i % pieces * W::taps + x;
-      if (h >= a.kernel || w >= a.kernel) continue;
-      for (int64_t j = 0; j < min(L, a.out_channels - k); ++j) {
-        double g = 0;
-        for (int p = 0; p < W::points; ++p) g += G.at[p][x] * half[y][p][j];
-        finite &= g - g == 0;
-        store(const_cast<T*>(at<T>(a.d_filter, k + j, c, h, w)), float(g));
+  const int64_t top = i / pieces * W::taps, left = i % pieces * W::taps;
+  Vec<double> finite = {};
+  for (int64_t j0 = 0; j0 < min(lanes<float>, a.out_channels - k); j0 += D) {
+    const int64_t valid = min(D, a.out_channels - k - j0);
+    Vec<double> half[W::taps][W::points];
+    for (int q = 0; q < W::points; ++q) {
+      Vec<double> u[W::points];
+#pragma GCC unroll 7
+      for (int p = 0; p < W::points; ++p) u[p] = point(p * W::points + q, j0);
+#pragma GCC unroll 5
+      for (int y = 0; y < W::taps; ++y) {
+        half[y][q] = Vec<double>{};
+#pragma GCC unroll 7
+        for (int p = 0; p < W::points; ++p) half[y][q] += G.at[p][y] * u[p];
+      }
+    }
+    for (int64_t y = 0; y < min(W::taps, a.kernel - top); ++y) {
+      for (int64_t x = 0; x < min(W::taps, a.kernel - left); ++x) {
+        Vec<double> g = {};
+#pragma GCC unroll 7
+        for (int q = 0; q < W::points; ++q) g += G.at[q][x] * half[y][q];
+        finite += g - g;
+        T* to = const_cast<T*>(at<T>(a.d_filter, k + j0, c, top + y, left + x));
+        for (int64_t j = 0; j < valid; ++j) store(to + j * a.d_filter.n, float(g[j]));
       }
     }
   }
-  return finite;
+  double total = 0;
+  for (int j = 0; j < D; ++j) total += finite[j];
+  return total == 0;
 }
 
 }  // namespace

@@ -472,12 +472,10 @@ struct FirstLayer {
       for (int64_t i = 0; i < l.planes; ++i)
         for (int64_t k = 0; k < a.out_channels; k += L)
           finite &= store_piece<W, T>(
-              a, l.pieces, i / a.in_channels, i % a.in_channels, k, [&](int p, double* u) {
+              a, l.pieces, i / a.in_channels, i % a.in_channels, k, [&](int p, int64_t j) {
                 const int64_t offset =
                     k * ALL * l.planes + p / POINTS * l.row_of_v() + (i * POINTS + p % POINTS) * L;
-                for (int64_t n = 0; n < count; ++n)
-                  for (int j = 0; j < L; ++j)
-                    u[j] += double(reinterpret_cast<const float*>(parts + n * bytes)[offset + j]);
+                return sum_of_chunks(parts, count, bytes, offset + j);
               });
       if (d_bias == nullptr) return;
       const int64_t offset = Arena::bytes<float>(l.k * ALL * l.planes);

@@ -38,7 +38,8 @@ struct Pieces {
     int64_t pieces, high, wide, c, k;
     Blocking blocking;
     // Small images go together: several to a task where each is one block, of one piece, whose tiles
-    // need no neighbours. At least 16 tasks stay, if there are so many images.
+    // need no neighbours. At least 16 tasks stay, if there are so many images; 4, if it takes that for 24
+    // tiles to share what is read of the filter.
     int64_t group = 1;
     explicit Layout(const Args& a)
         : pieces(ceil_div(a.kernel, TAPS)),
@@ -51,7 +52,7 @@ struct Pieces {
       if (pieces == 1 && blocking.per_column * blocking.per_row == 1) {
         const int64_t fit =
             budget / (high * wide * POINTS * POINTS * (c + k) * int64_t(sizeof(float)));
-        int64_t most = a.batch / 16;
+        int64_t most = max(a.batch / 16, min(a.batch / 4, ceil_div(24, high * wide)));
         if constexpr (requires { a.by_one_thread; }) most = a.by_one_thread ? a.batch : most;
         group = max(1, min(fit, most));
       }
@@ -59,7 +60,8 @@ struct Pieces {
     static constexpr int64_t budget = 1600 << 10;
 
     int64_t taps() const { return pieces * pieces; }
-    int64_t filter() const { return taps() * c * k; }  // floats of one point
+    // Floats of one point: not a power of two, as matrix_floats().
+    int64_t filter() const { return taps() * c * k + 16; }
     int64_t grid() const { return (blocking.rows + pieces - 1) * (blocking.columns + pieces - 1); }
     // Rows of V and M of one point; the micro-kernel runs past the end by up to max_rows.
     int64_t v_rows() const { return group * grid() + max_rows; }
@@ -168,7 +170,7 @@ struct Pieces {
     const bool full = TAPS == 4 ? p.kernel >= 7 && p.kernel % TAPS == TAPS - 1 : p.kernel == TAPS;
     return fused_multiply_add && full && p.dtype != DType::f64 &&
            min(p.in_channels, p.out_channels) >= 16 &&
-           min(p.out_height(), p.out_width()) >= 2 * TILE;
+           min(p.out_height(), p.out_width()) >= (TAPS == 5 ? TILE : 2 * TILE);
   }
 
   static Tile tile(const ConvProblem& p) {
@@ -266,16 +268,15 @@ struct Pieces {
            Arena::bytes<int64_t>(l.taps());
   }
 
-  // Z[point][tile of the grid][k], zero in the tiles between those of the output.
+  // Z[point][tile of the grid][k], zero in the tiles between those of the output; bias may be null.
   template <typename T>
-  static void transform_gradient(const FilterGradArgs& a, const Tiles& t, int64_t k, float* packed,
+  static void transform_gradient(const Source& source, const Tiles& t, int64_t k, float* packed,
                                  float* z, int64_t step, double* bias) {
     const int64_t rows = TILE * t.block.rows, columns = TILE * t.block.columns;
-    const Source source = grad_source_of(a);
     pack<T, float>(source, {t.block.n, TILE * t.block.h, TILE * t.block.w, rows, columns}, packed,
                    k);
     note(source.range, packed, rows * columns * k, t.block.n);
-    add_rows<float>(packed, rows * columns, k, bias);
+    if (bias) add_rows<float>(packed, rows * columns, k, bias);
     for (int64_t q = 0; q < t.pixels; ++q) {
       const int64_t row = q / t.columns, column = q % t.columns;
       const float* from = packed + (row * TILE * columns + column * TILE) * k;
@@ -322,7 +323,8 @@ struct Pieces {
       const int64_t pixels = layout.each(task, [&](const Tiles& t, int64_t at) {
         layout.offsets(t, offset);
         transform_input<T>(a, layout, t, packed, v + at * layout.c, v_step);
-        transform_gradient<T>(a, t, layout.k, packed, z + at * layout.k, z_step, bias);
+        transform_gradient<T>(grad_source_of(a), t, layout.k, packed, z + at * layout.k, z_step,
+                              bias);
       });
       for (int p = 0; p < POINTS * POINTS; ++p)
         multiply_transposed<float>(v + p * v_step, layout.c, pixels, offset, layout.taps(),
@@ -343,12 +345,9 @@ struct Pieces {
     for (int64_t i = 0; i < layout.taps(); ++i) {
       for (int64_t c = 0; c < a.in_channels; ++c) {
         for (int64_t k = 0; k < a.out_channels; k += L) {
-          finite &= store_piece<W, T>(a, layout.pieces, i, c, k, [&](int p, double* u) {
-            for (int64_t n = 0; n < count; ++n) {
-              const float* part = reinterpret_cast<const float*>(sums + n * bytes) +
-                                  p * layout.filter() + (i * layout.c + c) * layout.k + k;
-              for (int j = 0; j < L; ++j) u[j] += double(part[j]);
-            }
+          finite &= store_piece<W, T>(a, layout.pieces, i, c, k, [&](int p, int64_t j) {
+            const int64_t at = p * layout.filter() + (i * layout.c + c) * layout.k + k + j;
+            return sum_of_chunks(sums, count, bytes, at);
           });
         }
       }
@@ -370,6 +369,127 @@ struct Pieces {
     });
   }
 
+  // The same with more padding than half of the filter, as a data gradient has, by the transpose of the
+  // convolution whose gradient it would be: the tiles are then of x, of which there are fewer,
+  //
+  //   sums = B [ (G turned filter G') * (A x A') ] B'
+  //
+  // and each adds to all the pixels of the result that it touches: POINTS x POINTS of them.
+
+  // As large as x; its tiles are x's.
+  static ConvProblem same(ConvProblem p) {
+    p.padding = p.kernel / 2;
+    return p;
+  }
+  static ConvArgs same(ConvArgs a) {
+    static_cast<ConvProblem&>(a) = same(static_cast<const ConvProblem&>(a));
+    return a;
+  }
+  // Where that saves tiles, and an image's are one block.
+  static bool serves_transposed(const ConvProblem& p) {
+    const auto tiles = [](const ConvProblem& q) {
+      return ceil_div(q.out_height(), TILE) * ceil_div(q.out_width(), TILE);
+    };
+    if (!fused_multiply_add || p.kernel != TAPS || p.dtype == DType::f64 || p.reflect ||
+        p.padding >= p.kernel || min(p.in_channels, p.out_channels) < 16)
+      return false;
+    const ConvProblem small = same(p);
+    const Blocking blocking = Layout(small).blocking;
+    return 5 * tiles(small) <= 4 * tiles(p) && blocking.per_column * blocking.per_row == 1;
+  }
+
+  static void prepare_transposed(const ConvArgs& a, void* prepared) {
+    ConvArgs turned = a;
+    View& f = turned.filter;
+    f = {static_cast<char*>(f.data) + (a.kernel - 1) * (f.h + f.w) * size_of(a.dtype), f.n, f.c,
+         -f.h, -f.w};
+    prepare(turned, prepared);
+  }
+
+  // sums[pixel][k] += what the points of the tiles come to. False as above.
+  static bool spread_output(const Tiles& t, const float* m, int64_t step, int64_t k,
+                            int64_t columns, float* sums) {
+    F32 finite = {};
+    for (int64_t q = 0; q < t.block.rows * t.block.columns; ++q) {
+      const int64_t row = q / t.block.columns, column = q % t.block.columns;
+      const float* from = m + q * k;
+      float* to = sums + (row * TILE * columns + column * TILE) * k;
+      for (int64_t i = 0; i < k; i += lanes<float>) {
+        F32 half[POINTS][POINTS];
+        for (int x = 0; x < POINTS; ++x) {
+          F32 v[POINTS], d[POINTS];
+#pragma GCC unroll 7
+          for (int p = 0; p < POINTS; ++p) v[p] = load_vec(from + (p * POINTS + x) * step + i);
+          W::spread(v, d);
+#pragma GCC unroll 7
+          for (int y = 0; y < POINTS; ++y) half[y][x] = d[y];
+        }
+        for (int y = 0; y < POINTS; ++y) {
+          F32 d[POINTS];
+          W::spread(half[y], d);
+          finite += (d[0] + d[POINTS - 1]) * 0.0f;
+          float* pixels = to + y * columns * k + i;
+#pragma GCC unroll 7
+          for (int x = 0; x < POINTS; ++x)
+            store_vec(pixels + x * k, load_vec(pixels + x * k) + d[x]);
+        }
+      }
+    }
+    float total = 0;
+    for (int i = 0; i < lanes<float>; ++i) total += finite[i];
+    return total == 0;
+  }
+
+  static int64_t transposed_scratch_bytes(const ConvArgs& a) { return conv_scratch_bytes(same(a)); }
+  static int64_t transposed_tasks(const ConvArgs& a) { return conv_tasks(same(a)); }
+  template <typename T>
+  static bool transposed_block(const ConvArgs& a, int64_t task, void* memory) {
+    const Layout layout(same(a));
+    Arena scratch(memory);
+    float* packed = scratch.take<float>(layout.packed());
+    const int64_t z_step = layout.v_rows() * layout.c, m_step = layout.m_rows() * layout.k;
+    float* z = scratch.take<float>(POINTS * POINTS * z_step);
+    float* m = scratch.take<float>(POINTS * POINTS * m_step);
+    const int64_t offset = 0;
+    const int64_t tiles = layout.each(task, [&](const Tiles& t, int64_t at) {
+      transform_gradient<T>(source_of(a), t, layout.c, packed, z + at * layout.c, z_step, nullptr);
+    });
+    for (int p = 0; p < POINTS * POINTS; ++p) {
+      // Which the products run on into.
+      for (int64_t i = 0; i < max_rows * layout.c; ++i) z[p * z_step + tiles * layout.c + i] = 0;
+      multiply<float>(z + p * z_step, layout.c, tiles, &offset, 1, layout.c,
+                      static_cast<const float*>(a.prepared) + p * layout.filter(), layout.k,
+                      m + p * m_step, longest_sum);
+    }
+    float* sums = packed;
+    bool finite = true;
+    layout.each(task, [&](const Tiles& t, int64_t at) {
+      const int64_t rows = TILE * t.rows + TAPS - 1, columns = TILE * t.columns + TAPS - 1,
+                    outside = a.kernel - 1 - a.padding;  // pixels before the result's first
+      for (int64_t i = 0; i < rows * columns * layout.k; i += lanes<float>)
+        store_vec(sums + i, F32{});
+      finite &= spread_output(t, m + at * layout.k, m_step, layout.k, columns, sums);
+      epilogue<T, float>(a, sums + outside * (columns + 1) * layout.k, columns, layout.k,
+                         {t.block.n, 0, 0, a.out_height(), a.out_width()});
+    });
+    return finite;
+  }
+  static bool transposed(const ConvArgs& a, int64_t task, void* scratch) {
+    return with_float_type(a.dtype,
+                           [&]<typename T>() { return transposed_block<T>(a, task, scratch); });
+  }
+
+  static constexpr ConvKernels transposed_kernels = {
+      .serves = serves_transposed,
+      .tile = tile,
+      .reads_winners = true,
+      .prepared_bytes = prepared_bytes,
+      .prepare = prepare_transposed,
+      .conv_scratch_bytes = transposed_scratch_bytes,
+      .conv_tasks = transposed_tasks,
+      .conv = transposed,
+  };
+
   static constexpr ConvKernels kernels = {
       .serves = serves,
       .tile = tile,
@@ -389,9 +509,10 @@ struct Pieces {
 
 }  // namespace
 
-extern const ConvKernels winograd_large, winograd_5x5, winograd_2x2;
+extern const ConvKernels winograd_large, winograd_5x5, winograd_5x5_transposed, winograd_2x2;
 const ConvKernels winograd_large = Pieces<Winograd44>::kernels;
 const ConvKernels winograd_5x5 = Pieces<Winograd35>::kernels;
+const ConvKernels winograd_5x5_transposed = Pieces<Winograd35>::transposed_kernels;
 const ConvKernels winograd_2x2 = Pieces<Winograd52>::kernels;
 
 }  // namespace fastda::cpu::FASTDA_ISA

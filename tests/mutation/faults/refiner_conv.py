@@ -262,7 +262,7 @@ FAULTS = (
     ),
     fault(
         "small images that go together get the result of the first", CPU,
-        "m + at * layout.k", "m",
+        "transform_output(t, m + at * layout.k", "transform_output(t, m",
         "test_refiner_conv_padding::test_matches_reference",
     ),
     fault(
@@ -282,7 +282,7 @@ FAULTS = (
     ),
     fault(
         "large filters: taps past the last are the next row's first", CPU,
-        "h < a.kernel && w < a.kernel && c < a.in_channels", "h < a.kernel && c < a.in_channels",
+        "(left + x < a.kernel ? min(W::taps, a.kernel - top) : 0)", "min(W::taps, a.kernel - top)",
         "test_conv_same_matches_reference",
     ),
     fault(
@@ -296,6 +296,31 @@ FAULTS = (
         "reinterpret_cast<const double*>(sums + n * bytes + offset)",
         "reinterpret_cast<const double*>(sums + min(n, 7) * bytes + offset)",
         "test_edge_of_the_cpu[filter_gradients_of_many_chunks]",
+    ),
+    fault(
+        "transposed 5x5: images that go together get the result of the first", CPU,
+        "spread_output(t, m + at * layout.k", "spread_output(t, m",
+        "test_refiner_conv_padding::test_matches_reference",
+    ),
+    fault(
+        "transposed 5x5: tiles write what they add", CPU,
+        "store_vec(pixels + x * k, load_vec(pixels + x * k) + d[x])", "store_vec(pixels + x * k, d[x])",
+        "test_refiner_conv_padding::test_matches_reference",
+    ),
+    fault(
+        "transposed 5x5: the result begins where that of a padding of 4 does", CPU,
+        "outside = a.kernel - 1 - a.padding", "outside = 0",
+        "test_refiner_conv_padding::test_matches_reference",
+    ),
+    fault(
+        "transposed 5x5: overflow goes unseen", CPU,
+        "finite += (d[0] + d[POINTS - 1]) * 0.0f;", NOTHING,
+        "test_refiner_conv_padding::test_what_is_not_finite_reaches_no_further_than_its_window",
+    ),
+    fault(
+        "transposed 5x5: large values are not looked at", CPU,
+        "if (run(transposed, args, like) && !beyond.any()) return;", "if (run(transposed, args, like)) return;",
+        "test_what_does_not_see_an_outlier_is_as_if_it_were_not_there",
     ),
     fault(
         "ReLU of NaN is 0 (AVX-512)", CPU,
