@@ -45,10 +45,13 @@ LEAST_PIXELS = 2048
 MOST_FILTERS = {3: 1 << 16, 7: 1 << 14}
 LEAST_SIZE_OF_7 = 16
 # 5×5 go by tiles of 3×3 pixels. At most so many filters may come to one pixel. Without padding half of the
-# tiles' pixels must be wanted; with it more of them in small results, of which there must be many.
-LEAST_SIZE_OF_5, LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL = 3, 256, 32
+# tiles' pixels must be wanted, and many pixels may have twice as many filters each; with it more of the
+# tiles' pixels in small results, of which there must be many.
+LEAST_SIZE_OF_5, LEAST_PIXELS_OF_5, FILTERS_OF_A_PIXEL, PIXELS_OF_MORE_FILTERS = 3, 256, 32, 512
 LEAST_SIZE_OF_PADDED_5, SMALL_OF_5, MANY_OF_5, WANTED_OF_SMALL_5, LARGE_OF_5 = 6, 10, 1024, 0.7, 16
 LEAST_PIXELS_OF_FIRST_5 = 400
+# Fewer channels in and out, without padding: the least of them.
+FEW_OF_5, LEAST_SIZE_OF_FEW_5 = (10, 20), 6
 # 4×4 with a stride of 2, in float32: so many filters at most, and tiles of the result at least.
 MOST_FILTERS_OF_STRIDE_2, LEAST_TILES = 1 << 15, 64
 # 1×1 go by contiguous images alone, of so many channels and products. From 16 images on, or with several
@@ -115,7 +118,8 @@ def _refusal(conv: nn.Conv2d, weight: tuple[int, ...]) -> str | None:
     if k not in FAST_KERNELS:
         return f"no faster with {k}×{k} kernels"
     least = LEAST_CHANNELS_DILATED if dilation > 1 else LEAST_CHANNELS_OF_1 if k == 1 else LEAST_CHANNELS
-    if min(out_channels, in_channels) < least and (dilation > 1 or not _is_first_or_last(weight)):
+    few = k == 5 and padding == 0 and in_channels >= FEW_OF_5[0] and out_channels >= FEW_OF_5[1]
+    if min(out_channels, in_channels) < least and (dilation > 1 or not (few or _is_first_or_last(weight))):
         return f"no faster with less than {least} channels" + ", dilated" * (dilation > 1)
     return None
 
@@ -270,14 +274,17 @@ def _pays(
         small += (WANTED_OF * pixels < 16 * n * (-(-h // 4)) * (-(-w // 4)),)
     if k == 5 and dtype == torch.float32:
         tiles = n * (-(-h // 3)) * (-(-w // 3))
+        counted = pixels if border < k // 2 or pixels < PIXELS_OF_MORE_FILTERS else 2 * pixels
         small += (
             WANTED_OF * pixels < 9 * tiles,
             pixels < LEAST_PIXELS_OF_5,
-            pixels * FILTERS_OF_A_PIXEL < filters,
+            counted * FILTERS_OF_A_PIXEL < filters,
         )
         channels, is_large = min(out_channels, in_channels), h >= LARGE_OF_5 and w >= LARGE_OF_5
-        if channels < LEAST_CHANNELS:
+        if channels <= MOST_OF_FEW:
             small += (not is_large, pixels < LEAST_PIXELS_OF_FIRST_5)
+        elif channels < LEAST_CHANNELS:
+            small += (h < LEAST_SIZE_OF_FEW_5, w < LEAST_SIZE_OF_FEW_5)
         elif border < k // 2:
             is_small = h < SMALL_OF_5 or w < SMALL_OF_5
             small += (

@@ -340,6 +340,24 @@ def test_first_and_last_layers(channels, out, k, dtype, is_served):
 
 @pytest.mark.gain
 @pytest.mark.parametrize(
+    ("channels", "out", "size", "padding", "dtype", "is_served"),
+    [
+        *((10, 20, size, 0, "float32", size > 9) for size in (12, 10, 9)),
+        (10, 20, 12, 2, "float32", False),
+        (10, 20, 12, 0, "float64", False),
+        (9, 20, 12, 0, "float32", False),
+        (10, 19, 12, 0, "float32", False),
+    ],
+)
+def test_5x5_of_few_channels_without_padding(channels, out, size, padding, dtype, is_served):
+    layer = nn.Conv2d(channels, out, 5, padding=padding).to(getattr(torch, dtype))
+    report = fastda.optimize(layer)
+    layer(torch.randn(64, channels, size, size, dtype=layer.weight.dtype))
+    assert served(report) == is_served
+
+
+@pytest.mark.gain
+@pytest.mark.parametrize(
     ("channels", "k", "dtype", "shape", "padding", "is_served"),
     [
         (64, 3, "float32", (1, 8, 8), 1, True),
@@ -361,7 +379,8 @@ def test_first_and_last_layers(channels, out, k, dtype, is_served):
         (136, 7, "float32", (8, 16, 16), 3, False),
         (64, 5, "float32", (8, 10, 10), 0, True),
         (64, 5, "float32", (7, 10, 10), 0, False),
-        (144, 5, "float32", (80, 7, 7), 0, True),
+        (192, 5, "float32", (64, 7, 7), 0, True),
+        (136, 5, "float32", (56, 7, 7), 0, False),
         (64, 5, "float32", (128, 8, 8), 0, False),  # four tiles for 16 pixels
         (64, 5, "float32", (1, 20, 20), 2, True),
         (64, 5, "float32", (3, 10, 13), 2, True),

@@ -391,7 +391,7 @@ struct Pieces {
       return ceil_div(q.out_height(), TILE) * ceil_div(q.out_width(), TILE);
     };
     if (!fused_multiply_add || p.kernel != TAPS || p.dtype == DType::f64 || p.reflect ||
-        p.padding >= p.kernel || min(p.in_channels, p.out_channels) < 16)
+        p.padding >= p.kernel || min(p.in_channels, p.out_channels) < 8)
       return false;
     const ConvProblem small = same(p);
     const Blocking blocking = Layout(small).blocking;
