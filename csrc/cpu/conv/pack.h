@@ -68,6 +68,54 @@ inline Source grad_source_of(const FilterGradArgs& a) {
           .winners = a.grad_winners};
 }
 
+// As pack(), of a contiguous image, all of whose columns are in the block, from the column `left` of it on; of
+// its rows [first, last), zeros in the others.
+template <typename T, typename S, typename M>
+void pack_line(const Source& s, M masked, const Block& block, int64_t first, int64_t last,
+               int64_t left, S* out, int64_t stride) {
+  constexpr int L = lanes<S>;
+  const View &x = s.x, &mask = s.mask;
+  for (int64_t r = 0; r < block.rows; ++r) {
+    S* row = out + r * block.columns * stride;
+    const bool inside = first <= r && r < last;
+    const int64_t before = inside ? left * stride : block.columns * stride,
+                  behind = (left + s.width) * stride;
+    for (int64_t i = 0; i < before; ++i) row[i] = S(0);
+    for (int64_t i = inside ? behind : before; i < block.columns * stride; ++i) row[i] = S(0);
+  }
+  const int64_t count = (last - first) * s.width;
+  for (int64_t c0 = 0; c0 < stride; c0 += L) {
+    const int into = int(min(L, stride - c0)), from_channels = int(min(L, s.channels - c0));
+    int64_t column = 0;
+    S* to = out + (first * block.columns + left) * stride + c0;
+    for (int64_t i = 0; i < count; i += L) {
+      const int valid = int(min(L, count - i));
+      Vec<S> tile[L];
+      for (int c = 0; c < L; ++c) {
+        tile[c] = Vec<S>{};
+        if (c >= from_channels) continue;
+        tile[c] = load_first<S>(at<T>(x, block.n, c0 + c, block.h + first, 0) + i, valid);
+        if (mask.data)
+          tile[c] = masked(
+              tile[c], load_first<S>(at<T>(mask, block.n, c0 + c, block.h + first, 0) + i, valid));
+      }
+      transpose<S>(tile);
+      for (int j = 0; j < valid; ++j, to += stride) {
+        if (column == s.width) {
+          column = 0;
+          to += (block.columns - s.width) * stride;
+        }
+        ++column;
+        if (into == L) {
+          store_vec(to, tile[j]);
+        } else {
+          store_first<S>(to, tile[j], into);
+        }
+      }
+    }
+  }
+}
+
 // out[(r * columns + q)][0, stride) = mask(g, x)[block.n, :, block.h + r, block.w + q], zero
 // outside the image and in channels past the last.
 template <typename T, typename S, typename M>
@@ -77,6 +125,14 @@ void pack(const Source& s, M masked, const Block& block, S* out, int64_t stride)
   const int64_t channels = s.channels, height = s.height, width = s.width;
   const int64_t begin = min(block.columns, max(0, -block.w)),
                 end = max(begin, min(block.columns, width - block.w));
+  // All rows of a contiguous image that the block has, whole: one line of pixels.
+  if (!s.channels_last && stride > 1 && s.reflected == 0 && end - begin == width && x.w == 1 &&
+      x.h == width && (!mask.data || (mask.w == 1 && mask.h == width))) {
+    const int64_t first = min(block.rows, max(0, -block.h)),
+                  last = max(first, min(block.rows, height - block.h));
+    pack_line<T>(s, masked, block, first, last, begin, out, stride);
+    return;
+  }
   // A row of the image as it will be packed.
   const bool in_a_row = (s.channels_last || channels == 1) && channels == stride && x.w == stride &&
                         (!mask.data || mask.w == stride);
