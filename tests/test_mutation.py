@@ -29,3 +29,15 @@ def test_every_fault_is_one_of_a_kind_and_changes_something():
         assert fault.old != fault.new and fault.tests, fault.name
         # Two statements, or two expressions: what chooses between them in a binary stands around them.
         assert not fault.compiled or fault.old.endswith(";") == fault.new.endswith(";"), fault.name
+        for text in (fault.old, fault.new):
+            assert not fault.compiled or _stands_alone(text), f"{fault.name}: {text!r} is a part of something"
+
+
+def _stands_alone(text: str) -> bool:
+    """Whether what opens closes, an expression is one, and nothing is declared."""
+    depth = 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0 or (depth == 0 and character == "," and not text.endswith(";")):
+            return False
+    return depth == 0 and not text.startswith(("const ", "constexpr "))
