@@ -356,7 +356,8 @@ def images_wider_than_a_block(ops):
 @on_the_cpu
 def nothing_of_an_earlier_call(ops):
     """Scratch memory is kept from call to call: NaN that a larger one left must not come back."""
-    for c, k, kernel, h, w in ((3, 5, 3, 13, 11), (16, 17, 3, 13, 30), (17, 16, 3, 5, 7), (16, 17, 7, 10, 9)):
+    sizes = ((3, 5, 3, 13, 11), (33, 7, 3, 6, 9), (16, 17, 3, 13, 30), (17, 16, 3, 5, 7), (16, 17, 7, 10, 9))
+    for c, k, kernel, h, w in sizes:
         weight = torch.randn(k, c, kernel, kernel)
 
         def leave_nan(c=c, k=k, h=h, w=w, weight=weight):

@@ -103,6 +103,18 @@ def test_what_is_not_finite_reaches_no_further_than_its_window(kernel, padding):
         assert torch.equal(y.isfinite(), expected.isfinite())
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("kernel, padding", [(3, 1), (5, 0), (5, 4), (7, 3)])
+def test_where_all_is_large_what_overflows_on_the_way_is_made_again(kernel, padding, layout):
+    """Below some row: in its last pixels alone a tile overflows, and no value is larger than usual."""
+    for row in range(5, 13):
+        x, weight = torch.randn(1, 16, 40, 24), torch.randn(16, 16, kernel, kernel) * 1e-4
+        x[:, :, row:] = torch.where(x[:, :, row:] < 0, -1.7e38, 1.7e38)
+        y = fastda.conv2d(x.contiguous(memory_format=layout), weight, padding=padding)
+        right = reference.conv2d(x.double(), weight.double(), padding=padding)
+        assert (y - right).abs().max() <= 1e-5 * right.abs().max()
+
+
 def test_an_empty_batch():
     x = torch.randn(0, 20, 9, 9, requires_grad=True)
     weight, bias = torch.randn(20, 20, 5, 5, requires_grad=True), torch.randn(20, requires_grad=True)

@@ -48,6 +48,15 @@ def test_matches_reference(sizes, padding, size):
     check_against_reference("conv2d_max_pool", case(sizes, padding, size, bias=None, relu=False))
 
 
+def test_the_gradient_of_a_first_layer_is_spread_over_its_windows():
+    """Which lies in the midst of usual numbers, so that what is read beside it is not noticed as odd."""
+    x, weight = torch.randn(3, 3, 28, 28), torch.randn(32, 3, 5, 5, requires_grad=True)
+    grad = torch.randn(20, 32, 12, 12).contiguous(memory_format=LAST)[:3]
+    (got,) = torch.autograd.grad(fastda.conv2d_max_pool(x, weight), weight, grad)
+    (right,) = torch.autograd.grad(in_two(x, weight), weight, grad)
+    torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "sizes, padding, size", [*(CASES[i] for i in (0, 1, 4, 10)), ((1, 16, 20, 7, 18, 21), 3, 2)], ids=str
