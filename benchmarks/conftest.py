@@ -11,7 +11,7 @@ import time
 import pytest
 
 from benchmarks.peers import PEERS
-from fastda import bench, workloads
+from fastda.tools import bench, workloads
 
 PROVIDERS = {**bench.PROVIDERS, **PEERS}
 

@@ -125,9 +125,10 @@ def short_markdown(run: dict[str, Any]) -> str:
         cells = [_cell(row, best(row, kind), what) for kind in ("usual", "torch")]
         lines.append([label, seconds(row["contenders"]["fastda"][measured]), *cells])
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    over = "processes" if min(row.get("sessions", 1) for row in short(run)) > 1 else "rounds"
     return (
         f"{m['processor']}, kernels for {m['isa'].upper()}, torch {m['torch']}, Python {m['python']}. "
-        f"In brackets 95 % intervals over processes; losses in bold.\n\n{table}"
+        f"In brackets 95 % intervals over {over}; losses in bold.\n\n{table}"
     )
 
 

@@ -3,6 +3,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -394,3 +396,11 @@ def test_published_layers_reverse_the_gradient():
     for label, call in PEERS["published"](task):
         (grad,) = call()
         torch.testing.assert_close(grad, torch.full((3, 4), -2 * 0.7), msg=label)
+
+
+def test_a_case_runs_through_pytest_benchmark():
+    which = "grad_reverse-128x768-float32-backward-1t"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "no:cacheprovider", "-k", which]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
