@@ -115,6 +115,18 @@ def test_where_all_is_large_what_overflows_on_the_way_is_made_again(kernel, padd
         assert (y - right).abs().max() <= 1e-5 * right.abs().max()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_where_a_last_row_alone_overflows_its_tiles_are_made_again(layout):
+    x = torch.where(torch.randn(1, 16, 22, 24) < 0, -1e36, 1e36)
+    x[:, :, -1] *= 170
+    weight = torch.randn(16, 16, 3, 3) * 1e-4
+    y, right = (
+        fastda.conv2d(x.contiguous(memory_format=layout), weight),
+        reference.conv2d(x.double(), weight.double()),
+    )
+    assert (y - right).abs().max() <= 1e-5 * right.abs().max()
+
+
 def test_an_empty_batch():
     x = torch.randn(0, 20, 9, 9, requires_grad=True)
     weight, bias = torch.randn(20, 20, 5, 5, requires_grad=True), torch.randn(20, requires_grad=True)
