@@ -1,7 +1,9 @@
 // Compiled once per instruction set, with FASTDA_ISA naming it.
 //
 // Filters of 7 x 7 and more by Winograd F(4x4, 4x4) in pieces, and of 5 x 5 by F(3x3, 5x5) and
-// of 2 x 2 by F(5x5, 2x2) in one piece. A large filter is cut into pieces of 4 x 4 taps; a piece's offset, a multiple of 4, is also the distance of the output tiles, so the
+// of 2 x 2 by F(5x5, 2x2) in one piece; 5 x 5 with much padding by the transpose of F(3x3, 5x5).
+// A large filter is cut into pieces of 4 x 4 taps; a piece's offset, a multiple of 4, is also the
+// distance of the output tiles, so the
 // transformed input of one tile serves all pieces: for every one of the 49 points,
 //
 //   M[tile][k] = sum over pieces and channels of V[tile + piece][c] * U[piece][c][k],
